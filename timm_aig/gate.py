@@ -1,0 +1,124 @@
+"""Gate: a block's input -> open or closed, for each sample.
+
+Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3
+"""
+import threading
+from typing import Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ['Gate', 'GATE_NORMS']
+
+GATE_NORMS = ('bn', 'none')
+
+
+class _GatePass(threading.local):
+    """What the forward pass under way in this thread wants of the gates it meets.
+
+    Kept here rather than on the modules, so that a model holds no state of a pass: it can be copied, checkpointed,
+    compiled and shared between threads at any moment.
+    """
+    record: Optional[List[Tuple['Gate', torch.Tensor]]] = None  # forward_gates: each gate and its answers
+    forced: Optional[Dict[int, torch.Tensor]] = None  # force_gates: id of a gate -> the answers to give instead
+    sample: bool = False  # forward_gates(sample=True): draw in eval too
+
+
+gate_pass = _GatePass()
+
+
+def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
+    """Draw open (1) or closed (0) with probability softmax(logits), the Gumbel-max trick (paper, eq. 3 to 6).
+
+    The forward value is exactly 0 or 1, the gradient that of softmax((logits + noise) / tau) (straight-through).
+
+    Args:
+        logits: Closed and open logits [B, 2].
+        tau: Temperature of the softmax that the gradient is taken of.
+
+    Returns:
+        Answers [B], float32 whatever the dtype of logits (float64 for float64).
+    """
+    # The noise -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
+    uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
+    noisy = logits - torch.log(-torch.log(uniform))
+    soft = F.softmax(noisy / tau, dim=1)[:, 1]
+    hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
+
+
+class Gate(nn.Module):
+    """Decides from a block's input whether the block runs (paper, section 3.2).
+
+    Global average pool -> fc1 -> bn -> ReLU -> fc2 -> two logits, index 1 for open. In training the answer is drawn,
+    in eval it is `open + offset > closed`. A new gate opens with probability 0.87, and in eval for every sample.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            hidden_channels: int = 16,
+            norm: str = 'bn',
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_channels: Channels of the block's input.
+            hidden_channels: Width of the hidden layer.
+            norm: Norm of the hidden layer, 'bn' (the paper's) or 'none' (small batches, batch 1).
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.fc1 = nn.Linear(in_channels, hidden_channels, **dd)
+        self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
+        self.fc2 = nn.Linear(hidden_channels, 2, **dd)
+        self.tau = 1.  # temperature of the training gradient
+        self.offset = 0.  # added to the open logit before the eval threshold
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialize the last layer: P(open) = 0.87, whatever the input."""
+        nn.init.normal_(self.fc2.weight, std=0.001)
+        with torch.no_grad():
+            self.fc2.bias[0] = 0.1
+            self.fc2.bias[1] = 2.0
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Closed and open logits [B, 2] of block inputs [B, C, H, W]."""
+        x = self.fc1(x.mean((2, 3)))
+        return self.fc2(F.relu(self.bn(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer for block inputs x.
+
+        Args:
+            x: Block inputs [B, C, H, W].
+
+        Returns:
+            Answers [B], 1. for open and 0. for closed, float32 whatever the dtype of x (float64 if drawn in float64).
+        """
+        logits = self.logits(x)
+        sample = self.training
+        if not torch.jit.is_scripting():
+            sample = sample or gate_pass.sample
+        if sample:
+            z = sample_gate(logits, self.tau)
+        else:
+            z = (logits[:, 1] + self.offset > logits[:, 0]).float()
+        if not torch.jit.is_scripting():
+            z = self._note(z)
+        return z
+
+    def _note(self, z: torch.Tensor) -> torch.Tensor:
+        """Serve the forward_gates and force_gates of this thread."""
+        if gate_pass.forced is not None and id(self) in gate_pass.forced:
+            forced = gate_pass.forced[id(self)]
+            if forced.shape != z.shape:
+                raise ValueError(f'force_gates: open is for a batch of {len(forced)}, the input has {len(z)}.')
+            z = forced.to(z)
+        if gate_pass.record is not None:
+            gate_pass.record.append((self, z))
+        return z
