@@ -1,0 +1,241 @@
+"""Gated residual blocks: timm's BasicBlock and Bottleneck, run only for the samples whose gate is open."""
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
+
+import torch
+import torch.nn as nn
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from .gate import Gate, gate_pass
+
+__all__ = [
+    'GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'forward_gates', 'force_gates', 'set_execution',
+    'set_gate_offset',
+]
+
+EXECUTIONS = ('auto', 'masked', 'sparse')
+
+
+class GatedBlock(nn.Module):
+    """What both gated blocks share: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
+
+    Modifications:
+        * takes over the submodules (and so the keys) of the timm block it is built from
+        * `gate` decides for each sample whether the residual branch counts
+        * masked execution computes the branch for every sample and multiplies it by z: training, tracing, scripting,
+          compiling, the meta device
+        * sparse execution computes it for the open samples only: eval without grad
+    """
+
+    if TYPE_CHECKING:
+        block_cls: Type[nn.Module]
+
+        def __getattr__(self, name: str) -> Any: ...  # the timm block's attributes
+
+    def __init__(self, block: nn.Module, gate: Gate, target_rate: float, relu_input: bool = False) -> None:
+        """
+        Args:
+            block: The timm block to take over.
+            gate: Gate for the block's input.
+            target_rate: Share of samples that should run the block, in (0, 1).
+            relu_input: The input always comes out of a ReLU and the block ends in one, so that a closed block with an
+                identity shortcut returns its input unchanged.
+        """
+        nn.Module.__init__(self)
+        vars(self).update(vars(block), _modules=block._modules.copy())
+        self.gate = gate
+        self.target_rate = target_rate
+        self.relu_input = relu_input
+        self.execution = 'auto'
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """What the gate may skip: the timm block's forward up to the shortcut."""
+        raise NotImplementedError
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        """Activation behind the sum of shortcut and residual."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def ungated(self) -> nn.Module:
+        """The plain timm block with this block's submodules, without the gate."""
+        state = {k: v for k, v in vars(self).items() if k not in ('target_rate', 'relu_input', 'execution')}
+        state['_modules'] = {k: v for k, v in self._modules.items() if k != 'gate'}
+        block = self.block_cls.__new__(self.block_cls)
+        nn.Module.__init__(block)
+        vars(block).update(state)
+        return block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.gate(x)
+        if not torch.jit.is_scripting():
+            if self._runs_sparse(x):
+                return self._forward_sparse(x, z)
+        y = self.residual(x)
+        y = y * z.to(y.dtype).view(-1, 1, 1, 1)
+        y += x if self.downsample is None else self.downsample(x)
+        return self.last_act(y)
+
+    def _runs_sparse(self, x: torch.Tensor) -> bool:
+        # Tracers hand in proxies and subclasses of Tensor, on which Python cannot branch.
+        if self.training or self.execution == 'masked' or type(x) is not torch.Tensor or x.is_meta:
+            return False
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False
+        return self.execution == 'sparse' or not torch.is_grad_enabled()
+
+    def _forward_sparse(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        rows = z.nonzero().squeeze(1)
+        if len(rows) == len(x):
+            y = self.residual(x)
+            y += x if self.downsample is None else self.downsample(x)
+            return self.last_act(y)
+        if self.downsample is not None:
+            y = self.downsample(x)
+        elif self.relu_input and len(rows) == 0:
+            return x
+        else:
+            y = x.clone()
+        if len(rows) > 0:
+            y.index_add_(0, rows, self.residual(x[rows]).to(y.dtype))
+        return self.last_act(y)
+
+
+class GatedBasicBlock(GatedBlock, BasicBlock):
+    """timm's BasicBlock behind a gate."""
+    block_cls = BasicBlock
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+        x = self.conv2(x)
+        x = self.bn2(x)
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return x
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act2(x)
+
+
+class GatedBottleneck(GatedBlock, Bottleneck):
+    """timm's Bottleneck behind a gate."""
+    block_cls = Bottleneck
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+        x = self.conv3(x)
+        x = self.bn3(x)
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return x
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act3(x)
+
+
+def gated_blocks(model: nn.Module) -> Dict[str, GatedBlock]:
+    """Gated blocks of a model by module name ('layer2.1'), in order. Empty for a static model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, GatedBlock)}
+
+
+def _require_gated_blocks(model: nn.Module) -> Dict[str, GatedBlock]:
+    blocks = gated_blocks(model)
+    if not blocks:
+        raise ValueError(f'model ({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_ first.')
+    return blocks
+
+
+def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tuple[Any, torch.Tensor]:
+    """Forward pass that also returns what the gates answered.
+
+    Args:
+        model: Any module with gated blocks, each run once by its forward.
+        x: Input of the model, batch first, [B, C, H, W].
+        sample: Draw the gates in eval too, as the authors' code does, instead of taking the threshold.
+
+    Returns:
+        The model's own output, and the gates [B, L] as 0./1. for its L gated blocks in order. In training the gates
+        carry the straight-through gradient. A static model has L = 0.
+
+    Raises:
+        RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing cut the gates' gradient.
+    """
+    blocks = gated_blocks(model)
+    outer = gate_pass.record, gate_pass.sample
+    gate_pass.record, gate_pass.sample = [], sample
+    try:
+        output = model(x)
+        record = gate_pass.record
+    finally:
+        gate_pass.record, gate_pass.sample = outer
+    if not blocks:
+        return output, torch.zeros(len(x), 0, device=x.device)
+    answers = {id(gate): z for gate, z in record}
+    if len(answers) != len(record) or any(id(block.gate) not in answers for block in blocks.values()):
+        raise RuntimeError('forward_gates needs a model whose forward runs each gated block exactly once.')
+    gates = torch.stack([answers[id(block.gate)] for block in blocks.values()], dim=1)
+    if model.training and torch.is_grad_enabled() and not gates.requires_grad:
+        if any(block.gate.fc2.weight.requires_grad for block in blocks.values()):
+            raise RuntimeError(
+                'the gates carry no gradient: re-entrant checkpointing drops it, '
+                'call timm.layers.set_reentrant_ckpt(False).')
+    return output, gates
+
+
+@contextmanager
+def force_gates(model: nn.Module, open: torch.Tensor) -> Iterator[None]:
+    """Answer for the gates of a model, inside a `with` block and in this thread. The gates are still computed.
+
+    Args:
+        model: Model with L gated blocks.
+        open: Which block runs for which sample of the batches to come, bool [B, L].
+
+    Raises:
+        ValueError: The model is static or `open` is not [B, L]; inside the block, if an input's batch is not B.
+    """
+    blocks = _require_gated_blocks(model)
+    if open.ndim != 2 or open.shape[1] != len(blocks):
+        raise ValueError(f'open must be [batch, {len(blocks)}] for {len(blocks)} gated blocks, not {list(open.shape)}.')
+    outer = gate_pass.forced
+    gate_pass.forced = {**(outer or {}), **{id(b.gate): z for b, z in zip(blocks.values(), open.unbind(1))}}
+    try:
+        yield
+    finally:
+        gate_pass.forced = outer
+
+
+def set_execution(model: nn.Module, mode: str) -> None:
+    """Choose how the gated blocks of a model run in eval. Training, tracing and compiling are always masked.
+
+    Args:
+        model: Model with gated blocks.
+        mode: 'auto', sparse without grad and masked with; 'sparse', with grad too; 'masked', never sparse.
+    """
+    if mode not in EXECUTIONS:
+        raise ValueError(f'mode must be one of {", ".join(EXECUTIONS)}, not {mode!r}.')
+    for block in _require_gated_blocks(model).values():
+        block.execution = mode
+
+
+def set_gate_offset(model: nn.Module, offset: float) -> None:
+    """Set the logit offset added before the eval threshold: more open gates above 0, fewer below."""
+    offset = float(offset)
+    if offset != offset:
+        raise ValueError('offset must be a number, not nan.')
+    for block in _require_gated_blocks(model).values():
+        block.gate.offset = offset

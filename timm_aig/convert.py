@@ -1,0 +1,138 @@
+"""gate_ and ungate_: static timm ResNets <-> adaptive ResNets, in place."""
+from itertools import groupby
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type
+
+import torch.nn as nn
+from timm.models import is_model
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, _require_gated_blocks
+from .config import AIG_ARGS, AIGConfig
+from .gate import Gate
+
+__all__ = ['gate_', 'ungate_']
+
+GATED: Dict[type, Type[GatedBlock]] = {cls.block_cls: cls for cls in (GatedBasicBlock, GatedBottleneck)}
+
+
+class _Site(NamedTuple):
+    """Where a block sits: `parent` (named `stage`) holds it as its child `child`."""
+    stage: str
+    parent: nn.Module
+    child: str
+    block: Any
+
+
+def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
+    return [
+        _Site(stage, parent, child, block)
+        for stage, parent in model.named_modules()
+        for child, block in parent.named_children()
+        if type(block) in types
+    ]
+
+
+def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
+    """Target rate of each block; a network is what shares the name in front of its stages."""
+    if config.target_rates is not None:
+        return config.block_rates([len(sites)])
+    rates: Tuple[float, ...] = ()
+    for _, network in groupby(sites, key=lambda site: site.stage.rpartition('.')[0]):
+        stages = [list(stage) for _, stage in groupby(network, key=lambda site: site.stage)]
+        rates += config.block_rates([len(stage) for stage in stages], type(stages[0][0].block) is Bottleneck)
+    return rates
+
+
+def _relu_input(site: _Site) -> bool:
+    """Whether both the block before this one, in the same nn.Sequential, and this one end in a ReLU."""
+    if not isinstance(site.parent, nn.Sequential):
+        return False
+    siblings = list(site.parent.children())
+    index = siblings.index(site.block)
+    blocks = siblings[max(index - 1, 0):index + 1]
+    return len(blocks) == 2 and all(type(_last_act(b)) is nn.ReLU for b in blocks)
+
+
+def _last_act(block: nn.Module) -> Optional[nn.Module]:
+    if isinstance(block, Bottleneck):
+        return block.act3
+    return block.act2 if isinstance(block, BasicBlock) else None
+
+
+def gate_(model: nn.Module, config: Optional[AIGConfig] = None) -> nn.Module:
+    """Make every timm ResNet block of a model adaptive, in place.
+
+    In eval the model computes what it did before, bit for bit, until its gates are trained: they start open.
+
+    Args:
+        model: Any module that contains timm's BasicBlock or Bottleneck: a timm ResNet, a features_only backbone, a
+            detector with such a backbone.
+        config: Which blocks to gate and at what rate, AIGConfig() by default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: No ResNet blocks, gates already there, or a config that does not fit; the model is unchanged then.
+    """
+    config = config or AIGConfig()
+    if not isinstance(config, AIGConfig):
+        raise ValueError(f'config must be an AIGConfig, not {type(config).__name__}.')
+    if _find_blocks(model, tuple(GATED.values())) or isinstance(model, GatedBlock):
+        raise ValueError('model is gated already, ungate_ it first to change its gates.')
+    sites = _find_blocks(model, tuple(GATED))
+    if not sites:
+        what = 'is a block itself, gate_ the module that holds it' if type(model) in GATED else \
+            'has no timm ResNet blocks (BasicBlock, Bottleneck)'
+        raise ValueError(f'model ({type(model).__name__}) {what}.')
+
+    replacements: Dict[nn.Module, GatedBlock] = {}  # by block, so that one used in two places stays one
+    for site, rate in zip(sites, _rates(sites, config)):
+        if rate < 1 and site.block not in replacements:
+            conv = site.block.conv1
+            gate = Gate(
+                conv.in_channels,
+                config.gate_channels,
+                config.gate_norm,
+                device=conv.weight.device,
+                dtype=conv.weight.dtype,
+            )
+            gate.train(site.block.training)
+            replacements[site.block] = GATED[type(site.block)](site.block, gate, rate, _relu_input(site))
+    for site in sites:
+        if site.block in replacements:
+            setattr(site.parent, site.child, replacements[site.block])
+    _record_args(model, config)
+    return model
+
+
+def ungate_(model: nn.Module) -> nn.Module:
+    """Turn an adaptive model back into the plain ResNet, in place: all blocks always run, keys are timm's again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no gated blocks.
+    """
+    _require_gated_blocks(model)
+    for site in _find_blocks(model, tuple(GATED.values())):
+        setattr(site.parent, site.child, site.block.ungated())
+    _record_args(model, None)
+    return model
+
+
+def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
+    """Keep what timm would rebuild the model from (its architecture and arguments) true to what it is now."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not cfg.get('architecture'):
+        return
+    arch = cfg['architecture'].removesuffix('_aig') + ('_aig' if config else '')
+    if not is_model(arch):
+        return
+    cfg['architecture'] = arch
+    args: Dict[str, Any] = getattr(model, '_model_args', {})
+    args = {k: v for k, v in args.items() if k not in AIG_ARGS}
+    if config:
+        args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
+    vars(model)['_model_args'] = args
