@@ -1,0 +1,33 @@
+"""timm_aig: adaptive inference graphs for timm's ResNets. Importing it registers every <arch>_aig with timm."""
+from typing import Any
+
+from . import resnet_aig  # noqa: F401, registers the entry points
+from .blocks import (
+    GatedBasicBlock,
+    GatedBottleneck,
+    force_gates,
+    forward_gates,
+    gated_blocks,
+    set_execution,
+    set_gate_offset,
+)
+from .config import AIGConfig
+from .convert import gate_, ungate_
+from .cost import Cost, compute_cost
+from .gate import Gate
+from .hub import save_pretrained
+from .loss import ComputeTargetLoss, TargetRateLoss
+from .version import __version__ as __version__
+
+__all__ = [
+    'AIGConfig', 'AIGTask', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
+    'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'save_pretrained',
+    'set_execution', 'set_gate_offset', 'ungate_',
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'AIGTask':  # timm.task is slow to import and only training needs it
+        from .task import AIGTask
+        return AIGTask
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
