@@ -1,6 +1,6 @@
 """Gated residual blocks: timm's BasicBlock and Bottleneck, run only for the samples whose gate is open."""
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -70,7 +70,7 @@ class GatedBlock(nn.Module):
         z = self.gate(x)
         if not torch.jit.is_scripting():
             if self._runs_sparse(x):
-                return self._forward_sparse(x, z)
+                return run_open_rows(self, x, open_rows(z))
         y = self.residual(x)
         y = y * z.to(y.dtype).view(-1, 1, 1, 1)
         y += x if self.downsample is None else self.downsample(x)
@@ -84,21 +84,60 @@ class GatedBlock(nn.Module):
             return False
         return self.execution == 'sparse' or not torch.is_grad_enabled()
 
-    def _forward_sparse(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        rows = z.nonzero().squeeze(1)
-        if len(rows) == len(x):
-            y = self.residual(x)
-            y += x if self.downsample is None else self.downsample(x)
-            return self.last_act(y)
-        if self.downsample is not None:
-            y = self.downsample(x)
-        elif self.relu_input and len(rows) == 0:
-            return x
-        else:
-            y = x.clone()
-        if len(rows) > 0:
-            y.index_add_(0, rows, self.residual(x[rows]).to(y.dtype))
+    def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """act(residual(x) + shortcut), see run_open_rows."""
+        y = self.residual(x)
+        y += shortcut
         return self.last_act(y)
+
+
+def open_rows(z: torch.Tensor) -> List[int]:
+    """Which samples of gate answers z [B] run."""
+    return [row for row, answer in enumerate(z.tolist()) if answer]
+
+
+def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool = False) -> torch.Tensor:
+    """Sparse execution of a block: the residual branch of the open samples and nothing else.
+
+    Args:
+        block: Has `downsample` (or None), `relu_input`, `last_act(y)` and `add_residual(x, shortcut, overwrite)`.
+        x: Block inputs [B, C, H, W].
+        rows: The open samples, ascending.
+        owned: Nobody else holds x, so that the output may be written into it.
+
+    Returns:
+        The block's outputs [B, C', H', W'] in the memory format of x; x itself if no sample changes.
+    """
+    shortcut = x if block.downsample is None else block.downsample(x)
+    owned = owned or shortcut is not x
+    if len(rows) == len(x):
+        return block.add_residual(x, shortcut, owned)
+    unchanged = shortcut is x and block.relu_input  # what a closed block does to its sample
+    if unchanged and not rows:
+        return x
+    y = shortcut if owned else shortcut.clone()
+    if not rows:
+        return block.last_act(y)
+    index = torch.tensor(rows, device=x.device)
+    out = block.add_residual(_take_rows(x, index), _take_rows(shortcut, index), True)
+    return _put_rows(y if unchanged else block.last_act(y), index, out.to(y.dtype))
+
+
+def _take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[index] in the memory format of x; index_select by itself would return contiguous rows."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def _put_rows(y: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """y with its rows at index replaced, in place where autograd allows."""
+    if y.requires_grad or rows.requires_grad:
+        return y.index_copy(0, index, rows)
+    if y.is_contiguous(memory_format=torch.channels_last):
+        y.permute(0, 2, 3, 1).index_copy_(0, index, rows.permute(0, 2, 3, 1))
+        return y
+    return y.index_copy_(0, index, rows)
 
 
 class GatedBasicBlock(GatedBlock, BasicBlock):
@@ -148,12 +187,12 @@ class GatedBottleneck(GatedBlock, Bottleneck):
         return self.act3(x)
 
 
-def gated_blocks(model: nn.Module) -> Dict[str, GatedBlock]:
+def gated_blocks(model: nn.Module) -> Dict[str, Any]:
     """Gated blocks of a model by module name ('layer2.1'), in order. Empty for a static model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, GatedBlock)}
+    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'gate', None), Gate)}
 
 
-def _require_gated_blocks(model: nn.Module) -> Dict[str, GatedBlock]:
+def _require_gated_blocks(model: nn.Module) -> Dict[str, Any]:
     blocks = gated_blocks(model)
     if not blocks:
         raise ValueError(f'model ({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_ first.')
@@ -185,10 +224,12 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
         gate_pass.record, gate_pass.sample = outer
     if not blocks:
         return output, torch.zeros(len(x), 0, device=x.device)
-    answers = {id(gate): z for gate, z in record}
-    if len(answers) != len(record) or any(id(block.gate) not in answers for block in blocks.values()):
+    answers: Dict[int, List[torch.Tensor]] = {id(block.gate): [] for block in blocks.values()}
+    for gate, z in record:
+        answers[id(gate)].append(z)  # several in a row from a model that takes its batch in parts
+    if any(sum(len(z) for z in parts) != len(x) for parts in answers.values()):
         raise RuntimeError('forward_gates needs a model whose forward runs each gated block exactly once.')
-    gates = torch.stack([answers[id(block.gate)] for block in blocks.values()], dim=1)
+    gates = torch.stack([torch.cat(parts) for parts in answers.values()], dim=1)
     if model.training and torch.is_grad_enabled() and not gates.requires_grad:
         if any(block.gate.fc2.weight.requires_grad for block in blocks.values()):
             raise RuntimeError(

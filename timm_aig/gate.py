@@ -3,7 +3,8 @@
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3
 """
 import threading
-from typing import Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -23,9 +24,20 @@ class _GatePass(threading.local):
     record: Optional[List[Tuple['Gate', torch.Tensor]]] = None  # forward_gates: each gate and its answers
     forced: Optional[Dict[int, torch.Tensor]] = None  # force_gates: id of a gate -> the answers to give instead
     sample: bool = False  # forward_gates(sample=True): draw in eval too
+    rows: slice = slice(None)  # rows_of_batch: what part of the batch runs now
 
 
 gate_pass = _GatePass()
+
+
+@contextmanager
+def rows_of_batch(start: int, stop: int) -> Iterator[None]:
+    """Run rows start to stop of a batch that a model takes in parts."""
+    gate_pass.rows = slice(start, stop)
+    try:
+        yield
+    finally:
+        gate_pass.rows = slice(None)
 
 
 def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
@@ -115,7 +127,7 @@ class Gate(nn.Module):
     def _note(self, z: torch.Tensor) -> torch.Tensor:
         """Serve the forward_gates and force_gates of this thread."""
         if gate_pass.forced is not None and id(self) in gate_pass.forced:
-            forced = gate_pass.forced[id(self)]
+            forced = gate_pass.forced[id(self)][gate_pass.rows]
             if forced.shape != z.shape:
                 raise ValueError(f'force_gates: open is for a batch of {len(forced)}, the input has {len(z)}.')
             z = forced.to(z)
