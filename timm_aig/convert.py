@@ -27,7 +27,7 @@ def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
     return [
         _Site(stage, parent, child, block)
         for stage, parent in model.named_modules()
-        for child, block in parent.named_children()
+        for child, block in parent._modules.items()  # named_children() leaves out a block's second name
         if type(block) in types
     ]
 
@@ -47,9 +47,8 @@ def _relu_input(site: _Site) -> bool:
     """Whether both the block before this one, in the same nn.Sequential, and this one end in a ReLU."""
     if not isinstance(site.parent, nn.Sequential):
         return False
-    siblings = list(site.parent.children())
-    index = siblings.index(site.block)
-    blocks = siblings[max(index - 1, 0):index + 1]
+    index = list(site.parent._modules).index(site.child)
+    blocks = list(site.parent._modules.values())[max(index - 1, 0):index + 1]
     return len(blocks) == 2 and all(type(_last_act(b)) is nn.ReLU for b in blocks)
 
 
@@ -75,7 +74,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None) -> nn.Module:
     Raises:
         ValueError: No ResNet blocks, gates already there, or a config that does not fit; the model is unchanged then.
     """
-    config = config or AIGConfig()
+    config = AIGConfig() if config is None else config
     if not isinstance(config, AIGConfig):
         raise ValueError(f'config must be an AIGConfig, not {type(config).__name__}.')
     if _find_blocks(model, tuple(GATED.values())) or isinstance(model, GatedBlock):
@@ -98,7 +97,8 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None) -> nn.Module:
                 dtype=conv.weight.dtype,
             )
             gate.train(site.block.training)
-            replacements[site.block] = GATED[type(site.block)](site.block, gate, rate, _relu_input(site))
+            relu_input = all(_relu_input(s) for s in sites if s.block is site.block)
+            replacements[site.block] = GATED[type(site.block)](site.block, gate, rate, relu_input)
     for site in sites:
         if site.block in replacements:
             setattr(site.parent, site.child, replacements[site.block])
@@ -116,8 +116,10 @@ def ungate_(model: nn.Module) -> nn.Module:
         ValueError: The model has no gated blocks.
     """
     _require_gated_blocks(model)
-    for site in _find_blocks(model, tuple(GATED.values())):
-        setattr(site.parent, site.child, site.block.ungated())
+    sites = _find_blocks(model, tuple(GATED.values()))
+    blocks = {site.block: site.block.ungated() for site in sites}  # by block, as in gate_
+    for site in sites:
+        setattr(site.parent, site.child, blocks[site.block])
     _record_args(model, None)
     return model
 

@@ -53,14 +53,15 @@ def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
     tensors = {k: v.to('meta') for k, v in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     x = torch.empty(1, *input_size, device='meta', dtype=dtype)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     counter = FlopCounterMode(display=False)
     model.eval()
     try:
         with torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, x)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     counts = counter.get_flop_counts()
 
     def macs(name: str) -> int:

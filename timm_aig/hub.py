@@ -1,5 +1,6 @@
 """save_pretrained: an adaptive model as a folder that timm loads, safetensors and config.json."""
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
@@ -37,7 +38,7 @@ def save_pretrained(
     """
     model = unwrap_model(model)
     arch = getattr(model, 'pretrained_cfg', {}).get('architecture')
-    if not arch or not is_model(arch) or bool(gated_blocks(model)) != arch.endswith('_aig'):
+    if not arch or not is_model(arch) or (gated_blocks(model) and not arch.endswith('_aig')):
         raise ValueError(
             f'model ({type(model).__name__}, architecture {arch!r}) cannot be rebuilt from timm\'s registry: '
             f'only models made by timm.create_model can be saved.')
@@ -47,6 +48,8 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as saving:
         save_file(tensors, Path(saving, 'model.safetensors'), metadata={'format': 'pt'})
         save_config_for_hf(model, str(Path(saving, 'config.json')), model_config=model_config)
+        # safetensors makes files that only their owner may read
+        shutil.copymode(Path(saving, 'config.json'), Path(saving, 'model.safetensors'))
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(saving, name), folder / name)
     return folder

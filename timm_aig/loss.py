@@ -50,13 +50,11 @@ class TargetRateLoss(nn.Module):
             ValueError: A rate outside [0, 1] or an unknown reduction.
         """
         super().__init__()
-        rates = torch.tensor(list(target_rates), dtype=torch.float64)
-        if not ((rates >= 0) & (rates <= 1)).all():
+        self.target_rates = tuple(float(rate) for rate in target_rates)
+        if not all(0 <= rate <= 1 for rate in self.target_rates):
             raise ValueError(f'target_rates must be numbers in [0, 1], not {list(target_rates)}.')
         if reduction not in ('sum', 'mean'):
             raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}.")
-        self.target_rates: torch.Tensor
-        self.register_buffer('target_rates', rates, persistent=False)
         self.weight = weight
         self.reduction = reduction
 
@@ -65,7 +63,7 @@ class TargetRateLoss(nn.Module):
         if gates.ndim != 2 or gates.shape[1] != len(self.target_rates):
             raise ValueError(f'gates must be [batch, {len(self.target_rates)}], not {list(gates.shape)}.')
         rates = global_mean(gates)
-        errors = (rates - self.target_rates.to(rates)) ** 2
+        errors = (rates - rates.new_tensor(self.target_rates)) ** 2
         return self.weight * (errors.sum() if self.reduction == 'sum' else errors.mean())
 
 

@@ -41,7 +41,8 @@ def _default_cfgs() -> Dict[str, Any]:
         for name, cfg in get_arch_pretrained_cfgs(parent).items():
             arch, dot, tag = name.partition('.')
             cfgs[f'{arch}_aig{dot}{tag}'] = cfg
-    cfgs.update((name, c['pretrained_cfg']) for name, c in _HUB_CONFIGS.items())
+    for name, config in _HUB_CONFIGS.items():  # timm's sizes, means and the like are tuples, which JSON has not
+        cfgs[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
     return cfgs
 
 
