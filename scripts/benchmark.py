@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""Times an adaptive ResNet against its static parent, both optimised the same way, interleaved in one process.
+
+Each row of the table is one way to run the network. Gates are forced open at random with rate r for each image and
+block (seeded), or, with --images, decide themselves on real images. In every round each row runs the same images, one
+batch of one row after one of another, so that what else the machine does hits all rows alike.
+
+    ms/img      milliseconds an image, median of the rounds
+    ratio       time over the parent's that is optimised the same way: median, and range of the rounds
+    MACs        executed multiply-adds over the parent's
+    efficiency  MACs / ratio: 1 where all of the skipped compute is saved time
+    peak MiB    memory a pass needs on top of model and input (Linux, CPU, with --memory)
+"""
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import timm
+import torch
+
+import timm_aig
+
+EXAMPLES = """examples:
+  scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
+  scripts/benchmark.py --model resnet101_aig --batch-size 1 --compile
+  scripts/benchmark.py --model local-dir:output/demo --images my/images --json result.json
+"""
+
+
+class Row(NamedTuple):
+    """One way to run the network: `run(images, open)` with open [B, L], or None to let the gates decide."""
+    name: str
+    run: Callable[[torch.Tensor, Optional[torch.Tensor]], Any]
+    rate: Optional[float] = None  # forced rate; None with the gates' own decisions
+    reference: Optional[str] = None  # row that the ratio is to
+    adaptive: bool = False
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='resnet50_aig', help='adaptive model (default: resnet50_aig)')
+    parser.add_argument('--pretrained', action='store_true', help='load its weights, as local-dir: and hf-hub: do')
+    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 8, 32], help='default: 1 8 32')
+    parser.add_argument('--rate', type=float, nargs='+', default=[1., .7, .5, .3], help='default: 1 .7 .5 .3')
+    parser.add_argument('--img-size', type=int, help="default: the model's")
+    parser.add_argument('--images', metavar='DIR', help='folder of images; the gates decide instead of --rate')
+    parser.add_argument('--num-images', type=int, default=32, help='images in a round (default: 32)')
+    parser.add_argument('--rounds', type=int, default=7, help='default: 7')
+    parser.add_argument('--compile', action='store_true', help='rows with optimize_for_inference(compile=True) too')
+    parser.add_argument('--runtimes', action='store_true', help='static parent in ONNX Runtime and OpenVINO too')
+    parser.add_argument('--memory', action='store_true', help='peak memory of a pass too')
+    parser.add_argument('--device', default='cpu', help='default: cpu')
+    parser.add_argument('--threads', type=int, help="default: torch's")
+    parser.add_argument('--seed', type=int, default=0, help='default: 0')
+    parser.add_argument('--json', metavar='FILE', help='write the result there too, - for standard output')
+    args = parser.parse_args()
+    if min(args.batch_size) < 1 or args.num_images < 1 or args.rounds < 1:
+        parser.error('--batch-size, --num-images and --rounds must be at least 1.')
+    if not all(0 <= rate <= 1 for rate in args.rate):
+        parser.error(f'--rate must be in [0, 1], not {args.rate}.')
+    return args
+
+
+def load_models(args: argparse.Namespace) -> Any:
+    """The adaptive model and its static parent, with the same weights."""
+    pretrained = args.pretrained or ':' in args.model
+    try:
+        adaptive = timm.create_model(args.model, pretrained=pretrained).eval().to(args.device)
+        parent = timm_aig.ungate_(timm.create_model(args.model, pretrained=pretrained)).eval().to(args.device)
+    except Exception as e:
+        sys.exit(f'benchmark: --model {args.model}: {e}')
+    parent.load_state_dict(adaptive.state_dict(), strict=False)
+    return adaptive, parent
+
+
+def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tensor:
+    """Images [num_images, C, H, W]: real ones from --images, else noise (time does not depend on values)."""
+    config = timm.data.resolve_data_config(model=model)
+    channels, height, width = config['input_size']
+    if args.img_size:
+        height = width = args.img_size
+    if not args.images:
+        generator = torch.Generator().manual_seed(args.seed)
+        return torch.randn(args.num_images, channels, height, width, generator=generator).to(args.device)
+    transform = timm.data.create_transform(**{**config, 'input_size': (channels, height, width)})
+    try:
+        dataset = timm.data.ImageDataset(args.images, transform=transform)
+        count = min(args.num_images, len(dataset))
+        return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)]).to(args.device)
+    except Exception as e:
+        sys.exit(f'benchmark: --images {args.images}: {e}')
+
+
+def runtime_rows(args: argparse.Namespace, parent: torch.nn.Module, images: torch.Tensor, batch: int) -> List[Row]:
+    """The static parent in the runtimes that are installed."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, 'parent.onnx'))
+        try:
+            torch.onnx.export(parent, (images[:batch],), file, input_names=['x'], dynamo=True, verbose=False)
+        except ImportError as e:
+            sys.exit(f"benchmark: --runtimes needs pip install 'timm_aig[export]' ({e}).")
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            pass
+        else:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # would slow the other rows
+            session = ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+            name = f'parent, ONNX Runtime {ort.__version__}'
+            rows.append(Row(name, lambda x, _: session.run(None, {'x': x.numpy()})))
+        try:
+            import openvino as ov
+        except ImportError:
+            pass
+        else:
+            config = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
+            model = ov.Core().compile_model(file, 'CPU', config)
+            rows.append(Row(f"parent, OpenVINO {ov.__version__.split('-')[0]}", lambda x, _: model(x.numpy())))
+    return rows
+
+
+def adaptive_rows(args: argparse.Namespace, model: torch.nn.Module, label: str, reference: str) -> List[Row]:
+    def forced(x: torch.Tensor, open: torch.Tensor) -> None:
+        with timm_aig.force_gates(model, open):
+            model(x)
+
+    if args.images:
+        return [Row(f'{label}, own gates', lambda x, _: model(x), None, reference, adaptive=True)]
+    return [Row(f'{label}, r = {rate:g}', forced, rate, reference, adaptive=True) for rate in args.rate]
+
+
+def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
+    fast_parent = timm_aig.optimize_for_inference(parent)
+    rows = [
+        Row('parent, timm default', lambda x, _: parent(x), reference='parent, optimized'),
+        Row('parent, optimized', lambda x, _: fast_parent(x), reference='parent, optimized'),
+        *adaptive_rows(args, timm_aig.optimize_for_inference(adaptive), 'adaptive', 'parent, optimized'),
+    ]
+    if args.compile:
+        compiled_parent = timm_aig.optimize_for_inference(parent, compile=True)
+        compiled = timm_aig.optimize_for_inference(adaptive, compile=True)
+        rows.append(Row('parent, compiled', lambda x, _: compiled_parent(x), reference='parent, compiled'))
+        rows.extend(adaptive_rows(args, compiled, 'adaptive, compiled', 'parent, compiled'))
+    if args.runtimes:
+        rows.extend(row._replace(reference='parent, optimized')
+                    for row in runtime_rows(args, parent, images, batch))
+    return rows
+
+
+def time_rows(
+        args: argparse.Namespace, rows: List[Row], images: torch.Tensor, batch: int, gates: Dict[str, torch.Tensor],
+) -> Dict[str, List[float]]:
+    """Seconds of each round for each row."""
+    synchronize = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
+    starts = range(0, len(images) - batch + 1, batch)
+    seconds: Dict[str, List[float]] = {row.name: [] for row in rows}
+    for round in range(-1, args.rounds):  # round -1 warms up
+        totals = dict.fromkeys(seconds, 0.)
+        for start in starts:
+            x = images[start:start + batch]
+            for row in rows:
+                open = gates[row.name][start:start + batch].bool() if row.rate is not None else None
+                synchronize()
+                begin = time.perf_counter()
+                row.run(x, open)
+                synchronize()
+                totals[row.name] += time.perf_counter() - begin
+        if round >= 0:
+            for name, total in totals.items():
+                seconds[name].append(total / (len(starts) * batch))
+        print(f'\rbatch {batch}: round {round + 1} of {args.rounds}', end='', file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return seconds
+
+
+def peak_mib(row: Row, x: torch.Tensor, open: Optional[torch.Tensor]) -> Optional[float]:
+    """Memory that a pass needs on top of what is there before, from Linux's high-water mark of the process."""
+    def status(key: str) -> float:
+        line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    try:
+        Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
+        before = status('VmRSS')
+        row.run(x, open)
+        return status('VmHWM') - before
+    except OSError:
+        return None
+
+
+def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Dict]:
+    """The table's rows for one batch size."""
+    cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
+    parent_macs = timm_aig.compute_cost(parent, tuple(images.shape[1:])).total
+    rows = make_rows(args, adaptive, parent, images, batch)
+    generator = torch.Generator().manual_seed(args.seed)
+    gates = {}
+    for row in rows:
+        if row.adaptive and row.rate is None:
+            gates[row.name] = timm_aig.forward_gates(adaptive, images)[1]
+        elif row.adaptive:
+            generator.manual_seed(args.seed)  # the lower rate's gates are a subset of the higher's
+            gates[row.name] = (torch.rand(len(images), len(cost.blocks), generator=generator) < row.rate).float()
+    seconds = time_rows(args, rows, images, batch, gates)
+    results = []
+    for row in rows:
+        ratios = [s / r for s, r in zip(seconds[row.name], seconds[row.reference])]
+        macs = cost.executed(gates[row.name]).mean().item() / parent_macs if row.adaptive else 1.
+        result = dict(
+            batch_size=batch, name=row.name, reference=row.reference, rate=row.rate,
+            ms_per_image=statistics.median(seconds[row.name]) * 1e3,
+            ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+            macs_share=macs, efficiency=macs / statistics.median(ratios),
+        )
+        if args.memory:
+            open = gates[row.name][:batch].bool() if row.rate is not None else None
+            result['peak_mib'] = peak_mib(row, images[:batch], open)
+        results.append(result)
+    return results
+
+
+def print_table(results: List[Dict], memory: bool) -> None:
+    print(f"{'batch':>5}  {'':34} {'ms/img':>8}  {'ratio':>6} {'range':>13} {'MACs':>6} {'efficiency':>10}"
+          + (f" {'peak MiB':>9}" if memory else ''))
+    for r in results:
+        line = f"{r['batch_size']:>5}  {r['name']:34} {r['ms_per_image']:8.2f}  {r['ratio']:6.3f} " \
+               f"{r['ratio_min']:6.3f}-{r['ratio_max']:<6.3f} {r['macs_share']:6.3f} {r['efficiency']:10.3f}"
+        if memory:
+            line += f" {r['peak_mib']:9.1f}" if r['peak_mib'] is not None else f" {'-':>9}"
+        print(line)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    adaptive, parent = load_models(args)
+    with torch.inference_mode():
+        images = load_images(args, adaptive)
+        setting = dict(
+            model=args.model, input_size=list(images.shape[1:]), device=args.device, precision='float32',
+            threads=torch.get_num_threads(), cpu=cpu_name(), cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            torch=torch.__version__, timm=timm.__version__, timm_aig=timm_aig.__version__, images=len(images),
+            rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv),
+        )
+        print(', '.join(f'{k} {v}' for k, v in setting.items()), file=sys.stderr if args.json == '-' else sys.stdout)
+        results = []
+        for batch in args.batch_size:
+            if batch > len(images):
+                sys.exit(f'benchmark: --batch-size {batch} needs --num-images of at least that, not {len(images)}.')
+            results.extend(measure(args, adaptive, parent, images, batch))
+    if args.json != '-':
+        print_table(results, args.memory)
+    if args.json:
+        text = json.dumps(dict(setting=setting, results=results), indent=2)
+        if args.json == '-':
+            print(text)
+        else:
+            Path(args.json).write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    main()

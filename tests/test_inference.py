@@ -1,0 +1,350 @@
+"""optimize_for_inference computes what the model computes, and no more."""
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings, strategies as st
+
+import timm_aig
+from timm_aig.inference import FusedConv, InferenceBlock
+
+ARCHS = ['resnet18', 'resnet26d', 'ecaresnet26t', 'resnetblur18', 'seresnext26d_32x4d', 'resnet50_gn', 'cifar_resnet20']
+SCRIPT = Path(__file__).parent.parent / 'scripts' / 'benchmark.py'
+
+
+def create(arch, **kwargs):
+    """A model in eval whose branches, shortcuts and gates all matter: random norms, gates that differ by image."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm)):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.)
+            torch.nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.5)
+    return model
+
+
+def images(batch, arch='resnet18'):
+    size = 32 if 'cifar' in arch else 64
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.fixture(scope='module')
+def models():
+    """(adaptive, optimized) by arch and micro-batch, made once."""
+    made = {}
+
+    def get(arch, micro_batch=None):
+        if arch not in made:
+            made[arch] = create(f'{arch}_aig')
+        if (arch, micro_batch) not in made:
+            made[arch, micro_batch] = timm_aig.optimize_for_inference(made[arch], micro_batch=micro_batch)
+        return made[arch], made[arch, micro_batch]
+    return get
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_outputs_and_gates_are_the_models_for_any_pattern_batch_layout_and_micro_batch(models, data):
+    arch = data.draw(st.sampled_from(ARCHS))
+    batch = data.draw(st.integers(1, 9))
+    model, optimized = models(arch, data.draw(st.sampled_from([None, 1, 2, 4, 16])))
+    rate = data.draw(st.sampled_from([0., 0.3, 0.7, 1.]))
+    layout = data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    open = torch.rand(batch, len(timm_aig.gated_blocks(model)), generator=generator) < rate
+    x = images(batch, arch).contiguous(memory_format=layout)
+    before = x.clone()
+    timm_aig.set_execution(model, 'masked')
+    with torch.no_grad(), timm_aig.force_gates(model, open):
+        expected = model(x)
+    with timm_aig.force_gates(optimized, open):
+        actual, gates = timm_aig.forward_gates(optimized, x)
+    assert_same(actual, expected)
+    assert torch.equal(gates, open.float())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
+    model = copy.deepcopy(models(arch)[0])
+    for block in timm_aig.gated_blocks(model).values():  # thresholds in the middle of what these images give
+        with torch.no_grad():
+            block.gate.fc2.weight.normal_(0, 1)
+            block.gate.fc2.bias.zero_()
+    optimized = timm_aig.optimize_for_inference(model)
+    x = images(6, arch)
+    with torch.no_grad():
+        expected, gates = timm_aig.forward_gates(model, x)
+    actual, fast_gates = timm_aig.forward_gates(optimized, x)
+    assert torch.equal(fast_gates, gates)
+    assert 0 < gates.mean() < 1
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize('arch', ['resnet50', 'seresnet18', 'cifar_resnet20'])
+def test_a_static_model_keeps_its_outputs(arch):
+    model = create(arch)
+    x = images(3, arch)
+    with torch.no_grad():
+        assert_same(timm_aig.optimize_for_inference(model)(x), model(x))
+
+
+def test_the_model_itself_is_untouched():
+    model = create('resnet18_aig')
+    state = copy.deepcopy(model.state_dict())
+    modules = {name: type(m) for name, m in model.named_modules()}
+    timm_aig.optimize_for_inference(model)(images(2))
+    assert {name: type(m) for name, m in model.named_modules()} == modules
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_collected_features_are_not_overwritten_by_later_blocks():
+    for arch in ('resnet18_aig', 'resnet26d_aig', 'cifar_resnet20_aig'):
+        model = create(arch, features_only=True)
+        optimized = timm_aig.optimize_for_inference(model, micro_batch=4)
+        x = images(4, arch)
+        open = torch.rand(4, len(timm_aig.gated_blocks(model)), generator=torch.Generator().manual_seed(1)) < 0.5
+        with torch.no_grad(), timm_aig.force_gates(model, open):
+            expected = model(x)
+        with timm_aig.force_gates(optimized, open):
+            actual = optimized(x)
+        assert len(actual) == len(expected) == len(model.feature_info)
+        for a, e in zip(actual, expected):
+            assert_same(a, e)
+
+
+def test_the_models_other_methods_take_the_same_path(models):
+    model, optimized = models('resnet26d')
+    x = images(3)
+    with torch.no_grad():
+        assert_same(optimized.forward_features(x), model.forward_features(x))
+        for a, e in zip(optimized.forward_intermediates(x)[1], model.forward_intermediates(x)[1]):
+            assert_same(a, e)
+    assert optimized.num_classes == model.num_classes
+
+
+def convolution_rows(optimized, x, open):
+    """How many samples the branch of each block computed."""
+    rows = {}
+    handles = []
+    for name, block in timm_aig.gated_blocks(optimized).items():
+        rows[name] = 0
+
+        def hook(module, args, name=name):
+            rows[name] += len(args[0])
+        handles.append(block.branch.register_forward_pre_hook(hook))
+    with timm_aig.force_gates(optimized, open):
+        optimized(x)
+    for handle in handles:
+        handle.remove()
+    return list(rows.values())
+
+
+@pytest.mark.parametrize('micro_batch', [1, 3, 8])
+def test_a_branch_computes_the_open_samples_only(models, micro_batch):
+    _, optimized = models('resnet18', micro_batch)
+    blocks = len(timm_aig.gated_blocks(optimized))
+    for rate in (0., 0.5, 1.):
+        open = torch.rand(8, blocks, generator=torch.Generator().manual_seed(2)) < rate
+        assert convolution_rows(optimized, images(8), open) == open.sum(0).tolist()
+
+
+def test_neither_order_nor_company_in_a_batch_changes_a_sample(models):
+    for micro_batch in (1, 3, 8):
+        _, optimized = models('resnet18', micro_batch)
+        x = images(8)
+        expected = torch.cat([optimized(x[i:i + 1]) for i in range(8)])
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+        assert_same(optimized(x), expected)
+        assert_same(optimized(x[order]), expected[order])
+
+
+def test_a_sample_of_nans_does_not_change_its_neighbours(models):
+    for model in models('resnet18', 4):
+        x = images(4)  # one micro-batch
+        with torch.no_grad():
+            expected = model(x)
+            x[2] = float('nan')
+            actual = model(x)
+        keep = [0, 1, 3]
+        assert_same(actual[keep], expected[keep])
+
+
+def test_one_model_serves_many_threads(models):
+    for model in models('cifar_resnet20'):
+        requests = [images(1 + i % 3, 'cifar_resnet20') + i / 100 for i in range(200)]
+        with torch.no_grad():
+            expected = [timm_aig.forward_gates(model, x) for x in requests]
+
+        def serve(x, model=model):
+            with torch.no_grad():
+                return timm_aig.forward_gates(model, x)
+        with ThreadPoolExecutor(8) as pool:
+            actual = list(pool.map(serve, requests))
+        for (y, gates), (y0, gates0) in zip(actual, expected):
+            assert_same(y, y0)
+            assert torch.equal(gates, gates0)
+
+
+def test_blocks_that_calibration_images_never_or_always_run_lose_their_gate():
+    model = create('cifar_resnet20_aig')
+    blocks = list(timm_aig.gated_blocks(model).values())
+    with torch.no_grad():
+        for block in blocks:
+            block.gate.fc2.weight.zero_()
+        for block in (blocks[1], blocks[3], blocks[8]):  # closed: identity, downsampling, last
+            block.gate.fc2.bias.copy_(torch.tensor([1., 0.]))
+        blocks[4].gate.fc2.weight.normal_()
+        x = images(16, 'cifar')
+        inputs = []
+        handle = blocks[4].gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0]))
+        model(x)
+        handle.remove()
+        closed, opened = blocks[4].gate.logits(inputs[0]).unbind(1)
+        blocks[4].gate.offset = (closed - opened).sort().values[7:9].mean().item()  # open for half of the images
+        expected, gates = timm_aig.forward_gates(model, x)
+        assert 0.3 < gates[:, 4].mean() < 0.7
+        optimized = timm_aig.optimize_for_inference(model, calibration=[x[:10], x[10:]])
+    assert list(timm_aig.gated_blocks(optimized)) == ['model.layer2.1']
+    actual, fast_gates = timm_aig.forward_gates(optimized, x)
+    assert_same(actual, expected)
+    assert torch.equal(fast_gates, gates[:, 4:5])
+    assert not list(optimized.model.layer1[1].branch.parameters())
+
+
+def test_an_optimized_model_can_be_copied_and_pickled_after_use(models):
+    _, optimized = models('cifar_resnet20')
+    x = images(3, 'cifar')
+    expected = optimized(x)
+    assert torch.equal(copy.deepcopy(optimized)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), expected)
+
+
+def test_another_image_size_and_dtype_give_the_models_outputs(models):
+    model, optimized = models('resnet18')
+    for size in (64, 96, 65, 64):
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            assert_same(optimized(x), model(x))
+    model, optimized = copy.deepcopy(model).bfloat16(), copy.deepcopy(optimized).bfloat16()
+    x = images(3).bfloat16()
+    open = torch.rand(3, len(timm_aig.gated_blocks(model)), generator=torch.Generator().manual_seed(3)) < 0.5
+    with torch.no_grad(), timm_aig.force_gates(model, open):
+        expected = model(x)
+    with timm_aig.force_gates(optimized, open):
+        actual = optimized(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
+
+
+def test_plain_convolutions_replace_the_fused_ones_where_there_are_none(models, monkeypatch):
+    model, optimized = models('resnet18')
+    x = images(3)
+    monkeypatch.setattr(FusedConv, '_packed_weight', lambda self, x: None)
+    with torch.no_grad():
+        assert_same(optimized(x), model(x))
+
+
+def test_compiled_blocks_keep_the_outputs_over_batch_sizes():
+    model = create('cifar_resnet20_aig')
+    timm_aig.ungate_(model)
+    timm_aig.gate_(model, timm_aig.AIGConfig(target_rates=[1, .5] + [1] * 7))
+    model.layer1, model.layer3 = model.layer1[1:], torch.nn.Sequential()  # two stages are enough to compile
+    model.reset_classifier(0)
+    optimized = timm_aig.optimize_for_inference(model, compile=True)
+    for batch in (1, 3, 2, 5):
+        x = images(batch, 'cifar')
+        for open in (torch.ones(batch, 1), torch.zeros(batch, 1), torch.arange(batch)[:, None] % 2):
+            with torch.no_grad(), timm_aig.force_gates(model, open.bool()):
+                expected = model(x)
+            with timm_aig.force_gates(optimized, open.bool()):
+                assert_same(optimized(x), expected)
+
+
+def test_training_it_optimizing_twice_and_bad_arguments_are_refused(models):
+    model, optimized = models('resnet18')
+    assert optimized.eval() is optimized
+    with pytest.raises(RuntimeError, match='cannot train'):
+        optimized.train()
+    with pytest.raises(ValueError, match='optimized already'):
+        timm_aig.optimize_for_inference(optimized)
+    with pytest.raises(ValueError, match='micro_batch must be at least 1, not 0'):
+        timm_aig.optimize_for_inference(model, micro_batch=0)
+    with pytest.raises(ValueError, match='calibration must have at least one image'):
+        timm_aig.optimize_for_inference(model, calibration=[])
+    with pytest.raises(ValueError, match='has no timm ResNet blocks'):
+        timm_aig.optimize_for_inference(torch.nn.Linear(2, 2))
+
+
+def test_every_block_of_an_optimized_model_is_an_inference_block(models):
+    _, optimized = models('resnet26d')
+    assert sum(isinstance(m, InferenceBlock) for m in optimized.modules()) == 8
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in optimized.modules())
+
+
+def run_benchmark(*args):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_benchmark_reports_every_row_with_its_share_of_macs(tmp_path):
+    done = run_benchmark(
+        '--model', 'cifar_resnet20_aig', '--batch-size', 1, 4, '--num-images', 4, '--rounds', 2, '--rate', 1, 0.5,
+        '--memory', '--json', tmp_path / 'result.json')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert result['setting']['threads'] >= 1
+    assert result['setting']['cpu']
+    rows = result['results']
+    assert [(r['batch_size'], r['rate']) for r in rows] == [
+        (b, rate) for b in (1, 4) for rate in (None, None, 1., .5)]
+    for row in rows:
+        assert row['ms_per_image'] > 0
+        assert row['ratio_min'] <= row['ratio'] <= row['ratio_max']
+        assert row['efficiency'] == pytest.approx(row['macs_share'] / row['ratio'])
+        assert f"{row['ms_per_image']:.2f}" in done.stdout
+    shares = {r['rate']: r['macs_share'] for r in rows if r['rate']}
+    assert shares[1.] == pytest.approx(1, abs=0.01)
+    assert 0.3 < shares[.5] < 0.8
+
+
+def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
+    from PIL import Image
+    for i in range(4):
+        Image.new('RGB', (40, 40), (i * 60, 0, 0)).save(tmp_path / f'{i}.png')
+    done = run_benchmark(
+        '--model', 'cifar_resnet20_aig', '--batch-size', 2, '--images', tmp_path, '--rounds', 1, '--json', '-')
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)['results'][-1]
+    assert row['name'] == 'adaptive, own gates'
+    assert row['macs_share'] == pytest.approx(1, abs=0.01)  # new gates are open
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model', 'nosuch_aig'], '--model nosuch_aig: Unknown model'),
+    (['--model', 'resnet18'], '--model resnet18: model (ResNet) has no gated blocks'),
+    (['--rate', '1.5'], '--rate must be in [0, 1]'),
+    (['--batch-size', '0'], 'must be at least 1'),
+    (['--model', 'cifar_resnet20_aig', '--images', 'nosuchfolder'], '--images nosuchfolder'),
+    (['--model', 'cifar_resnet20_aig', '--batch-size', '9', '--num-images', '2'], '--batch-size 9 needs'),
+])
+def test_the_benchmark_names_the_argument_that_is_wrong(args, message):
+    done = run_benchmark(*args)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert 'Traceback' not in done.stderr

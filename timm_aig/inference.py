@@ -1,0 +1,302 @@
+"""optimize_for_inference: an eval-only copy of a model, in which a skipped block is saved time.
+
+What it rests on, each measured with scripts/benchmark.py:
+    * Batch norms are folded into convolutions, convolutions run with bias, ReLU and the sum with the shortcut in one
+      oneDNN call (CPU, float32), in channels_last.
+    * A stage works in place on its first block's output, so a closed block behind an identity shortcut costs nothing
+      but its gate.
+    * On a CPU a batch is run in micro-batches of about one 224 px image, through the whole network: then there is
+      nothing to gather and scatter, a block runs or not, and activations stay in the cache.
+"""
+import copy
+from functools import partial
+from itertools import chain
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropBlock2d, DropPath
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from .blocks import forward_gates, gated_blocks, open_rows, run_open_rows
+from .gate import Gate, gate_pass, rows_of_batch
+
+__all__ = ['optimize_for_inference']
+
+MICRO_BATCH_PIXELS = 224 * 224
+
+_HAS_FUSED_OPS = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ('_convolution_pointwise', '_convolution_pointwise_', '_reorder_convolution_weight'))
+
+
+class FusedConv(nn.Module):
+    """Convolution with bias and, if asked for, ReLU. On a CPU in float32 one oneDNN call, with weights laid out for it.
+
+    The oneDNN operators are those that torch.compile emits; elsewhere plain convolutions serve.
+    """
+
+    def __init__(self, conv: Any, relu: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach(), False)
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        self.bias = nn.Parameter(bias, False)
+        padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
+        self.conv_args: Tuple[Any, ...] = (stride, padding, dilation, False, [0, 0], conv.groups)
+        self.fused_args: Tuple[Any, ...] = (padding, stride, dilation, conv.groups)
+        self.relu = relu
+        self._packed: Tuple[Any, Any] = (None, None)  # image size and the weights in oneDNN's layout for it
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**vars(self), '_packed': (None, None)}  # they can neither be copied nor pickled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._packed_weight(x)
+        if weight is not None:
+            act = 'relu' if self.relu else 'none'
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.fused_args, act, [], '')
+        x = torch.convolution(x, self.weight, self.bias, *self.conv_args)
+        return x.relu_() if self.relu else x
+
+    def add_relu_(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """relu(conv(x) + shortcut), written into shortcut."""
+        if torch.compiler.is_compiling():  # fuses by itself
+            return torch.relu(self(x) + shortcut)
+        weight = self._packed_weight(x)
+        if weight is not None:
+            return torch.ops.mkldnn._convolution_pointwise_(
+                shortcut, x, weight, self.bias, *self.fused_args, 'add', 1., 'relu', [], '')
+        return shortcut.add_(self(x)).relu_()
+
+    def _packed_weight(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        if not _HAS_FUSED_OPS or torch.compiler.is_compiling():
+            return None
+        if x.device.type != 'cpu' or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return None
+        size, weight = self._packed
+        if size != x.shape[2:]:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.fused_args, list(x.shape))
+            self._packed = (x.shape[2:], weight)
+        return weight
+
+
+def _fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
+    """The same function in fewer modules: batch norms and ReLUs move into the convolution before them."""
+    folded: List[Any] = []
+    for module in chain.from_iterable(m if isinstance(m, nn.Sequential) else [m] for m in modules):
+        last = folded[-1] if folded else None
+        if module is None or isinstance(module, (nn.Identity, DropBlock2d, DropPath)):
+            continue
+        if type(module) is nn.BatchNorm2d and isinstance(last, nn.Conv2d):
+            folded[-1] = fuse_conv_bn_eval(last, module)
+        elif type(module) is nn.ReLU and _is_plain_conv(last):
+            folded[-1] = FusedConv(last, relu=True)
+        else:
+            folded.append(module)
+    return [FusedConv(m, relu=False) if _is_plain_conv(m) else m for m in folded]
+
+
+def _is_plain_conv(module: Optional[nn.Module]) -> bool:
+    return type(module) is nn.Conv2d and module.padding_mode == 'zeros' and not isinstance(module.padding, str)
+
+
+class InferenceGate(Gate):
+    """A gate in few calls, since they are short.
+
+    Modifications:
+        * the batch norm moves into fc1
+        * fc2 has one output, open minus closed logit
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        nn.Module.__init__(self)
+        fc1 = fuse_linear_bn_eval(gate.fc1, gate.bn) if isinstance(gate.bn, nn.BatchNorm1d) else gate.fc1
+        self.weight1 = nn.Parameter(fc1.weight.detach().t().contiguous(), False)
+        self.bias1 = nn.Parameter(fc1.bias.detach(), False)
+        self.weight2 = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
+        self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
+        self.offset = gate.offset
+
+    def open_rows(self, x: torch.Tensor) -> List[int]:
+        """Which of the block inputs x [B, C, H, W] run."""
+        hidden = torch.addmm(self.bias1, x.mean((2, 3)), self.weight1).relu_()
+        scores = F.linear(hidden, self.weight2, self.bias2)
+        if gate_pass.record is None and gate_pass.forced is None:
+            return [row for row, (score,) in enumerate(scores.tolist()) if score > -self.offset]
+        return open_rows(self._note((scores[:, 0] > -self.offset).float()))
+
+
+class InferenceBlock(nn.Module):
+    """A residual block, gated or not, that computes the open samples only."""
+
+    def __init__(self, block: Any, rate: Optional[float] = None) -> None:
+        """
+        Args:
+            block: timm block, gated or not.
+            rate: Share of calibration images that run it: 0 removes the branch, 1 the gate.
+        """
+        super().__init__()
+        bottleneck = isinstance(block, Bottleneck)
+        branch = [block.conv1, block.bn1, block.act1, block.aa, block.conv2, block.bn2, block.se]
+        if bottleneck:
+            branch = [block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.act2, block.aa,
+                      block.conv3, block.bn3, block.se]
+        steps = _fold(*branch)
+        self.last_act: nn.Module = block.act3 if bottleneck else block.act2
+        fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)
+        self.last_conv: Any = steps.pop() if fused else None  # adds the shortcut and applies the ReLU itself
+        self.branch = nn.Sequential(*steps)
+        self.downsample = None if block.downsample is None else nn.Sequential(*_fold(block.downsample))
+        self.relu_input = getattr(block, 'relu_input', False)
+        self.target_rate = getattr(block, 'target_rate', 1.)
+        gated = hasattr(block, 'gate') and rate not in (0, 1)
+        self.gate = InferenceGate(block.gate) if gated else None
+        self.never = rate == 0
+        if self.never:
+            self.branch, self.last_conv = nn.Sequential(), None
+
+    def forward(self, x: torch.Tensor, owned: bool = False) -> torch.Tensor:
+        """Outputs for inputs x [B, C, H, W]; overwrites x if it is `owned`, and returns it if no sample changes."""
+        if self.gate is not None:
+            rows: Sequence[int] = self.gate.open_rows(x)
+        else:
+            rows = () if self.never else range(len(x))
+        return run_open_rows(self, x, rows, owned)
+
+    def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """act(residual(x) + shortcut), see run_open_rows."""
+        x = self.branch(x)
+        if self.last_conv is not None:
+            return self.last_conv.add_relu_(x, shortcut if overwrite else shortcut.clone())
+        return self.last_act(x.add_(shortcut))
+
+
+class InferenceStage(nn.Sequential):
+    """Blocks in a row; what the first of them allocates, the others overwrite."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        owned = False
+        for block in self.children():
+            y = block(x, owned)
+            owned = owned or y is not x
+            x = y
+        return x
+
+
+class InferenceModel(nn.Module):
+    """Runs an optimized model in micro-batches. Its other attributes and methods are the model's."""
+
+    def __init__(self, model: nn.Module, micro_batch: Optional[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.micro_batch = micro_batch
+        self.training = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'model':  # not there yet while unpickling
+                raise
+            return getattr(self.model, name)
+
+    def train(self, mode: bool = True) -> 'InferenceModel':
+        if mode:
+            raise RuntimeError('a model optimized for inference cannot train, train the one it was made from.')
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> Any:
+        x = x.contiguous(memory_format=torch.channels_last)
+        size = self.micro_batch or self._micro_batch(x)
+        if len(x) <= size:
+            return self.model(x)
+        outputs = []
+        for start in range(0, len(x), size):
+            with rows_of_batch(start, start + size):
+                outputs.append(self.model(x[start:start + size]))
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.cat(outputs)
+        return [torch.cat(parts) for parts in zip(*outputs)]  # features
+
+    def _micro_batch(self, x: torch.Tensor) -> int:
+        if x.device.type != 'cpu':
+            return len(x)
+        return max(1, MICRO_BATCH_PIXELS // (x.shape[2] * x.shape[3]))
+
+
+def optimize_for_inference(
+        model: nn.Module,
+        calibration: Optional[Iterable[torch.Tensor]] = None,
+        compile: bool = False,
+        micro_batch: Optional[int] = None,
+) -> nn.Module:
+    """Copy a model for fast inference. The model itself is untouched.
+
+    Args:
+        model: timm ResNet, adaptive or static, or any module that contains one, on the device it will run on.
+        calibration: Batches of images [B, C, H, W]. Blocks that run for all of these images lose their gate, blocks
+            that run for none of them are removed.
+        compile: Compile the convolutions of each block with torch.compile, the branch outside. Needs a C++ compiler.
+        micro_batch: Images to run through the network at a time. If None, on a CPU as many as have the pixels of one
+            224 x 224 image, elsewhere the whole batch.
+
+    Returns:
+        An eval-only model that takes and returns what `model` does, but for NaNs, which oneDNN's ReLU takes for 0.
+
+    Raises:
+        ValueError: No ResNet blocks in the model, a micro_batch below 1, or calibration without images.
+    """
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f'micro_batch must be at least 1, not {micro_batch!r}.')
+    if isinstance(model, InferenceModel):
+        raise ValueError('model is optimized already.')
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
+    if not blocks:
+        raise ValueError(f'model ({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).')
+    rates = {} if calibration is None else _execution_rates(model, calibration)
+    optimized = {block: InferenceBlock(block, rates.get(name)) for name, block in blocks.items()}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in optimized:
+                setattr(parent, name, optimized[child])
+            elif isinstance(child, nn.Sequential) and len(child) and all(b in optimized for b in child):
+                setattr(parent, name, InferenceStage(*(optimized[b] for b in child)))
+        _fold_stem(parent)
+    if compile:
+        _compile(model)
+    return InferenceModel(model.to(memory_format=torch.channels_last), micro_batch)
+
+
+def _fold_stem(module: nn.Module) -> None:
+    children = module._modules
+    if all(children.get(name) is not None for name in ('conv1', 'bn1', 'act1', 'maxpool')):
+        children['conv1'] = nn.Sequential(*_fold(*(children[name] for name in ('conv1', 'bn1', 'act1'))))
+        children['bn1'] = children['act1'] = nn.Identity()
+        children['maxpool'] = nn.Sequential(*_fold(children['maxpool']))
+
+
+def _compile(model: nn.Module) -> None:
+    """Compile stem, residual branches and downsampling shortcuts one by one, so that branches stay Python's."""
+    # Freezing lays out the weights for oneDNN. All blocks share the code of a method, and by default its few compiled
+    # versions too.
+    compiled: Any = partial(torch.compile, options={'freezing': True}, isolate_recompiles=True)
+    for module in list(model.modules()):
+        if isinstance(module, InferenceBlock):
+            vars(module)['add_residual'] = compiled(module.add_residual)
+            if module.downsample is not None:
+                module.downsample = compiled(module.downsample)
+        elif isinstance(module._modules.get('conv1'), nn.Sequential):
+            module.conv1 = compiled(module.conv1)
+
+
+@torch.no_grad()
+def _execution_rates(model: nn.Module, images: Iterable[torch.Tensor]) -> Dict[str, float]:
+    names = list(gated_blocks(model))
+    gates = [forward_gates(model, batch)[1] for batch in images]
+    if not sum(len(g) for g in gates):
+        raise ValueError('calibration must have at least one image.')
+    return dict(zip(names, torch.cat(gates).double().mean(dim=0).tolist()))
