@@ -1,0 +1,120 @@
+"""AIGConfig: schedules, JSON, what it refuses."""
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from hypothesis import given, strategies as st
+
+from timm_aig import AIGConfig
+from timm_aig.config import load_hub_configs
+
+rates = st.floats(0, 1, exclude_min=True) | st.just(1)
+
+
+@pytest.mark.parametrize('t', [0.4, 0.5, 0.6, 0.7])
+def test_resnet50_has_the_papers_schedule(t):
+    assert AIGConfig(t, schedule='paper').block_rates([3, 4, 6, 3]) == (
+        1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1)
+
+
+@pytest.mark.parametrize('t', [0.3, 0.5])
+def test_resnet101_has_the_papers_schedule(t):
+    assert AIGConfig(t, schedule='paper').block_rates([3, 4, 23, 3]) == (1,) * 8 + (t,) * 25
+
+
+@pytest.mark.parametrize('stages,bottleneck,expected', [
+    ([2, 2, 2, 2], False, '11 1t 1t 11'),  # resnet18
+    ([3, 4, 6, 3], False, '111 1ttt 1ttttt 1t1'),  # resnet34: as many blocks as resnet50, but others
+    ([3, 8, 36, 3], True, '111 1ttttttt 1' + 't' * 35 + ' 1t1'),  # resnet152
+    ([3, 3, 3], False, '111 1tt 1t1'),  # cifar_resnet20
+    ([18, 18, 18], False, '1' * 18 + '1' + 't' * 17 + '1' + 't' * 16 + '1'),  # cifar_resnet110
+    ([1, 1, 1, 1], False, '1111'),
+])
+def test_other_networks_have_the_rule_behind_the_papers_schedules(stages, bottleneck, expected):
+    """The first stage, the first block of each stage and the last block always run."""
+    values = {'1': 1., 't': 0.3}
+    assert AIGConfig(0.3, schedule='paper').block_rates(stages, bottleneck) == tuple(
+        values[c] for c in expected.replace(' ', ''))
+
+
+@given(rate=rates, stages=st.lists(st.integers(1, 40), min_size=1, max_size=5))
+def test_without_a_schedule_every_block_has_the_target_rate(rate, stages):
+    assert AIGConfig(rate).block_rates(stages) == (rate,) * sum(stages)
+
+
+def test_an_explicit_list_wins_over_the_schedule():
+    config = AIGConfig(0.3, schedule='paper', target_rates=[0.1, 1, 0.2])
+    assert config.block_rates([2, 1]) == (0.1, 1, 0.2)
+
+
+@given(st.builds(
+    AIGConfig,
+    target_rate=rates,
+    schedule=st.none() | st.just('paper'),
+    target_rates=st.none() | st.lists(rates, max_size=20) | st.lists(rates, max_size=20).map(tuple),
+    gate_channels=st.integers(1, 1000),
+    gate_norm=st.sampled_from(['bn', 'none']),
+))
+def test_a_config_survives_json(config):
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    assert AIGConfig.from_dict(json.loads(text)) == config
+    assert hash(AIGConfig.from_dict(json.loads(text))) == hash(config)
+
+
+def test_the_defaults_are_these_and_are_written_out():
+    assert AIGConfig().to_dict() == {'target_rate': 0.6, 'gate_channels': 16, 'gate_norm': 'bn', 'version': 1}
+    assert AIGConfig.from_dict({}) == AIGConfig()
+
+
+def test_a_config_cannot_be_changed_but_replaced():
+    config = AIGConfig(0.5, target_rates=[0.5, 1])
+    with pytest.raises(FrozenInstanceError):
+        config.target_rate = 0.7
+    assert config.target_rates == (0.5, 1)
+    with pytest.raises(ValueError, match='target_rate must be'):
+        replace(config, target_rate=2)
+
+
+@pytest.mark.parametrize('fields,message', [
+    ({'target_rate': 0}, r'target_rate must be a number in \(0, 1\], not 0'),
+    ({'target_rate': 1.5}, r'target_rate must be a number in \(0, 1\], not 1.5'),
+    ({'target_rate': '0.5'}, r"target_rate must be a number in \(0, 1\], not '0.5'"),
+    ({'target_rate': True}, r'target_rate must be a number in \(0, 1\], not True'),
+    ({'target_rate': None}, r'target_rate must be a number in \(0, 1\], not None'),
+    ({'target_rates': [0.5, float('nan')]}, r'target_rates\[1\] must be a number in \(0, 1\], not nan'),
+    ({'target_rates': {0.5}}, 'target_rates must be a list of rates'),
+    ({'target_rates': 'paper'}, 'target_rates must be a list of rates'),
+    ({'schedule': 'papers'}, "schedule must be None or one of paper, not 'papers'"),
+    ({'schedule': ''}, "schedule must be None or one of paper, not ''"),
+    ({'schedule': 0.5}, 'schedule must be None or one of paper, not 0.5'),
+    ({'gate_channels': 0}, 'gate_channels must be a whole number above 0, not 0'),
+    ({'gate_channels': 16.}, 'gate_channels must be a whole number above 0, not 16.0'),
+    ({'gate_channels': True}, 'gate_channels must be a whole number above 0, not True'),
+    ({'gate_norm': None}, 'gate_norm must be one of bn, none, not None'),
+    ({'version': 2}, 'version must be 1, not 2: a newer timm_aig wrote this config'),
+    ({'gate_width': 8}, 'unknown AIGConfig field gate_width, known are target_rate, schedule'),
+])
+def test_a_bad_field_is_named_with_what_is_allowed(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AIGConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize('length', [0, 15, 17])
+def test_a_list_of_the_wrong_length_is_refused(length):
+    with pytest.raises(ValueError, match=f'target_rates has {length} rates, the network has 16 blocks'):
+        AIGConfig(target_rates=[0.5] * length).block_rates([3, 4, 6, 3])
+
+
+def test_each_hub_config_is_a_valid_config_of_a_checkpoint():
+    configs = load_hub_configs()
+    names = [f"{c['architecture']}.{c['tag']}" for c in configs]
+    assert len(set(names)) == len(names)
+    assert {'resnet50_aig.t04_paper', 'resnet50_aig.t05_paper', 'resnet50_aig.t06_paper', 'resnet50_aig.t07_paper',
+            'resnet101_aig.t03_paper', 'resnet101_aig.t05_paper'} <= set(names)
+    for config in configs:
+        aig = AIGConfig.from_dict(config['aig'])
+        assert json.loads(json.dumps(aig.to_dict())) == config['aig']  # written out in full
+        if config['tag'].endswith('_paper'):
+            assert aig.schedule == 'paper'
+            assert config['tag'] == f't{round(aig.target_rate * 10):02d}_paper'
+            assert not {'hf_hub_id', 'url', 'file'} & set(config['pretrained_cfg'])  # no weights to be listed

@@ -1,0 +1,146 @@
+"""MACs against known values, the paper's shares and a count by hand."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.models.resnet import BasicBlock, Bottleneck
+
+import timm_aig
+from timm_aig import AIGConfig, Cost, compute_cost, gate_
+
+
+def resnet(arch: str, **kwargs):
+    return timm.create_model(arch, device='meta', **kwargs)
+
+
+@pytest.mark.parametrize('arch,size,macs', [
+    ('resnet18', 224, 1_814_073_344),
+    ('resnet50', 224, 4_089_184_256),
+    ('resnet101', 224, 7_801_405_440),
+    ('cifar_resnet20', 32, 40_813_184),
+])
+def test_a_static_model_has_the_known_macs_and_all_are_fixed(arch, size, macs):
+    cost = compute_cost(resnet(arch), (3, size, size))
+    assert cost == Cost(fixed=macs, blocks=(), gates=0)
+    assert cost.total == macs
+    assert cost.executed(torch.zeros(3, 0)).tolist() == [macs] * 3
+
+
+@pytest.mark.parametrize('arch,t,share', [
+    ('resnet50_aig', 0.4, 0.717), ('resnet50_aig', 0.5, 0.760), ('resnet50_aig', 0.6, 0.802),
+    ('resnet50_aig', 0.7, 0.845), ('resnet101_aig', 0.3, 0.506), ('resnet101_aig', 0.5, 0.647),
+])
+def test_the_papers_schedules_execute_these_shares(arch, t, share):
+    model = resnet(arch, target_rate=t, schedule='paper')
+    cost = compute_cost(model, (3, 224, 224))
+    rates = torch.tensor([[block.target_rate for block in timm_aig.gated_blocks(model).values()]])
+    assert f'{cost.executed(rates).item() / cost.total:.3f}' == f'{share:.3f}'
+
+
+def test_all_gates_together_are_a_tiny_share():
+    cost = compute_cost(resnet('resnet101_aig', schedule='paper'), (3, 224, 224))
+    assert f'{100 * cost.gates / cost.total:.3f}' == '0.006'  # the paper: under 0.04 %
+    cost = compute_cost(resnet('resnet50_aig'), (3, 224, 224))
+    assert f'{100 * cost.gates / cost.total:.3f}' == '0.005'
+
+
+class Tiny(nn.Module):
+    """A stem, a block of each kind and a head, small enough to count by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.layer1 = nn.Sequential(BasicBlock(8, 8))
+        self.layer2 = nn.Sequential(Bottleneck(8, 4, stride=2, downsample=nn.Conv2d(8, 16, 1, stride=2, bias=False)))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.layer2(self.layer1(self.stem(x))).mean((2, 3)))
+
+
+STEM = 10 * 6 * 8 * 3 * 9
+BASIC = 10 * 6 * 2 * 8 * 8 * 9
+BOTTLENECK = 10 * 6 * 4 * 8 + 5 * 3 * 4 * 4 * 9 + 5 * 3 * 16 * 4
+SHORTCUT = 5 * 3 * 16 * 8
+HEAD = 16 * 5
+GATE = 8 * 16 + 16 * 2
+
+
+def test_a_tiny_network_has_the_macs_counted_by_hand():
+    model = gate_(Tiny())
+    cost = compute_cost(model, (3, 10, 6))
+    assert cost.blocks == (BASIC, BOTTLENECK)
+    assert cost.gates == 2 * GATE
+    assert cost.fixed == STEM + SHORTCUT + HEAD + 2 * GATE
+    assert cost.total == STEM + BASIC + BOTTLENECK + SHORTCUT + HEAD + 2 * GATE
+    assert compute_cost(Tiny(), (3, 10, 6)).total == cost.total - 2 * GATE
+
+
+def test_an_always_on_block_is_fixed_and_pays_for_no_gate():
+    cost = compute_cost(gate_(Tiny(), AIGConfig(target_rates=[1, 0.5])), (3, 10, 6))
+    assert cost.blocks == (BOTTLENECK,)
+    assert cost.gates == GATE
+    assert cost.fixed == STEM + BASIC + SHORTCUT + HEAD + GATE
+
+
+def test_executed_counts_each_sample():
+    cost = Cost(fixed=100, blocks=(20, 3), gates=1)
+    gates = torch.tensor([[0., 0.], [1., 0.], [0., 1.], [1., 1.]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.bool):
+        assert cost.executed(gates.to(dtype)).tolist() == [100, 120, 103, 123]
+    with pytest.raises(ValueError, match=r'gates must be \[batch, 2\], not \[4, 1\]'):
+        cost.executed(gates[:, :1])
+    with pytest.raises(ValueError, match=r'gates must be \[batch, 2\], not \[2\]'):
+        cost.executed(gates[0])
+
+
+def test_executed_is_exact_for_gigamacs_and_differentiable():
+    cost = Cost(fixed=4_000_000_001, blocks=(300_000_007, 10), gates=0)
+    gates = torch.tensor([[1., 0.], [0.5, 1.]], requires_grad=True)
+    executed = cost.executed(gates)
+    assert executed.tolist() == [4_300_000_008, 4_150_000_014.5]
+    executed.sum().backward()
+    torch.testing.assert_close(gates.grad, torch.tensor([[300_000_007., 10.]] * 2))
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = timm.create_model('cifar_resnet20_aig').train()
+    model.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    compute_cost(model, (3, 32, 32))
+    assert torch.equal(torch.rand(4), expected)  # no random number drawn
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('make', [
+    lambda: timm.create_model('resnet18_aig').to(torch.bfloat16),
+    lambda: timm.create_model('resnet18_aig').double(),
+    lambda: timm.create_model('resnet18_aig').to(memory_format=torch.channels_last),
+    lambda: timm.create_model('resnet18_aig', features_only=True, out_indices=(4,)),
+])
+def test_dtype_layout_and_a_missing_head_do_not_change_the_count_of_the_blocks(make):
+    cost = compute_cost(resnet('resnet18_aig'), (3, 64, 64))
+    other = compute_cost(make(), (3, 64, 64))
+    assert other.blocks == cost.blocks and other.gates == cost.gates
+    assert cost.fixed - other.fixed in (0, 512 * 1000)
+
+
+@pytest.mark.parametrize('execution', ['auto', 'masked', 'sparse'])
+def test_the_count_does_not_depend_on_the_execution_or_the_gates(execution):
+    model = timm.create_model('cifar_resnet20_aig')
+    expected = compute_cost(model, (3, 16, 16))
+    timm_aig.set_execution(model, execution)
+    timm_aig.set_gate_offset(model, -100.)
+    assert compute_cost(model, (3, 16, 16)) == expected
+
+
+@pytest.mark.parametrize('input_size', [(224, 224), (3, 0, 224), (1, 3, 224, 224), (3, -1, 4)])
+def test_a_bad_input_size_is_refused(input_size):
+    with pytest.raises(ValueError, match=r'input_size must be \(C, H, W\), each above 0'):
+        compute_cost(resnet('resnet18'), input_size)

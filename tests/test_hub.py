@@ -1,0 +1,133 @@
+"""save_pretrained: a folder that timm loads the same model from."""
+import json
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import timm_aig
+from timm_aig import AIGConfig, forward_gates, gate_, gated_blocks, save_pretrained, ungate_
+
+
+def reload(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+@pytest.mark.parametrize('arch,kwargs', [
+    ('resnet18_aig', dict(schedule='paper', target_rate=0.3, num_classes=7)),
+    ('resnet50d_aig', dict(target_rates=[1, 0.5] * 8, gate_channels=4)),
+    ('ecaresnet50d_pruned_aig', dict(gate_norm='none', in_chans=1)),
+    ('cifar_resnet20_aig', dict(global_pool='catavgmax')),
+    ('resnet50_aig.t06_paper', {}),
+])
+def test_what_is_saved_loads_with_the_same_outputs_gates_and_config(arch, kwargs, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model(arch, **kwargs))).eval()
+    assert save_pretrained(model, tmp_path / 'new' / 'folder') == tmp_path / 'new' / 'folder'
+    other = reload(tmp_path / 'new' / 'folder')
+    x = torch.randn(4, kwargs.get('in_chans', 3), 32, 32)
+    with torch.no_grad():
+        expected, result = forward_gates(model, x), forward_gates(other, x)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+    assert 0 < expected[1].mean() < 1
+    assert list(other.state_dict()) == list(model.state_dict())
+    assert {n: b.target_rate for n, b in gated_blocks(other).items()} == {
+        n: b.target_rate for n, b in gated_blocks(model).items()}
+    assert other.pretrained_cfg['architecture'] == arch.partition('.')[0]
+
+
+@pytest.mark.parametrize('config', [AIGConfig(), AIGConfig(0.25, schedule='paper', gate_channels=8, gate_norm='none')])
+def test_a_model_converted_by_gate_loads_as_an_adaptive_one(config, tmp_path, train_norms):
+    model = gate_(train_norms(timm.create_model('resnet18', num_classes=5)), config).eval()
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+    assert list(gated_blocks(other)) == list(gated_blocks(model))
+
+
+def test_a_model_that_was_ungated_loads_as_a_static_one(tmp_path, train_norms):
+    model = ungate_(train_norms(timm.create_model('resnet18_aig', num_classes=5))).eval()
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'resnet18'
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_model_with_every_block_always_on_loads(tmp_path, train_norms):
+    model = train_norms(timm.create_model('resnet18_aig', target_rate=1)).eval()
+    assert not gated_blocks(model)
+    save_pretrained(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(reload(tmp_path)(x), model(x))
+
+
+def test_the_folder_holds_safetensors_of_the_pt_format_and_json_and_no_pickle(tmp_path):
+    model = timm.create_model('resnet18_aig').to(memory_format=torch.channels_last)
+    save_pretrained(model, tmp_path, model_config={'label_names': ['a', 'b']})
+    assert {'model.safetensors', 'config.json'} <= {file.name for file in tmp_path.iterdir()}
+    assert not [f for f in tmp_path.iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.pkl') or f.is_dir()]
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt'}
+        assert set(file.keys()) == set(model.state_dict())
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == 'resnet18_aig'
+    assert config['model_args']['target_rate'] == 0.6
+    assert config['label_names'] == ['a', 'b']
+
+
+def test_it_saves_from_inside_compile_and_data_parallel_wrappers(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig')
+    for i, wrapped in enumerate((torch.compile(model, backend='eager'), torch.nn.DataParallel(model))):
+        save_pretrained(wrapped, tmp_path / str(i))
+        assert torch.equal(reload(tmp_path / str(i)).fc.weight, model.fc.weight)
+
+
+def test_a_reset_head_and_pool_are_saved(tmp_path):
+    model = timm.create_model('resnet18_aig', num_classes=7).eval()
+    model.reset_classifier(3, global_pool='catavgmax')
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    assert other.num_classes == 3 and other.global_pool.pool_type == 'catavgmax'
+    assert torch.equal(other.fc.weight, model.fc.weight)
+
+
+def test_training_regularization_is_not_saved(tmp_path):
+    rates = dict(drop_rate=0.2, drop_path_rate=0.1, drop_block_rate=0.1)
+    model = timm.create_model('resnet18_aig', **rates)
+    assert not rates.keys() & timm.models.get_model_args(model).keys()
+    save_pretrained(model, tmp_path)
+    assert not rates.keys() & json.loads((tmp_path / 'config.json').read_text())['model_args'].keys()
+    assert reload(tmp_path).drop_rate == 0
+
+
+def test_a_saved_model_takes_other_classes_and_channels_and_gives_features(tmp_path, train_norms):
+    model = train_norms(timm.create_model('resnet18_aig')).eval()
+    save_pretrained(model, tmp_path)
+    assert reload(tmp_path, num_classes=3)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert reload(tmp_path, in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 1000)
+    x = torch.randn(1, 3, 64, 64)
+    features = reload(tmp_path, features_only=True)(x)
+    assert torch.equal(features[-1], model.forward_features(x))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: torch.nn.Linear(3, 3),
+    lambda: gate_(torch.nn.Sequential(timm.create_model('resnet18').layer1)),
+])
+def test_a_model_timm_could_not_rebuild_is_refused_and_nothing_is_written(make, tmp_path):
+    with pytest.raises(ValueError, match="cannot be rebuilt from timm's registry"):
+        save_pretrained(make(), tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_an_unserializable_argument_leaves_the_old_folder_whole(tmp_path):
+    model = timm.create_model('resnet18_aig').eval()
+    save_pretrained(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    odd = timm.create_model('resnet18_aig', act_layer=torch.nn.SiLU)
+    with pytest.raises(ValueError, match="'act_layer' is not serializable"):
+        save_pretrained(odd, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert timm_aig.gated_blocks(reload(tmp_path))

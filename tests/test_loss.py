@@ -1,0 +1,183 @@
+"""Losses on the gates, against values computed by hand, in one process and in two."""
+import os
+import sys
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+from hypothesis import given, settings, strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_aig
+from timm_aig import ComputeTargetLoss, Cost, TargetRateLoss
+
+# Rates of the blocks: 3/4, 1/4, 1.
+GATES = torch.tensor([[1., 0., 1.], [1., 0., 1.], [0., 1., 1.], [1., 0., 1.]])
+TARGETS = [0.5, 0.5, 0.4]  # errors 1/4, -1/4, 3/5; squares 1/16, 1/16, 9/25, together 0.485
+COST = Cost(fixed=100, blocks=(200, 300, 400), gates=1)  # executed 100 + 150 + 75 + 400 = 725 of 1000
+
+
+@pytest.mark.parametrize('reduction,weight,expected', [
+    ('sum', 1., 0.485), ('mean', 1., 0.485 / 3), ('sum', 3., 1.455), ('mean', 0.5, 0.485 / 6), ('sum', 0., 0.),
+])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_rate_loss_and_its_gradient_have_the_hand_computed_values(reduction, weight, expected, dtype):
+    gates = GATES.to(dtype, copy=True).requires_grad_()
+    loss = TargetRateLoss(TARGETS, weight=weight, reduction=reduction)(gates)
+    assert loss.shape == () and loss.dtype == dtype
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    # d/dz of (mean z - t)^2 = 2 (mean z - t) / 4
+    gradient = weight * torch.tensor([0.125, -0.125, 0.3], dtype=dtype) / (3 if reduction == 'mean' else 1)
+    torch.testing.assert_close(gates.grad, gradient.expand(4, 3))
+
+
+def test_sum_and_weight_1_are_the_defaults():
+    assert TargetRateLoss(TARGETS)(GATES).item() == pytest.approx(0.485)
+    assert ComputeTargetLoss(COST, 0.5)(GATES).item() == pytest.approx(0.050625)
+
+
+@pytest.mark.parametrize('weight', [1., 4.])
+def test_the_compute_loss_and_its_gradient_have_the_hand_computed_values(weight):
+    gates = GATES.double().requires_grad_()
+    loss = ComputeTargetLoss(COST, 0.5, weight=weight)(gates)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(weight * 0.225 ** 2)
+    loss.backward()
+    # 2 (share - t) * block / total / 4
+    gradient = weight * 2 * 0.225 * torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64) / 4
+    torch.testing.assert_close(gates.grad, gradient.expand(4, 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=st.integers(1, 9), data=st.data())
+def test_the_rate_loss_is_0_exactly_at_its_targets(batch, data):
+    gates = torch.tensor(data.draw(st.lists(
+        st.lists(st.sampled_from([0., 1.]), min_size=3, max_size=3), min_size=batch, max_size=batch)),
+        dtype=torch.float64)
+    rates = gates.mean(0).tolist()
+    assert TargetRateLoss(rates)(gates).item() == pytest.approx(0, abs=1e-15)
+    assert TargetRateLoss([abs(r - 0.5) for r in rates])(gates).item() == pytest.approx(
+        sum((r - abs(r - 0.5)) ** 2 for r in rates))
+
+
+def test_gates_of_half_precision_are_averaged_in_float32():
+    gates = torch.zeros(4096, 1, dtype=torch.bfloat16)
+    gates[:1229] = 1
+    assert TargetRateLoss([0.])(gates).item() == pytest.approx((1229 / 4096) ** 2, rel=1e-6)
+
+
+def test_the_targets_are_no_part_of_a_checkpoint():
+    assert TargetRateLoss(TARGETS).state_dict() == {}
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda: TargetRateLoss([0.5, 1.1]), r'target_rates must be numbers in \[0, 1\]'),
+    (lambda: TargetRateLoss([-0.1]), r'target_rates must be numbers in \[0, 1\]'),
+    (lambda: TargetRateLoss([float('nan')]), r'target_rates must be numbers in \[0, 1\]'),
+    (lambda: TargetRateLoss([0.5], reduction='none'), "reduction must be 'sum' or 'mean', not 'none'"),
+    (lambda: TargetRateLoss(TARGETS)(GATES[:, :2]), r'gates must be \[batch, 3\], not \[4, 2\]'),
+    (lambda: TargetRateLoss(TARGETS)(GATES[0]), r'gates must be \[batch, 3\], not \[3\]'),
+    (lambda: TargetRateLoss(TARGETS)(GATES[:0]), 'a batch of at least 1'),
+    (lambda: ComputeTargetLoss(COST, 0.09), r'target must be in \[0.100, 1\]'),
+    (lambda: ComputeTargetLoss(COST, 1.1), r'target must be in \[0.100, 1\]'),
+    (lambda: ComputeTargetLoss(COST, float('nan')), r'target must be in \[0.100, 1\]'),
+    (lambda: ComputeTargetLoss(COST, 0.5)(GATES[:, :2]), r'gates must be \[batch, 3\], not \[1, 2\]|\[4, 2\]'),
+])
+def test_bad_arguments_are_named_with_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def losses():
+    return {'sum': TargetRateLoss(TARGETS, weight=2.), 'mean': TargetRateLoss(TARGETS, reduction='mean'),
+            'compute': ComputeTargetLoss(COST, 0.3)}
+
+
+class Answers(nn.Module):
+    """Gates with a straight-through gradient to its parameters, without noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(5, 3).double()
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5))
+
+    def forward(self, x):
+        soft = self.fc(x).sigmoid()
+        return (soft > 0.5).double() + (soft - soft.detach())
+
+
+def inputs():
+    return torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def run_process(rank: int, folder: str) -> None:
+    """One of two processes: the loss of each on its share of the batch, its gradient averaged by DDP."""
+    os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    results = {}
+    for name, loss_fn in losses().items():
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Answers())
+        loss = loss_fn(model(inputs().chunk(2)[rank]))
+        loss.backward()
+        results[name] = loss.item(), [p.grad.clone() for p in model.parameters()]
+        results[name, 'unequal'] = loss_fn(model(inputs().split([3, 5])[rank])).item()
+
+    torch.manual_seed(0)
+    model = timm.create_model('cifar_resnet20_aig', gate_norm='none')
+    task = timm_aig.AIGTask(model, verbose=False)
+    task.prepare_distributed()
+    torch.manual_seed(rank)
+    result = task(torch.randn(4, 3, 16, 16), torch.arange(4))
+    result['loss'].backward()
+    results['task'] = (
+        result['rate_loss'], result['execution_rate'], {n: p.grad.clone() for n, p in model.named_parameters()},
+        sorted(task.get_checkpoint_state()['state_dict']))
+    torch.save(results, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('gloo'))
+    mp.spawn(run_process, args=(folder,), nprocs=2)
+    return [torch.load(f'{folder}/{rank}.pt') for rank in range(2)]
+
+
+@pytest.mark.parametrize('name', ['sum', 'mean', 'compute'])
+def test_two_processes_have_the_loss_and_gradient_of_one_with_the_whole_batch(name, two_processes):
+    torch.manual_seed(0)
+    model = Answers()
+    expected = losses()[name](model(inputs()))
+    expected.backward()
+    local = losses()[name](model(inputs()[:4]))
+    assert local.item() != pytest.approx(expected.item(), rel=1e-2)  # a local mean would be seen
+    for loss, grads in (results[name] for results in two_processes):
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        for grad, p in zip(grads, model.parameters()):
+            assert p.grad.abs().max() > 1e-4
+            torch.testing.assert_close(grad, p.grad, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['sum', 'mean', 'compute'])
+def test_batches_of_unequal_size_are_pooled_by_sample(name, two_processes):
+    torch.manual_seed(0)
+    expected = losses()[name](Answers()(inputs())).item()
+    for results in two_processes:
+        assert results[name, 'unequal'] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_task_shares_its_rate_loss_and_gradients_between_processes(two_processes):
+    (rate_loss, rate, grads, keys), (other_loss, other_rate, other_grads, _) = (r['task'] for r in two_processes)
+    assert rate_loss == other_loss  # of the global batch
+    assert rate != other_rate  # of the own: other images, other draws
+    for name, grad in grads.items():
+        assert torch.equal(grad, other_grads[name]), name
+    assert any(g.abs().sum() > 0 for n, g in grads.items() if '.gate.' in n)
+    assert keys == sorted(timm.create_model('cifar_resnet20_aig', gate_norm='none').state_dict())

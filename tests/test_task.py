@@ -1,0 +1,202 @@
+"""AIGTask: what it returns, what it saves, how it is compiled, averaged and distributed (see also test_loss)."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver
+
+from timm_aig import AIGTask, ComputeTargetLoss, TargetRateLoss, compute_cost, forward_gates
+
+X, TARGET = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+
+@pytest.fixture
+def model(train_norms, train_gates):
+    return train_gates(train_norms(timm.create_model('cifar_resnet20_aig', target_rate=0.7)))
+
+
+def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
+    reference = copy.deepcopy(model)
+    task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
+    assert isinstance(task, ClassificationTask)
+    torch.manual_seed(1)
+    result = task(X, TARGET)
+    torch.manual_seed(1)
+    logits, gates = forward_gates(reference, X)
+    rate_loss = ((gates.mean(0) - 0.7) ** 2).sum()
+    expected = nn.functional.cross_entropy(logits, TARGET) + rate_loss
+
+    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate'}
+    assert torch.equal(result['output'], logits)
+    torch.testing.assert_close(result['loss'], expected)
+    torch.testing.assert_close(result['rate_loss'], rate_loss.detach())
+    assert result['execution_rate'].item() == pytest.approx(gates.mean().item())
+    assert not result['rate_loss'].requires_grad and not result['execution_rate'].requires_grad
+    result['loss'].backward()
+    expected.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_the_targets_are_the_blocks_own_and_another_loss_can_be_given():
+    rates = [1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
+    model = timm.create_model('cifar_resnet20_aig', target_rates=rates)
+    task = AIGTask(model, verbose=False)
+    gates = torch.rand(5, 7)
+    assert torch.equal(task.gate_loss(gates), TargetRateLoss(rates[1:-1])(gates))
+    loss = ComputeTargetLoss(compute_cost(model, (3, 16, 16)), 0.5, weight=3.)
+    torch.manual_seed(1)
+    result = AIGTask(model, gate_loss=loss, verbose=False)(X, TARGET)
+    torch.manual_seed(1)
+    assert result['rate_loss'] == loss(forward_gates(model, X)[1]).detach()
+
+
+def test_training_moves_the_execution_rate_to_the_target():
+    model = timm.create_model('cifar_resnet20_aig', target_rate=0.3)
+    task = AIGTask(model, lambda output, target: output.sum() * 0, gate_loss=TargetRateLoss([0.3] * 9), verbose=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    x = torch.randn(16, 3, 8, 8)
+    rates = []
+    for _ in range(60):
+        result = task(x, None)
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        rates.append(result['execution_rate'].item())
+    assert rates[0] > 0.7
+    assert sum(rates[-20:]) / 20 == pytest.approx(0.3, abs=0.1)
+
+
+def test_criterion_kwargs_make_timms_criterion_with_soft_targets(model):
+    task = AIGTask(model, criterion_kwargs=dict(smoothing=0.1), verbose=False)
+    assert type(task.criterion).__name__ == 'LabelSmoothingCrossEntropy'
+    with pytest.raises(ValueError, match='not both'):
+        AIGTask(model, nn.CrossEntropyLoss(), criterion_kwargs=dict(smoothing=0.1))
+    soft = nn.functional.one_hot(TARGET, 10).float()
+    assert AIGTask(model, nn.CrossEntropyLoss(), verbose=False)(X, soft)['loss'].isfinite()
+
+
+def test_a_static_model_is_refused():
+    with pytest.raises(ValueError, match=r'model \(ResNet\) has no gated blocks'):
+        AIGTask(timm.create_model('resnet18'))
+
+
+def test_the_eval_model_is_the_adaptive_model_itself(model):
+    task = AIGTask(model, verbose=False)
+    assert task.get_eval_model() is model
+    state = task.get_checkpoint_state()
+    assert list(state) == ['state_dict']
+    assert list(state['state_dict']) == list(model.state_dict())
+    fresh = timm.create_model('cifar_resnet20_aig')
+    fresh.load_state_dict(state['state_dict'])
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_the_average_follows_the_model_and_is_an_adaptive_model(model, compiled):
+    torch._dynamo.reset()
+    task = AIGTask(model, verbose=False)
+    task.setup_ema(decay=0.0)
+    if compiled:
+        task.compile(backend='eager')
+        task.compile_ema(backend='eager')
+        assert hasattr(task.get_eval_model(), '_orig_mod') and hasattr(task.get_eval_model(ema=True), '_orig_mod')
+    task.eval()
+    with torch.no_grad():
+        before = task.get_eval_model(ema=True)(X).clone()
+        for p in model.parameters():
+            p.mul_(1.5)
+        task.update_ema(step=2)
+        after, current = task.get_eval_model(ema=True)(X), task.get_eval_model()(X)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, current)
+    state = task.get_checkpoint_state(ema=True)
+    assert list(state) == ['state_dict_ema']
+    assert list(state['state_dict_ema']) == list(model.state_dict())
+    assert state['state_dict_ema']['fc.weight'].data_ptr() != model.fc.weight.data_ptr()
+
+
+def test_a_checkpoint_of_timms_saver_resumes(model, tmp_path):
+    task = AIGTask(model, verbose=False)
+    task.setup_ema(decay=0.0)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    CheckpointSaver(task.get_trainable_module(), optimizer, checkpoint_dir=tmp_path, task=task)._save(
+        tmp_path / 'task.pth.tar', epoch=2)
+    checkpoint = torch.load(tmp_path / 'task.pth.tar', weights_only=False)
+    assert {'state_dict', 'state_dict_ema'} <= set(checkpoint)
+    assert not {'task_state', 'task_state_ema'} & set(checkpoint)
+    assert list(checkpoint['state_dict']) == list(model.state_dict())
+
+    fresh = AIGTask(timm.create_model('cifar_resnet20_aig'), verbose=False)
+    fresh.setup_ema(decay=0.0)
+    assert resume_task_checkpoint(fresh, tmp_path / 'task.pth.tar', log_info=False, weights_only=False) == 3
+    load_task_ema_checkpoint(fresh, tmp_path / 'task.pth.tar', weights_only=False)
+    for ema in (False, True):
+        for k, v in fresh.get_eval_model(ema=ema).state_dict().items() if not ema else \
+                fresh.get_checkpoint_state(ema=True)['state_dict_ema'].items():
+            assert torch.equal(v, model.state_dict()[k]), k
+
+
+def test_a_checkpoint_loads_into_a_compiled_task(model):
+    state = AIGTask(model, verbose=False).get_checkpoint_state()['state_dict']
+    task = AIGTask(timm.create_model('cifar_resnet20_aig'), verbose=False)
+    task.compile(backend='eager')
+    task.load_checkpoint_state(state)
+    assert torch.equal(task.get_eval_model()._orig_mod.fc.weight, model.fc.weight)
+    assert list(task.get_checkpoint_state()['state_dict']) == list(state)
+
+
+def test_a_compiled_task_trains_and_evaluates(model):
+    torch._dynamo.reset()
+    task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
+    expected = copy.deepcopy(model).eval()(X).detach()
+    eval_model = task.compile(backend='aot_eager')
+    result = task(X, TARGET)
+    result['loss'].backward()
+    assert result['output'].shape == (4, 10)
+    assert 0 < result['execution_rate'] < 1
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    fresh = timm.create_model('cifar_resnet20_aig').eval()
+    fresh.load_state_dict(task.get_checkpoint_state()['state_dict'])
+    task.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(eval_model(X), fresh(X))
+    assert not torch.allclose(eval_model(X), expected)  # batch statistics moved
+
+
+def test_it_trains_wrapped_for_distribution(model, tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        task = AIGTask(model, verbose=False)
+        assert task.prepare_distributed() is task
+        task(X, TARGET)['loss'].backward()
+        assert all(p.grad is not None for p in model.parameters())
+        with task.no_sync():
+            task(X, TARGET)['loss'].backward()
+        assert task.get_eval_model() is model
+        assert list(task.get_checkpoint_state()['state_dict']) == list(model.state_dict())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_moving_the_task_moves_its_targets_and_keeps_device_and_dtype_known(model):
+    task = AIGTask(model, verbose=False).to(torch.float64)
+    assert task.dtype == next(model.parameters()).dtype == torch.float64
+    assert task(X.double(), TARGET)['loss'].dtype == torch.float64
+    task.to('meta')
+    assert task.device.type == task.gate_loss.target_rates.device.type == 'meta'
+    assert task.dtype == torch.float64
+
+
+def test_weight_decay_and_gradient_clipping_see_the_adaptive_models_parameters(model):
+    task = AIGTask(model, verbose=False)
+    assert {id(p) for p in task.get_clip_parameters()} == {id(p) for p in model.parameters()}
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1, weight_decay=0.2)
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    assert decay[id(model.layer1[0].gate.fc1.weight)] == decay[id(model.layer1[0].conv1.weight)] == 0.2
+    assert decay[id(model.layer1[0].gate.fc1.bias)] == decay[id(model.layer1[0].gate.bn.weight)] == 0.0
+    assert len(decay) == len(list(model.parameters()))
