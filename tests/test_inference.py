@@ -95,6 +95,22 @@ def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
     assert_same(actual, expected)
 
 
+def test_an_activation_that_changes_closed_samples_is_applied_to_them():
+    model = create('resnet18_aig', act_layer='silu')
+    x = images(4)
+    for block in timm_aig.gated_blocks(model).values():
+        torch.nn.init.normal_(block.gate.fc1.weight, std=4)
+        torch.nn.init.normal_(block.gate.fc2.weight)
+        torch.nn.init.zeros_(block.gate.fc2.bias)
+    with torch.no_grad():
+        expected, gates = timm_aig.forward_gates(model, x)
+    assert 0 < gates.mean() < 1
+    for micro_batch in (1, 4):
+        actual, fast_gates = timm_aig.forward_gates(timm_aig.optimize_for_inference(model, micro_batch=micro_batch), x)
+        assert torch.equal(fast_gates, gates)
+        assert_same(actual, expected)
+
+
 @pytest.mark.parametrize('arch', ['resnet50', 'seresnet18', 'cifar_resnet20'])
 def test_a_static_model_keeps_its_outputs(arch):
     model = create(arch)

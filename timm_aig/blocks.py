@@ -253,7 +253,8 @@ def force_gates(model: nn.Module, open: torch.Tensor) -> Iterator[None]:
     if open.ndim != 2 or open.shape[1] != len(blocks):
         raise ValueError(f'open must be [batch, {len(blocks)}] for {len(blocks)} gated blocks, not {list(open.shape)}.')
     outer = gate_pass.forced
-    gate_pass.forced = {**(outer or {}), **{id(b.gate): z for b, z in zip(blocks.values(), open.unbind(1))}}
+    answers = (open != 0).t().tolist()
+    gate_pass.forced = {**(outer or {}), **{id(block.gate): z for block, z in zip(blocks.values(), answers)}}
     try:
         yield
     finally:

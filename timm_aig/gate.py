@@ -22,9 +22,18 @@ class _GatePass(threading.local):
     compiled and shared between threads at any moment.
     """
     record: Optional[List[Tuple['Gate', torch.Tensor]]] = None  # forward_gates: each gate and its answers
-    forced: Optional[Dict[int, torch.Tensor]] = None  # force_gates: id of a gate -> the answers to give instead
+    forced: Optional[Dict[int, List[bool]]] = None  # force_gates: id of a gate -> the answers to give instead
     sample: bool = False  # forward_gates(sample=True): draw in eval too
     rows: slice = slice(None)  # rows_of_batch: what part of the batch runs now
+
+    def forced_answers(self, gate: 'Gate', batch: int) -> Optional[List[bool]]:
+        """What a gate has to answer for its batch, None for what it computes."""
+        if self.forced is None or id(gate) not in self.forced:
+            return None
+        answers = self.forced[id(gate)][self.rows]
+        if len(answers) != batch:
+            raise ValueError(f'force_gates: open is for a batch of {len(answers)}, the input has {batch}.')
+        return answers
 
 
 gate_pass = _GatePass()
@@ -125,12 +134,10 @@ class Gate(nn.Module):
         return z
 
     def _note(self, z: torch.Tensor) -> torch.Tensor:
-        """Serve the forward_gates and force_gates of this thread."""
-        if gate_pass.forced is not None and id(self) in gate_pass.forced:
-            forced = gate_pass.forced[id(self)][gate_pass.rows]
-            if forced.shape != z.shape:
-                raise ValueError(f'force_gates: open is for a batch of {len(forced)}, the input has {len(z)}.')
-            z = forced.to(z)
+        """Serve the force_gates and forward_gates of this thread."""
+        forced = gate_pass.forced_answers(self, len(z)) if gate_pass.forced is not None else None
+        if forced is not None:
+            z = z.new_tensor(forced)
         if gate_pass.record is not None:
             gate_pass.record.append((self, z))
         return z
