@@ -2,8 +2,8 @@
 """Times an adaptive ResNet against its static parent, both optimised the same way, interleaved in one process.
 
 Each row of the table is one way to run the network. Gates are forced open at random with rate r for each image and
-block (seeded), or, with --images, decide themselves on real images. In every round each row runs the same images, one
-batch of one row after one of another, so that what else the machine does hits all rows alike.
+block (seeded), or, with --images, decide themselves on real images. In every round each row runs the same images; the
+rows take turns of 8 images (or one batch), so that what else the machine does hits all rows alike.
 
     ms/img      milliseconds an image, median of the rounds
     ratio       time over the parent's that is optimised the same way: median, and range of the rounds
@@ -12,12 +12,15 @@ batch of one row after one of another, so that what else the machine does hits a
     peak MiB    memory a pass needs on top of model and input (Linux, CPU, with --memory)
 """
 import argparse
+import ctypes
+import itertools
 import json
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
@@ -34,12 +37,12 @@ EXAMPLES = """examples:
 
 
 class Row(NamedTuple):
-    """One way to run the network: `run(images, open)` with open [B, L], or None to let the gates decide."""
+    """One way to run the network."""
     name: str
-    run: Callable[[torch.Tensor, Optional[torch.Tensor]], Any]
+    run: Callable[[torch.Tensor], Any]
     rate: Optional[float] = None  # forced rate; None with the gates' own decisions
-    reference: Optional[str] = None  # row that the ratio is to
-    adaptive: bool = False
+    reference: str = 'parent, optimized'  # row that the ratio is to
+    adaptive: Optional[torch.nn.Module] = None  # the model, if it has gates
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,7 +101,7 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
         sys.exit(f'benchmark: --images {args.images}: {e}')
 
 
-def runtime_rows(args: argparse.Namespace, parent: torch.nn.Module, images: torch.Tensor, batch: int) -> List[Row]:
+def runtime_rows(parent: torch.nn.Module, images: torch.Tensor, batch: int) -> List[Row]:
     """The static parent in the runtimes that are installed."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +120,7 @@ def runtime_rows(args: argparse.Namespace, parent: torch.nn.Module, images: torc
             options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # would slow the other rows
             session = ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
             name = f'parent, ONNX Runtime {ort.__version__}'
-            rows.append(Row(name, lambda x, _: session.run(None, {'x': x.numpy()})))
+            rows.append(Row(name, lambda x: session.run(None, {'x': x.numpy()})))
         try:
             import openvino as ov
         except ImportError:
@@ -125,36 +128,37 @@ def runtime_rows(args: argparse.Namespace, parent: torch.nn.Module, images: torc
         else:
             config = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
             model = ov.Core().compile_model(file, 'CPU', config)
-            rows.append(Row(f"parent, OpenVINO {ov.__version__.split('-')[0]}", lambda x, _: model(x.numpy())))
+            rows.append(Row(f"parent, OpenVINO {ov.__version__.split('-')[0]}", lambda x: model(x.numpy())))
     return rows
 
 
 def adaptive_rows(args: argparse.Namespace, model: torch.nn.Module, label: str, reference: str) -> List[Row]:
-    def forced(x: torch.Tensor, open: torch.Tensor) -> None:
-        with timm_aig.force_gates(model, open):
-            model(x)
-
     if args.images:
-        return [Row(f'{label}, own gates', lambda x, _: model(x), None, reference, adaptive=True)]
-    return [Row(f'{label}, r = {rate:g}', forced, rate, reference, adaptive=True) for rate in args.rate]
+        return [Row(f'{label}, own gates', model, None, reference, model)]
+    return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
 
 
 def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
-    fast_parent = timm_aig.optimize_for_inference(parent)
     rows = [
-        Row('parent, timm default', lambda x, _: parent(x), reference='parent, optimized'),
-        Row('parent, optimized', lambda x, _: fast_parent(x), reference='parent, optimized'),
+        Row('parent, timm default', parent),
+        Row('parent, optimized', timm_aig.optimize_for_inference(parent)),
         *adaptive_rows(args, timm_aig.optimize_for_inference(adaptive), 'adaptive', 'parent, optimized'),
     ]
     if args.compile:
-        compiled_parent = timm_aig.optimize_for_inference(parent, compile=True)
+        compiled = timm_aig.optimize_for_inference(parent, compile=True)
+        rows.append(Row('parent, compiled', compiled, reference='parent, compiled'))
         compiled = timm_aig.optimize_for_inference(adaptive, compile=True)
-        rows.append(Row('parent, compiled', lambda x, _: compiled_parent(x), reference='parent, compiled'))
         rows.extend(adaptive_rows(args, compiled, 'adaptive, compiled', 'parent, compiled'))
     if args.runtimes:
-        rows.extend(row._replace(reference='parent, optimized')
-                    for row in runtime_rows(args, parent, images, batch))
+        rows.extend(runtime_rows(parent, images, batch))
     return rows
+
+
+def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
+    """Context in which the row's gates answer as drawn for a batch."""
+    if row.rate is None or row.adaptive is None:
+        return nullcontext()
+    return timm_aig.force_gates(row.adaptive, gates[row.name][start:start + batch])
 
 
 def time_rows(
@@ -162,19 +166,21 @@ def time_rows(
 ) -> Dict[str, List[float]]:
     """Seconds of each round for each row."""
     synchronize = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
-    starts = range(0, len(images) - batch + 1, batch)
+    starts = list(range(0, len(images) - batch + 1, batch))
+    batches = max(1, 8 // batch)
+    turns = [starts[i:i + batches] for i in range(0, len(starts), batches)]
     seconds: Dict[str, List[float]] = {row.name: [] for row in rows}
     for round in range(-1, args.rounds):  # round -1 warms up
         totals = dict.fromkeys(seconds, 0.)
-        for start in starts:
-            x = images[start:start + batch]
-            for row in rows:
-                open = gates[row.name][start:start + batch].bool() if row.rate is not None else None
-                synchronize()
-                begin = time.perf_counter()
-                row.run(x, open)
-                synchronize()
-                totals[row.name] += time.perf_counter() - begin
+        for turn, row in itertools.product(turns, rows):
+            for start in turn:
+                x = images[start:start + batch]
+                with forced(row, gates, start, batch):
+                    synchronize()
+                    begin = time.perf_counter()
+                    row.run(x)
+                    synchronize()
+                    totals[row.name] += time.perf_counter() - begin
         if round >= 0:
             for name, total in totals.items():
                 seconds[name].append(total / (len(starts) * batch))
@@ -183,16 +189,17 @@ def time_rows(
     return seconds
 
 
-def peak_mib(row: Row, x: torch.Tensor, open: Optional[torch.Tensor]) -> Optional[float]:
+def peak_mib(row: Row, x: torch.Tensor) -> Optional[float]:
     """Memory that a pass needs on top of what is there before, from Linux's high-water mark of the process."""
     def status(key: str) -> float:
         line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
         return int(line.split()[1]) / 1024
 
     try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)  # gives back what earlier passes freed
         Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
         before = status('VmRSS')
-        row.run(x, open)
+        row.run(x)
         return status('VmHWM') - before
     except OSError:
         return None
@@ -206,9 +213,11 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
     generator = torch.Generator().manual_seed(args.seed)
     gates = {}
     for row in rows:
-        if row.adaptive and row.rate is None:
+        if row.adaptive is None:
+            continue
+        if row.rate is None:
             gates[row.name] = timm_aig.forward_gates(adaptive, images)[1]
-        elif row.adaptive:
+        else:
             generator.manual_seed(args.seed)  # the lower rate's gates are a subset of the higher's
             gates[row.name] = (torch.rand(len(images), len(cost.blocks), generator=generator) < row.rate).float()
     seconds = time_rows(args, rows, images, batch, gates)
@@ -223,8 +232,8 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
             macs_share=macs, efficiency=macs / statistics.median(ratios),
         )
         if args.memory:
-            open = gates[row.name][:batch].bool() if row.rate is not None else None
-            result['peak_mib'] = peak_mib(row, images[:batch], open)
+            with forced(row, gates, 0, batch):
+                result['peak_mib'] = peak_mib(row, images[:batch])
         results.append(result)
     return results
 

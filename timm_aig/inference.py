@@ -113,38 +113,39 @@ class InferenceGate(Gate):
     def __init__(self, gate: Gate) -> None:
         nn.Module.__init__(self)
         fc1 = fuse_linear_bn_eval(gate.fc1, gate.bn) if isinstance(gate.bn, nn.BatchNorm1d) else gate.fc1
-        self.fc1 = fc1
-        self.fc2 = nn.Linear(fc1.out_features, 1, device=fc1.weight.device, dtype=fc1.weight.dtype)
-        self.fc2.weight = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
-        self.fc2.bias = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
-        self.threshold = -gate.offset
-        self._scalars = list(zip(fc1.bias.tolist(), self.fc2.weight[0].tolist())), self.fc2.bias.item()
+        self.weight1 = nn.Parameter(fc1.weight.detach(), False)
+        self.bias1 = nn.Parameter(fc1.bias.detach(), False)
+        self.weight2 = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
+        self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
+        self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # in and out of each hidden unit
+        self.threshold = -gate.offset - self.bias2.item()
 
-    def open_rows(self, pooled: torch.Tensor) -> List[int]:
-        """Which samples run, from their pooled block inputs [B, C]."""
-        answers = [score > self.threshold for score in self._scores(pooled)]
+    def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
+        """Which samples run, from their block inputs pooled by _pool."""
+        answers = [score > self.threshold for score in self._scores(pooled, scale)]
         if gate_pass.forced is not None:
-            answers = gate_pass.forced_answers(self, len(pooled)) or answers
+            answers = gate_pass.forced_answers(self, len(answers)) or answers
         if gate_pass.record is not None:
             gate_pass.record.append((self, torch.tensor(answers, dtype=torch.float32, device=pooled.device)))
         return [row for row, answer in enumerate(answers) if answer]
 
-    def _scores(self, pooled: torch.Tensor) -> List[float]:
+    def _scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
         if len(pooled) > 1:
-            return self.fc2(self.fc1(pooled).relu_()).squeeze(1).tolist()
-        hidden = (self.fc1.weight * pooled).sum(1).tolist()
-        hidden_scalars, score = self._scalars
-        for unit, (bias, weight) in zip(hidden, hidden_scalars):
-            if unit + bias > 0:
-                score += (unit + bias) * weight
+            hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu_()
+            return (hidden @ self.weight2[0]).tolist()
+        score = 0.
+        for unit, (bias, weight) in zip((self.weight1 * pooled).sum(1).tolist(), self.units):
+            unit = unit * scale + bias
+            if unit > 0:
+                score += unit * weight
         return [score]
 
 
-def _pool(x: torch.Tensor) -> torch.Tensor:
-    """Global average pool [B, C]; in float32, which does not overflow, by a sum: torch's mean takes longer."""
+def _pool(x: torch.Tensor) -> Tuple[torch.Tensor, float]:
+    """Global average pool of x as a tensor [B, C] and a factor, which saves a call. Only float32 does not overflow."""
     if x.dtype != torch.float32:
-        return x.mean((2, 3))
-    return x.sum((2, 3)).mul_(1 / (x.shape[2] * x.shape[3]))
+        return x.mean((2, 3)), 1.
+    return x.sum((2, 3)), 1 / (x.shape[2] * x.shape[3])
 
 
 class InferenceBlock(nn.Module):
@@ -179,12 +180,12 @@ class InferenceBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return run_open_rows(self, x, self.open_rows(x, None)[0])
 
-    def open_rows(self, x: torch.Tensor, pooled: Optional[torch.Tensor]) -> Tuple[Sequence[int], Any]:
-        """Which samples run, and their pooled inputs [B, C] if they are known now or were before."""
+    def open_rows(self, x: torch.Tensor, pooled: Any) -> Tuple[Sequence[int], Any]:
+        """Which samples run, and what _pool gives for x if that is known now or was before."""
         if self.gate is None:
             return () if self.never else range(len(x)), pooled
         pooled = _pool(x) if pooled is None else pooled
-        return self.gate.open_rows(pooled), pooled
+        return self.gate.open_rows(*pooled), pooled
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """act(residual(x) + shortcut), see run_open_rows."""
@@ -199,7 +200,7 @@ class InferenceStage(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         owned = False
-        pooled: Optional[torch.Tensor] = None
+        pooled: Any = None
         block: Any
         for block in self:
             rows, pooled = block.open_rows(x, pooled)
