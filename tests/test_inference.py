@@ -308,6 +308,16 @@ def test_training_it_optimizing_twice_and_bad_arguments_are_refused(models):
         timm_aig.optimize_for_inference(torch.nn.Linear(2, 2))
 
 
+def test_the_gate_offset_of_an_optimized_model_can_be_moved_but_not_its_execution(models):
+    optimized = copy.deepcopy(models('cifar_resnet20')[1])
+    for offset, rate in ((100., 1.), (-100., 0.)):
+        timm_aig.set_gate_offset(optimized, offset)
+        for batch in (1, 3):
+            assert timm_aig.forward_gates(optimized, images(batch, 'cifar'))[1].mean() == rate
+    with pytest.raises(ValueError, match='always sparse'):
+        timm_aig.set_execution(optimized, 'masked')
+
+
 def test_every_block_of_an_optimized_model_is_an_inference_block(models):
     _, optimized = models('resnet26d')
     assert sum(isinstance(m, InferenceBlock) for m in optimized.modules()) == 8

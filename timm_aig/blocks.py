@@ -267,10 +267,16 @@ def set_execution(model: nn.Module, mode: str) -> None:
     Args:
         model: Model with gated blocks.
         mode: 'auto', sparse without grad and masked with; 'sparse', with grad too; 'masked', never sparse.
+
+    Raises:
+        ValueError: An unknown mode, a static model, or one optimized for inference, which is always sparse.
     """
     if mode not in EXECUTIONS:
         raise ValueError(f'mode must be one of {", ".join(EXECUTIONS)}, not {mode!r}.')
-    for block in _require_gated_blocks(model).values():
+    blocks = _require_gated_blocks(model)
+    if not all(isinstance(block, GatedBlock) for block in blocks.values()):
+        raise ValueError('model is optimized for inference and always sparse, set the execution of the original.')
+    for block in blocks.values():
         block.execution = mode
 
 

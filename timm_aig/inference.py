@@ -118,11 +118,13 @@ class InferenceGate(Gate):
         self.weight2 = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
         self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # in and out of each hidden unit
-        self.threshold = -gate.offset - self.bias2.item()
+        self.score = self.bias2.item()
+        self.offset = gate.offset
 
     def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
         """Which samples run, from their block inputs pooled by _pool."""
-        answers = [score > self.threshold for score in self._scores(pooled, scale)]
+        threshold = -self.score - self.offset
+        answers = [score > threshold for score in self._scores(pooled, scale)]
         if gate_pass.forced is not None:
             answers = gate_pass.forced_answers(self, len(answers)) or answers
         if gate_pass.record is not None:
