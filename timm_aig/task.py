@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .blocks import forward_gates, gated_blocks
+from .blocks import _require_gated_blocks, forward_gates
 from .loss import TargetRateLoss
 
 __all__ = ['AIGTask']
@@ -60,9 +60,7 @@ class AIGTask(ClassificationTask):
         Raises:
             ValueError: The model has no gated blocks.
         """
-        blocks = gated_blocks(model)
-        if not blocks:
-            raise ValueError(f'model ({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_.')
+        blocks = _require_gated_blocks(model)
         super().__init__(
             GatesModule(model), criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype,
             verbose=verbose)
