@@ -98,5 +98,5 @@ def test_names_that_do_not_fit_the_rates_are_refused(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(ImportError, match=r"pip install 'timm_aig\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'timm_aig\[train\]'"):
         plot_execution_rates(torch.rand(1, 1), ['a'], ['x'], tmp_path / 'rates.png')

@@ -31,11 +31,12 @@ def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
     rate_loss = ((gates.mean(0) - 0.7) ** 2).sum()
     expected = nn.functional.cross_entropy(logits, TARGET) + rate_loss
 
-    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate'}
+    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate', 'block_rates'}
     assert torch.equal(result['output'], logits)
     torch.testing.assert_close(result['loss'], expected)
     torch.testing.assert_close(result['rate_loss'], rate_loss.detach())
     assert result['execution_rate'].item() == pytest.approx(gates.mean().item())
+    torch.testing.assert_close(result['block_rates'], gates.mean(0).detach())
     assert not result['rate_loss'].requires_grad and not result['execution_rate'].requires_grad
     result['loss'].backward()
     expected.backward()

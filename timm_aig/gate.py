@@ -49,7 +49,7 @@ def rows_of_batch(start: int, stop: int) -> Iterator[None]:
         gate_pass.rows = slice(None)
 
 
-def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
+def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.Tensor:
     """Draw open (1) or closed (0) with probability softmax(logits), the Gumbel-max trick (paper, eq. 3 to 6).
 
     The forward value is exactly 0 or 1, the gradient that of softmax((logits + noise) / tau) (straight-through).
@@ -57,13 +57,16 @@ def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
     Args:
         logits: Closed and open logits [B, 2].
         tau: Temperature of the softmax that the gradient is taken of.
+        noise: Draw; False takes the larger logit, as eval does, and keeps the gradient.
 
     Returns:
         Answers [B], float32 whatever the dtype of logits (float64 for float64).
     """
-    # The noise -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
-    uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
-    noisy = logits - torch.log(-torch.log(uniform))
+    noisy = logits if logits.dtype == torch.float64 else logits.float()
+    if noise:
+        # -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
+        uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
+        noisy = noisy - torch.log(-torch.log(uniform))
     soft = F.softmax(noisy / tau, dim=1)[:, 1]
     hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
@@ -96,6 +99,7 @@ class Gate(nn.Module):
         self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
         self.tau = 1.  # temperature of the training gradient
+        self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
         self.offset = 0.  # added to the open logit before the eval threshold
         self.init_weights()
 
@@ -122,11 +126,11 @@ class Gate(nn.Module):
             Answers [B], 1. for open and 0. for closed, float32 whatever the dtype of x (float64 if drawn in float64).
         """
         logits = self.logits(x)
-        sample = self.training
+        sample = False
         if not torch.jit.is_scripting():
-            sample = sample or gate_pass.sample
-        if sample:
-            z = sample_gate(logits, self.tau)
+            sample = gate_pass.sample
+        if self.training or sample:
+            z = sample_gate(logits, self.tau, self.noise or sample)
         else:
             z = (logits[:, 1] + self.offset > logits[:, 0]).float()
         if not torch.jit.is_scripting():

@@ -1,0 +1,161 @@
+"""Data sets for training and evaluation: timm's, with bad input found before it costs a training."""
+import io
+import logging
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+__all__ = ['DataError', 'ReadableImages', 'class_names', 'open_dataset', 'hold_out']
+
+_logger = logging.getLogger(__name__)
+
+UNREADABLE = ('skip', 'error')
+SOURCES = ('folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the argument and what is allowed."""
+
+
+class ReadableImages(Dataset):
+    """The images of a timm ImageDataset, none of them silently replaced by another.
+
+    An unreadable image raises DataError, or is skipped and counted: in training the next readable one takes its place,
+    in evaluation it is black and its label -1, for `evaluate` to leave out.
+    """
+
+    def __init__(self, dataset: ImageDataset, is_training: bool, unreadable: str = 'skip') -> None:
+        """
+        Args:
+            dataset: What to read.
+            is_training: Replace unreadable images.
+            unreadable: 'skip' or 'error'.
+        """
+        self.reader: Any = dataset.reader
+        self.mode = dataset.input_img_mode
+        self.transform: Any = None
+        self.is_training = is_training
+        self.unreadable = unreadable
+        self._failed = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()  # written by loader workers
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    @property
+    def num_unreadable(self) -> int:
+        """Unreadable images met so far, by all workers of this process."""
+        return int(self._failed.sum())
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        for offset in range(len(self) if self.is_training else 1):
+            at = (index + offset) % len(self)
+            try:
+                file, label = self.reader[at]
+                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+                    image = opened.convert(self.mode or opened.mode)
+            except Exception as e:  # decoders raise all kinds
+                name = self.reader.filename(at, absolute=True)
+                if self.unreadable == 'error':
+                    raise DataError(f'cannot read {name}, {type(e).__name__}: {e}') from e
+                if not self._failed[at]:
+                    _logger.warning(f'Skipped {name}, {type(e).__name__}: {e}')
+                self._failed[at] = True
+                continue
+            return (self.transform(image) if self.transform else image), -1 if label is None else label
+        if self.is_training:
+            raise DataError('none of the training images can be read.')
+        image = Image.new(self.mode or 'RGB', (64, 64))
+        return (self.transform(image) if self.transform else image), -1
+
+
+class HeldOut(Subset):
+    """Some images of a data set, with a transform of their own."""
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform  # type: ignore[attr-defined]
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform  # type: ignore[attr-defined]
+
+
+def open_dataset(
+        name: str,
+        root: Optional[str],
+        split: str,
+        is_training: bool = False,
+        download: bool = False,
+        unreadable: str = 'skip',
+        **kwargs: Any,
+) -> Any:
+    """Open a split of a timm data set.
+
+    Args:
+        name: 'folder' or timm's: torch/..., hfds/..., hfids/..., tfds/..., wds/...
+        root: Its folder; for 'folder' one with a subfolder for each split and in it one for each class.
+        split: Its name, 'train' or 'validation' for one.
+        is_training: The split is for training.
+        download: Let timm download it.
+        unreadable: What to do with an unreadable image file, 'skip' or 'error'.
+        **kwargs: More for timm's create_dataset.
+
+    Returns:
+        A torch Dataset with an attribute `transform`.
+
+    Raises:
+        DataError: Unknown, missing, broken, or without images.
+    """
+    name = name or 'folder'
+    if not name.startswith(SOURCES) or (name.startswith('folder') and name != 'folder'):
+        raise DataError(f'--dataset must start with one of {", ".join(SOURCES)}, not {name!r}.')
+    if not root and not name.startswith(('hfds/', 'hfids/')):
+        raise DataError(f'--data-dir: {name} needs one.')
+    if root and not Path(root).is_dir() and (name == 'folder' or not download):
+        raise DataError(f'--data-dir must be a folder, {root!r} is not.')
+    try:
+        dataset: Any = create_dataset(
+            '' if name == 'folder' else name, root=root, split=split, is_training=is_training, download=download,
+            **kwargs)
+    except (Exception, SystemExit) as e:  # every kind of data set has its own
+        argument = '--data-dir' if name == 'folder' else f'--dataset {name}'
+        raise DataError(f'{argument}, split {split!r}: {str(e) or type(e).__name__}') from e
+    reader_root: Any = getattr(getattr(dataset, 'reader', dataset), 'root', None)
+    if name in ('folder', 'torch/folder', 'torch/image_folder') and root and Path(reader_root).samefile(root):
+        # timm takes the folder itself for a split that it does not find: test images would be training images
+        raise DataError(f'--data-dir must have a subfolder for split {split!r}, {root!r} does not.')
+    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise DataError(f'--dataset {name}: split {split!r} has no images.')
+    return ReadableImages(dataset, is_training, unreadable) if isinstance(dataset, ImageDataset) else dataset
+
+
+def class_names(dataset: Any) -> List[str]:
+    """Names that a data set gives its classes, in order of their labels; empty if it has none."""
+    dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
+    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    return [str(name) for name in names or ()]
+
+
+def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
+    """Keep some training images back, for choices that must not see the test set.
+
+    Args:
+        train: The training split.
+        copy: The same split once more, since the two parts get transforms of their own.
+        count: Images to hold out, drawn at random.
+        seed: Of the draw, so that every training of a comparison holds out the same images.
+
+    Returns:
+        The images to train on, and those held out.
+
+    Raises:
+        DataError: Fewer than two images would be left, or the split has no length.
+    """
+    if isinstance(train, IterableDataset) or not 0 < count < len(train) - 1:
+        raise DataError(f'--holdout must leave at least 2 images of a data set with random access, not {count}.')
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    return HeldOut(train, sorted(order[count:])), HeldOut(copy, sorted(order[:count]))
