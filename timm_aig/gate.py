@@ -4,7 +4,7 @@ Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.o
 """
 import threading
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,27 @@ def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.T
     return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
 
 
+def runs_eagerly(x: torch.Tensor) -> bool:
+    """Whether Python may branch on x: tracers hand in proxies and subclasses of Tensor."""
+    return type(x) is torch.Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+class _GlobalPool(torch.autograd.Function):
+    """x.mean((2, 3)) whose gradient is an expanded view rather than a tensor of the size of x."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return (grad / (ctx.shape[2] * ctx.shape[3]))[:, :, None, None].expand(ctx.shape)
+
+
 class Gate(nn.Module):
     """Decides from a block's input whether the block runs (paper, section 3.2).
 
@@ -113,8 +134,14 @@ class Gate(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Closed and open logits [B, 2] of block inputs [B, C, H, W]."""
-        x = self.fc1(x.mean((2, 3)))
+        x = self.fc1(self._pool(x))
         return self.fc2(F.relu(self.bn(x)))
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if runs_eagerly(x):
+                return _GlobalPool.apply(x)
+        return x.mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Answer for block inputs x.
