@@ -1,6 +1,7 @@
 """Data sets for training and evaluation: timm's, with bad input found before it costs a training."""
 import io
 import logging
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -8,12 +9,14 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
+from torchvision.transforms import Compose
 
-__all__ = ['DataError', 'ReadableImages', 'class_names', 'open_dataset', 'hold_out']
+__all__ = ['DataError', 'ReadableImages', 'class_names', 'convert_images', 'open_dataset', 'hold_out']
 
 _logger = logging.getLogger(__name__)
 
 UNREADABLE = ('skip', 'error')
+MODES = {1: 'L', 3: 'RGB'}  # of PIL, by channels
 SOURCES = ('folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 
 
@@ -130,6 +133,8 @@ def open_dataset(
         raise DataError(f'--data-dir must have a subfolder for split {split!r}, {root!r} does not.')
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise DataError(f'--dataset {name}: split {split!r} has no images.')
+    if len(class_names(dataset)) == 1:
+        raise DataError(f'--data-dir: need images of at least 2 classes, found only {class_names(dataset)[0]!r}.')
     return ReadableImages(dataset, is_training, unreadable) if isinstance(dataset, ImageDataset) else dataset
 
 
@@ -159,3 +164,14 @@ def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
         raise DataError(f'--holdout must leave at least 2 images of a data set with random access, not {count}.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     return HeldOut(train, sorted(order[count:])), HeldOut(copy, sorted(order[:count]))
+
+
+def convert_images(dataset: Any, channels: int) -> None:
+    """Put in front of a data set's transform what gives PIL images so many channels, 1 or 3.
+
+    Raises:
+        DataError: Another number of channels.
+    """
+    if channels not in MODES:
+        raise DataError(f'--input-size must have 1 or 3 channels, not {channels}.')
+    dataset.transform = Compose([methodcaller('convert', MODES[channels]), dataset.transform])
