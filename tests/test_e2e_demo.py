@@ -161,7 +161,8 @@ def test_a_dataset_that_is_not_there_is_refused(refused, tmp_path):
 def test_an_image_folder_without_images_splits_or_classes_is_refused(refused, tmp_path):
     (tmp_path / 'empty').mkdir()
     assert 'Found 0 images' in refused('--data-dir', tmp_path / 'empty')
-    assert "subfolder for split 'validation'" in refused('--data-dir', image_folder(tmp_path / 'one split', splits=['train']))
+    one_split = image_folder(tmp_path / 'one split', splits=['train'])
+    assert "subfolder for split 'validation'" in refused('--data-dir', one_split)
     assert '2 classes' in refused('--data-dir', image_folder(tmp_path / 'one class', classes=['dark']))
     other = image_folder(tmp_path / 'other classes', splits=['train'])
     image_folder(other, splits=['val'], classes=('dark', 'odd'))
