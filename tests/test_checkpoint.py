@@ -202,9 +202,9 @@ def test_a_disk_that_fails_late_leaves_the_old_file(tmp_path, monkeypatch, call)
 
 def test_a_file_has_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
     calls = []
-    for name in ('fsync', 'replace'):
-        monkeypatch.setattr(
-            os, name, lambda *args, name=name, original=getattr(os, name): (calls.append(name), original(*args)))
+    originals = {name: getattr(os, name) for name in ('fsync', 'replace')}
+    for name in originals:
+        monkeypatch.setattr(os, name, lambda *args, name=name: (calls.append(name), originals[name](*args)))
     write_atomically(tmp_path / 'file', lambda file: file.write(b'new'))
     assert calls == ['fsync', 'replace', 'fsync']
 

@@ -36,14 +36,14 @@ def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
             logits, gates = timm_aig.forward_gates(model, image[None])
             losses.append(F.cross_entropy(logits, label[None]).item())
             order = logits[0].argsort(descending=True).tolist()
-            correct.append(order[0] == label)
-            among5.append(label in order[:5])
+            correct.append(order[0] == label.item())
+            among5.append(label.item() in order[:5])
             all_gates.append(tuple(gates[0].tolist()))
     assert evaluation.loss == pytest.approx(sum(losses) / 23, rel=1e-5)
     assert evaluation.top1 == pytest.approx(100 * sum(correct) / 23)
     assert evaluation.top5 == pytest.approx(100 * sum(among5) / 23)
     assert torch.equal(evaluation.labels, LABELS)
-    assert ((evaluation.predictions == evaluation.labels).tolist()) == [bool(c) for c in correct]
+    assert (evaluation.predictions == evaluation.labels).tolist() == correct
     assert torch.equal(evaluation.gates.float(), torch.tensor(all_gates))
     assert 1 < evaluation.paths == len(set(all_gates))
     static = cost.total - cost.gates
@@ -123,7 +123,7 @@ def run_process(rank, folder, model):
 
 
 def test_two_processes_have_the_exact_counts_of_one_though_23_images_do_not_divide(model, tmp_path):
-    mp.spawn(run_process, args=(str(tmp_path), model), nprocs=2)
+    mp.start_processes(run_process, args=(str(tmp_path), model), nprocs=2, start_method='fork')
     one = evaluate(model, loader())
     for rank in (0, 1):
         two = torch.load(tmp_path / f'{rank}.pt')

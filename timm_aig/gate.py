@@ -24,7 +24,7 @@ class _GatePass(threading.local):
 
     def __init__(self) -> None:  # in every thread; set here since torch.compile guards what an instance has
         # forward_gates: each gate and its answers
-        self.record: Optional[List[Tuple['Gate', torch.Tensor]]] = None
+        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None
         # force_gates: id of a gate -> the answers to give instead
         self.forced: Optional[Dict[int, List[bool]]] = None
         self.sample = False  # forward_gates(sample=True): draw in eval too
