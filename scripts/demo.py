@@ -36,7 +36,7 @@ import finetune
 
 import timm_aig
 from timm_aig.analysis import execution_rates, plot_execution_rates
-from timm_aig.data import DataError, class_names, open_dataset
+from timm_aig.data import DataError, check_same_classes, class_names, open_dataset
 from timm_aig.evaluate import evaluate
 from timm_aig.recipe import InputError, parse_args as parse_training
 from timm_aig.trainer import NonFiniteError
@@ -152,9 +152,7 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
     """Loader of the test images, names of the classes, the static parent and the adaptive model, trained."""
     check_model(args)
     datasets = open_datasets(args)
-    if class_names(datasets[0]) != class_names(datasets[1]):
-        differ = sorted(set(class_names(datasets[0])) ^ set(class_names(datasets[1])))
-        raise InputError(f'--data-dir: both splits must have the same classes, only one has {differ[:5]}.')
+    check_same_classes(*datasets)
     if args.batch_size > len(datasets[0]):
         raise InputError(f'--batch-size must be at most the {len(datasets[0])} training images, not {args.batch_size}.')
     names = class_names(datasets[0])

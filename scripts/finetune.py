@@ -13,14 +13,16 @@ timm.create_model('local-dir:...'), results.json, execution_rates.png and accura
 import argparse
 import copy
 import csv
+import importlib.util
+import io
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -35,15 +37,24 @@ from timm.models import is_model, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
-from timm.utils import init_distributed_device, random_seed, trim_summary, update_summary
+from timm.utils import init_distributed_device, random_seed
 from torch.optim.swa_utils import update_bn
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 import timm_aig
 from timm_aig.analysis import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.checkpoint import CheckpointError, Checkpoints, write_atomically
-from timm_aig.data import DataError, ReadableImages, class_names, hold_out, open_dataset
-from timm_aig.evaluate import METRICS, evaluate
+from timm_aig.data import (
+    DataError,
+    check_same_classes,
+    class_names,
+    convert_images,
+    count_unreadable,
+    hold_out,
+    open_dataset,
+    start_worker,
+)
+from timm_aig.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.recipe import InputError, parse_args, recipe_of
 from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer
@@ -56,7 +67,9 @@ EXAMPLES = """examples:
 
 exit code: 0 done, 1 the loss is no longer finite, 2 bad input, 3 output cannot be written, 143 stopped by SIGTERM"""
 
-MODES = {1: 'L', 3: 'RGB'}  # of PIL, by channels
+# What a resumed training may say otherwise: where things are, and what to do in case of need.
+MAY_CHANGE = (
+    'initial_checkpoint', 'model', 'nonfinite', 'pretrained', 'teacher', 'unreadable', 'validation_batch_size')
 
 
 class Data(NamedTuple):
@@ -74,9 +87,7 @@ def open_data(args: argparse.Namespace) -> Any:
     if args.holdout:
         return hold_out(train, open_dataset(split=args.train_split, **common), args.holdout)
     val = open_dataset(split=args.val_split, **common)
-    if class_names(train) != class_names(val):
-        differ = sorted(set(class_names(train)) ^ set(class_names(val)))
-        raise DataError(f'--data-dir: both splits must have the same classes, only one has {differ[:5]}.')
+    check_same_classes(train, val)
     return train, val
 
 
@@ -85,16 +96,22 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
         {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
          if getattr(args, k) is not None},
         model=model)
+    for name in ('mean', 'std'):
+        if len(config[name]) not in (1, config['input_size'][0]):
+            raise InputError(f'--{name} must be one number or one for each of {config["input_size"][0]} channels.')
     common = dict(
         input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
-        num_workers=args.workers, distributed=args.distributed, persistent_workers=False,
+        num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,
         use_prefetcher=args.device.startswith('cuda'), device=torch.device(args.device),
         pin_memory=args.device.startswith('cuda'))
-    train_loader = create_loader(
-        train, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
-        color_jitter=args.color_jitter or None, auto_augment=args.aa, re_prob=args.reprob, **common)
-    val_loader = create_loader(
-        val, batch_size=args.validation_batch_size or args.batch_size, crop_pct=config['crop_pct'], **common)
+    try:
+        train_loader = create_loader(
+            train, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
+            color_jitter=args.color_jitter or None, auto_augment=args.aa, re_prob=args.reprob, **common)
+        val_loader = create_loader(
+            val, batch_size=args.validation_batch_size or args.batch_size, crop_pct=config['crop_pct'], **common)
+    except (AssertionError, KeyError, ValueError) as e:  # what check_args cannot know of timm's transforms
+        raise InputError(f'--aa {args.aa} or --interpolation {config["interpolation"]}: {type(e).__name__}: {e}') from e
     if len(train_loader) == 0:
         raise InputError(f'--batch-size {args.batch_size}: the {len(train)} training images do not fill one batch.')
     if args.crop_padding is not None:
@@ -104,7 +121,7 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
             RandomCrop(config['input_size'][1:], padding=args.crop_padding), RandomHorizontalFlip(args.hflip),
             *steps[first:]])
     for dataset in (train, val):
-        dataset.transform = Compose([methodcaller('convert', MODES[config['input_size'][0]]), dataset.transform])
+        convert_images(dataset, config['input_size'][0])
     return Data(train_loader, val_loader, class_names(train), config)
 
 
@@ -118,7 +135,10 @@ def create_model(args: argparse.Namespace, name: str, num_classes: Optional[int]
         kwargs.update(aig_config(args).to_dict())
         kwargs.pop('version')
     try:
-        return timm.create_model(name, pretrained=pretrained or ':' in name, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained or ':' in name, **kwargs)
+        if what == '--model' and ':' in name and timm_aig.gated_blocks(model):  # its config has a target of its own
+            model = timm.create_model(name, pretrained=True, target_rate=args.target_rate, **kwargs)
+        return model
     except Exception as e:  # timm's, the Hub's and the files' own
         raise InputError(f'{what} {name}: {e}') from e
 
@@ -127,6 +147,11 @@ def aig_config(args: argparse.Namespace) -> timm_aig.AIGConfig:
     return timm_aig.AIGConfig(
         target_rate=args.target_rate, schedule=args.schedule, gate_channels=args.gate_channels,
         gate_norm=args.gate_norm)
+
+
+def has_new_head(args: argparse.Namespace, model: nn.Module) -> bool:
+    """Whether the model's weights are another task's, so that its head is not trained."""
+    return not args.initial_checkpoint and model.pretrained_cfg['num_classes'] != model.num_classes
 
 
 def create_models(args: argparse.Namespace, names: List[str]) -> Any:
@@ -147,6 +172,12 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         raise InputError(f'--static: --model {args.model} has gates.')
     trained = args.pretrained or args.initial_checkpoint or ':' in args.model
     parent = copy.deepcopy(model) if trained and not adaptive and not args.static else None
+    if parent is not None and has_new_head(args, model):
+        if args.distill_weight and not args.teacher:
+            raise InputError(
+                f'--model {args.model} gets a new head of {model.num_classes} classes and so cannot be the teacher. '
+                f'Train it with --static first, or pass --teacher, or --distill-weight 0.')
+        parent = None
     teacher = parent
     if not args.distill_weight:
         teacher = None
@@ -223,28 +254,35 @@ def create_trainer(
     task, gate_schedule = create_task(args, model, teacher, cost)
     task.to(torch.device(args.device))
     model.to(memory_format=torch.channels_last)
-    optimizer = create_optimizer(args, model)
-    milestones = args.decay_milestones or [round(args.epochs * 3 / 7), round(args.epochs * 5 / 7)]
+    try:
+        optimizer = create_optimizer(args, model)
+    except Exception as e:  # each optimizer has its own
+        raise InputError(f'--opt {args.opt}: {e}') from e
+    milestones = args.decay_milestones or [max(1, round(args.epochs * share)) for share in (3 / 7, 5 / 7)]
     updates = -(-len(data.train) // args.grad_accum_steps)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, args.sched, num_epochs=args.epochs, decay_milestones=milestones, decay_rate=args.decay_rate,
-        warmup_epochs=min(args.warmup_epochs, args.epochs - 1), warmup_lr=args.lr / 100, min_lr=args.min_lr,
-        step_on_epochs=False, updates_per_epoch=updates)
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, args.sched, num_epochs=args.epochs, decay_milestones=milestones, decay_rate=args.decay_rate,
+            warmup_epochs=min(args.warmup_epochs, args.epochs - 1), warmup_lr=args.lr / 100, min_lr=args.min_lr,
+            step_on_epochs=False, updates_per_epoch=updates)
+    except (AssertionError, ValueError) as e:
+        raise InputError(f'--sched {args.sched}: {e}') from e
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=True)
     if args.torchcompile:
+        if args.torchcompile not in torch.compiler.list_backends(None):
+            raise InputError(f'--torchcompile must be one of {", ".join(torch.compiler.list_backends(None))}.')
         task.compile(backend=args.torchcompile)
     if args.distributed:
         task.prepare_distributed(device_ids=[args.local_rank] if args.device.startswith('cuda') else None)
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
+    same = {k: v for k, v in recipe_of(args).items() if k not in MAY_CHANGE}
     identity = {
-        'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes,
+        **same, 'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes,
         'gates': list(timm_aig.gated_blocks(model)), 'input_size': list(data.config['input_size']),
-        'updates': updates * epochs, 'batch_size': args.batch_size, 'world_size': args.world_size,
-        'recipe': args.recipe, 'target_rate': args.target_rate, 'opt': args.opt, 'seed': args.seed,
-        'model_ema': args.model_ema,
+        'updates': updates * epochs, 'world_size': args.world_size,
     }
     return Trainer(
         task, data.train, optimizer, epochs, scheduler, gate_schedule, cost if not args.static else None,
@@ -262,15 +300,36 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def open_output(args: argparse.Namespace) -> Path:
+    if not args.static and importlib.util.find_spec('matplotlib') is None:  # better known before the training
+        raise InputError("the pictures need matplotlib: pip install 'timm_aig[train]'")
     folder = output_folder(args)
     try:
         (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise InputError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
-    if not args.resume and (any((folder / 'checkpoints').iterdir()) or (folder / 'results.json').exists()):
-        raise InputError(f'{folder} holds a training: pass --resume auto to go on with it, or another --experiment.')
+    checkpoints = any((folder / 'checkpoints').iterdir())
+    if checkpoints and not args.resume:
+        raise InputError(
+            f'--output: {folder} holds a training, pass --resume auto to go on with it, or another --experiment.')
+    if not checkpoints and any((folder / name).exists() for name in ('results.json', 'model.safetensors')):
+        raise InputError(f'--output: {folder} holds a model but no checkpoints, pass another --experiment.')
     return folder
+
+
+def write_summary(path: Path, epoch: int, row: Optional[Dict[str, Any]] = None) -> None:
+    """Keep the rows before an epoch and add one, whole or not at all, wherever the process is killed."""
+    rows: List[Dict[str, Any]] = []
+    if path.exists():
+        with open(path, newline='') as file:
+            rows = [old for old in csv.DictReader(file) if int(old['epoch']) < epoch]
+    if row:
+        rows.append({'epoch': epoch, **row})
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def log_epoch(args: argparse.Namespace, trainer: Trainer, data: Data, cost: Any, folder: Path):
@@ -283,18 +342,19 @@ def log_epoch(args: argparse.Namespace, trainer: Trainer, data: Data, cost: Any,
             raise InputError("--tensorboard needs pip install 'timm_aig[train]'.") from e
         writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=trainer.epoch)
     if args.rank == 0:
-        trim_summary(str(folder / 'summary.csv'), trainer.epoch)
+        write_summary(folder / 'summary.csv', trainer.epoch)
 
     def after_epoch(epoch: int, results: Dict[str, float]) -> None:
         evaluated: Dict[str, float] = {}
         if (epoch + 1) % args.val_interval == 0 and epoch + 1 < trainer.epochs:  # the last one is in results.json
             model = trainer.task.get_eval_model(ema=trainer.task.has_ema())
-            evaluated = evaluate(model, data.val, trainer.device, trainer.amp_dtype).metrics(cost)
+            evaluated = validate(args, model, data, trainer).metrics(cost)
         if args.rank != 0:
             return
         lr = trainer.optimizer.param_groups[0]['lr']
-        columns = {name: evaluated.get(name, '') for name in METRICS}
-        update_summary(epoch, results, columns, str(folder / 'summary.csv'), lr=lr)
+        columns = {f'train_{name}': value for name, value in results.items()}
+        columns.update((f'eval_{name}', evaluated.get(name, '')) for name in METRICS)
+        write_summary(folder / 'summary.csv', epoch, {**columns, 'lr': lr})
         values = {**results, **{f'eval {name}': value for name, value in evaluated.items()}, 'lr': lr}
         if writer is not None:
             for name, value in values.items():
@@ -306,9 +366,18 @@ def log_epoch(args: argparse.Namespace, trainer: Trainer, data: Data, cost: Any,
     return after_epoch
 
 
+def validate(args: argparse.Namespace, model: nn.Module, data: Data, trainer: Trainer) -> Evaluation:
+    try:
+        return evaluate(model, data.val, trainer.device, trainer.amp_dtype)
+    except ValueError as e:
+        raise DataError(f'--val-split {args.val_split}: {e}') from e
+
+
 def recalibrate(args: argparse.Namespace, model: nn.Module, data: Data, device: torch.device) -> None:
-    """Measure the statistics of all batch norms anew, with the weights and gates as they are at the end."""
+    """Measure the statistics of all batch norms anew, with the final weights and gates that answer as in eval."""
     random_seed(args.seed + 1, args.rank)
+    for block in timm_aig.gated_blocks(model).values():
+        block.gate.noise = False  # also of an average, which no schedule reaches, and if resumed behind the last epoch
     batches = (images.to(device, memory_format=torch.channels_last)
                for _, (images, _) in zip(range(args.bn_recalibrate), data.train))
     update_bn(batches, model)
@@ -327,6 +396,8 @@ def environment(device: torch.device) -> Dict[str, Any]:
 
 def save(args: argparse.Namespace, model: nn.Module, data: Data, results: Dict[str, Any], folder: Path) -> None:
     """The model, results.json and the pictures."""
+    for left in folder.glob('.saving-*'):
+        shutil.rmtree(left)  # by save_pretrained in a process that was killed
     timm_aig.save_pretrained(model, folder, model_config={'label_names': data.names} if data.names else None)
     text = json.dumps(results, indent=2) + '\n'
     write_atomically(folder / 'results.json', lambda file: file.write(text.encode()))
@@ -335,7 +406,7 @@ def save(args: argparse.Namespace, model: nn.Module, data: Data, results: Dict[s
     with open(folder / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     names = list(timm_aig.gated_blocks(model))
-    rates = torch.tensor([[float(row[f'train_rate_{name}']) for name in names] for row in rows])
+    rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in names] for row in rows])
     plot_rates_over_epochs(rates, names, folder / 'execution_rates.png')
     points = [(f'epoch {int(row["epoch"]) + 1}', float(row['eval_macs_share']), float(row['eval_top1']))
               for row in rows if row['eval_top1']]
@@ -354,13 +425,21 @@ def print_table(results: Dict[str, Any]) -> None:
     print(f'{results["images"]} images of {results["dataset"]}, {results["split"]}; seed {results["seed"]}')
 
 
+def parent_name(name: str, model: nn.Module) -> str:
+    """What others know the starting point as: a model of timm, a repository of the Hub, or an architecture."""
+    source, colon, rest = name.partition(':')
+    if not colon:
+        return name
+    return rest.partition('@')[0] if source == 'hf-hub' else model.pretrained_cfg['architecture'].removesuffix('_aig')
+
+
 def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, data: Data, cost: timm_aig.Cost) -> Any:
     """What results.json holds but for the parent."""
-    evaluation = evaluate(model, data.val, trainer.device, trainer.amp_dtype)
+    evaluation = validate(args, model, data, trainer)
     sets = {'train': data.train.dataset, 'val': data.val.dataset}
     return {
         'architecture': model.pretrained_cfg['architecture'],
-        'parent': args.model,
+        'parent': parent_name(args.model, model),
         'dataset': args.dataset,
         'split': f'{args.train_split}, {args.holdout} held out' if args.holdout else args.val_split,
         'images': len(evaluation.labels),
@@ -368,7 +447,7 @@ def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, dat
         'macs': cost.total - cost.gates,
         'block_rates': dict(zip(timm_aig.gated_blocks(model), evaluation.block_rates.tolist())),
         'skipped_steps': trainer.skipped,
-        'unreadable': {k: d.num_unreadable for k, d in sets.items() if isinstance(d, ReadableImages)},
+        'unreadable': {name: count_unreadable(dataset, trainer.device) for name, dataset in sets.items()},
         'seed': args.seed,
         'recipe': recipe_of(args),
         'command': args.command,
@@ -379,17 +458,27 @@ def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, dat
 def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     """All of it; returns what results.json holds. datasets: training and validation split instead of args.dataset."""
     # setup
-    device = init_distributed_device(args)
+    try:
+        device = init_distributed_device(args)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e:
+        raise InputError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
     random_seed(args.seed, 0)  # every process makes the same model
     train, val = datasets or open_data(args)
     model, parent, teacher = create_models(args, class_names(train))
     data = create_loaders(args, train, val, model)
+    if args.teacher and any(tuple(teacher.pretrained_cfg[k]) != tuple(data.config[k]) for k in ('mean', 'std')):
+        cfg = teacher.pretrained_cfg
+        raise InputError(f'--teacher {args.teacher} needs --mean {cfg["mean"]} --std {cfg["std"]}.')
     describe_data(model, data)
     cost = timm_aig.compute_cost(model, data.config['input_size'])
     folder = open_output(args)
     trainer = create_trainer(args, model, teacher, data, cost, folder)
     if args.resume:
-        trainer.resume()
+        try:
+            trainer.resume()
+        except CheckpointError as e:
+            raise InputError(f'--resume: {e}') from e
     # train
     trainer.fit(log_epoch(args, trainer, data, cost, folder))
     model = timm.utils.unwrap_model(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
@@ -399,8 +488,7 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     results = results_of(args, trainer, model, data, cost)
     if parent is not None:
         parent_cost = timm_aig.compute_cost(parent, data.config['input_size'])
-        evaluation = evaluate(parent.to(device), data.val, device, trainer.amp_dtype)
-        results['parent_metrics'] = evaluation.metrics(parent_cost)
+        results['parent_metrics'] = validate(args, parent.to(device), data, trainer).metrics(parent_cost)
     if args.rank == 0:
         save(args, model, data, results, folder)
     return results
@@ -413,13 +501,14 @@ def main(argv: Optional[List[str]] = None) -> int:
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         results = run(args)
     except (InputError, DataError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)  # on one line, whatever a library said
+        text = str(e).rsplit('DataError: ', 1)[-1]  # a loader worker puts its traceback in front
+        print(f'error: {" ".join(text.split())}', file=sys.stderr)  # on one line, whatever a library said
         return 2
     except NonFiniteError as e:
         print(f'error: {e}. --nonfinite skip leaves such steps out, a lower --lr may avoid them.', file=sys.stderr)
         return 1
     except (CheckpointError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 3
     except Stopped as e:
         print(f'{e} Go on with --resume auto.', file=sys.stderr)

@@ -29,7 +29,7 @@ from timm.utils import init_distributed_device
 
 import timm_aig
 from timm_aig.checkpoint import write_atomically
-from timm_aig.data import UNREADABLE, DataError, convert_images, open_dataset
+from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, open_dataset
 from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.recipe import InputError
 
@@ -129,7 +129,7 @@ def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[
             'model': name,
             'gate_offset': offset,
             'images': len(evaluation.labels),
-            'unreadable': getattr(dataset, 'num_unreadable', 0),
+            'unreadable': count_unreadable(dataset, device),
             'loss': evaluation.loss,
             **evaluation.metrics(cost),
             'macs': (cost.total - cost.gates) * shares.mean().item(),

@@ -61,11 +61,14 @@ class Checkpoints:
         """
         path = self.folder / f'checkpoint-{step:08d}.pt'
         state = {**state, 'format': FORMAT, 'identity': self.identity}
+        for left in self.folder.glob('.checkpoint-*.tmp'):
+            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
         try:
             write_atomically(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as e:  # torch's writer has errors of its own
             raise CheckpointError(f'cannot write {path}: {e}') from e
-        for old in self.files()[2:]:
+        # one with more steps than this is torn, load_last passed it over: it must not push out the good one before
+        for old in [file for file in self.files() if file <= path][2:]:
             old.unlink(missing_ok=True)
         return path
 

@@ -1,17 +1,23 @@
 """Data sets for training and evaluation: timm's, with bad input found before it costs a training."""
 import io
 import logging
+import signal
+from bisect import bisect_left
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
-__all__ = ['DataError', 'ReadableImages', 'class_names', 'convert_images', 'open_dataset', 'hold_out']
+__all__ = [
+    'DataError', 'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
+    'hold_out', 'open_dataset', 'readable_images', 'start_worker',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -43,19 +49,16 @@ class ReadableImages(Dataset):
         self.transform: Any = None
         self.is_training = is_training
         self.unreadable = unreadable
-        self._failed = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()  # written by loader workers
+        self.part: Sequence[int] = range(len(self.reader))  # where replacements come from, ascending
+        self.failed = torch.zeros(len(self.reader), dtype=torch.uint8).share_memory_()  # written by loader workers
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    @property
-    def num_unreadable(self) -> int:
-        """Unreadable images met so far, by all workers of this process."""
-        return int(self._failed.sum())
-
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        for offset in range(len(self) if self.is_training else 1):
-            at = (index + offset) % len(self)
+        first = bisect_left(self.part, index)
+        for offset in range(len(self.part) if self.is_training else 1):
+            at = self.part[(first + offset) % len(self.part)] if offset else index
             try:
                 file, label = self.reader[at]
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
@@ -64,9 +67,9 @@ class ReadableImages(Dataset):
                 name = self.reader.filename(at, absolute=True)
                 if self.unreadable == 'error':
                     raise DataError(f'cannot read {name}, {type(e).__name__}: {e}') from e
-                if not self._failed[at]:
+                if not self.failed[at]:
                     _logger.warning(f'Skipped {name}, {type(e).__name__}: {e}')
-                self._failed[at] = True
+                self.failed[at] = True
                 continue
             return (self.transform(image) if self.transform else image), -1 if label is None else label
         if self.is_training:
@@ -77,6 +80,11 @@ class ReadableImages(Dataset):
 
 class HeldOut(Subset):
     """Some images of a data set, with a transform of their own."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        super().__init__(dataset, indices)
+        if isinstance(dataset, ReadableImages):
+            dataset.part = indices  # an unreadable image is not replaced by one that the other part has
 
     @property
     def transform(self) -> Any:
@@ -138,6 +146,33 @@ def open_dataset(
     return ReadableImages(dataset, is_training, unreadable) if isinstance(dataset, ImageDataset) else dataset
 
 
+def readable_images(dataset: Any) -> Optional[ReadableImages]:
+    """The data set that counts unreadable images, None if it is of a kind that does not."""
+    dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
+    return dataset if isinstance(dataset, ReadableImages) else None
+
+
+def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
+    """Images that could not be read so far, by any process; None for a data set that does not count them."""
+    images = readable_images(dataset)
+    if images is None:
+        return None
+    failed = images.failed.to(device, copy=True)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+    return int(failed.sum())
+
+
+def start_worker(worker: Any) -> int:
+    """The worker_seeding of timm's create_loader: lets a loader worker live through the first SIGTERM.
+
+    The signal often goes to all processes of a training at once, and it needs its workers until it has saved.
+    The second one ends a worker: a loader that is torn down may have to send it.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    return worker.seed
+
+
 def class_names(dataset: Any) -> List[str]:
     """Names that a data set gives its classes, in order of their labels; empty if it has none."""
     dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
@@ -175,3 +210,10 @@ def convert_images(dataset: Any, channels: int) -> None:
     if channels not in MODES:
         raise DataError(f'--input-size must have 1 or 3 channels, not {channels}.')
     dataset.transform = Compose([methodcaller('convert', MODES[channels]), dataset.transform])
+
+
+def check_same_classes(train: Any, val: Any) -> None:
+    """Raise DataError unless both splits name the same classes."""
+    differ = sorted(set(class_names(train)) ^ set(class_names(val)))
+    if differ:
+        raise DataError(f'--data-dir: both splits must have the same classes, only one has {differ[:5]}.')

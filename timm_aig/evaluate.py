@@ -76,7 +76,7 @@ def evaluate(
         sample: Draw the gates, as the authors' code does in its tests, instead of taking the threshold.
 
     Raises:
-        ValueError: No labelled images.
+        ValueError: No labelled images, or a label that the model has no class for.
     """
     device = device or torch.device('cpu')
     evaluator = ClassificationEvaluator(device)
@@ -90,6 +90,8 @@ def evaluate(
             labels = labels.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 output, gates = forward_gates(unwrap_model(model), images, sample)
+            if len(labels) and labels.max() >= output.shape[1]:
+                raise ValueError(f'the model has {output.shape[1]} classes, the data set has a label {labels.max()}.')
             keep = labels >= 0
             if limit is not None:
                 keep &= torch.arange(seen, seen + len(labels), device=device) < limit

@@ -21,10 +21,14 @@ class _GatePass(threading.local):
     Kept here rather than on the modules, so that a model holds no state of a pass: it can be copied, checkpointed,
     compiled and shared between threads at any moment.
     """
-    record: Optional[List[Tuple['Gate', torch.Tensor]]] = None  # forward_gates: each gate and its answers
-    forced: Optional[Dict[int, List[bool]]] = None  # force_gates: id of a gate -> the answers to give instead
-    sample: bool = False  # forward_gates(sample=True): draw in eval too
-    rows: slice = slice(None)  # rows_of_batch: what part of the batch runs now
+
+    def __init__(self) -> None:  # in every thread; set here since torch.compile guards what an instance has
+        # forward_gates: each gate and its answers
+        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None
+        # force_gates: id of a gate -> the answers to give instead
+        self.forced: Optional[Dict[int, List[bool]]] = None
+        self.sample = False  # forward_gates(sample=True): draw in eval too
+        self.rows = slice(None)  # rows_of_batch: what part of the batch runs now
 
     def forced_answers(self, gate: 'Gate', batch: int) -> Optional[List[bool]]:
         """What a gate has to answer for its batch, None for what it computes."""

@@ -1,7 +1,9 @@
 """The arguments of a fine-tuning, and the two recipes that set their defaults."""
 import argparse
+import math
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn, Optional
 
 import torch
 import yaml
@@ -21,19 +23,48 @@ RECIPES: Dict[str, Dict[str, Any]] = {
         distill_weight=0., gate_weight_decay=None, bn_recalibrate=0, lr=0.1, sched='multistep', warmup_epochs=0),
 }
 
-
 # Where and how a training runs, not what it computes: left out of a recipe.
 NOT_RECIPE = (
     'checkpoint_interval', 'config', 'data_dir', 'dataset_download', 'device', 'experiment', 'json', 'output', 'resume',
     'tensorboard', 'val_interval', 'workers')
 
 
+# One that --no-... takes back, over a --config.
+FLAG: Dict[str, Any] = dict(action=argparse.BooleanOptionalAction, default=False)
+
+# What numbers are allowed, each of them for an argument that takes several. None, not given, always is.
+RANGES = (
+    ('from 1', lambda v: v >= 1, (
+        'batch_size', 'epochs', 'gate_channels', 'grad_accum_steps', 'input_size', 'num_classes', 'val_interval',
+        'validation_batch_size')),
+    ('from 0', lambda v: 0 <= v < math.inf, (
+        'block_bounds', 'bn_recalibrate', 'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix',
+        'decay_milestones', 'gate_loss_weight', 'gate_lr_scale', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
+        'mixup_off_epoch', 'warmup_epochs', 'weight_decay', 'workers')),
+    ('above 0', lambda v: 0 < v < math.inf, (
+        'clip_grad', 'crop_pct', 'decay_rate', 'distill_temperature', 'lr', 'ratio', 'std', 'tau')),
+    ('in [0, 1]', lambda v: 0 <= v <= 1, (
+        'anneal', 'distill_weight', 'hflip', 'model_ema_decay', 'noise_off', 'reprob')),
+    ('in [0, 1)', lambda v: 0 <= v < 1, ('drop', 'drop_path', 'momentum', 'smoothing')),
+    ('in (0, 1]', lambda v: 0 < v <= 1, ('scale',)),
+    ('a number', math.isfinite, ('mean',)),
+    ('in [0, 2^31)', lambda v: 0 <= v < 2 ** 31, ('seed',)),
+)
+
+
 class InputError(ValueError):
     """An argument that cannot be used; the message names it and what is allowed."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises InputError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
 def create_parser(description: Optional[str] = None, epilog: Optional[str] = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
     arg('--config', metavar='FILE', help='YAML or JSON of arguments, or a file of hub_configs: its recipe')
@@ -50,9 +81,9 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
 
     arg = parser.add_argument_group('model').add_argument
     arg('--model', default='resnet50', metavar='NAME', help='static (converted) or adaptive; local-dir:, hf-hub: too')
-    arg('--pretrained', action='store_true', help="load the model's weights, as local-dir: and hf-hub: always do")
+    arg('--pretrained', **FLAG, help="load the model's weights, as local-dir: and hf-hub: always do")
     arg('--initial-checkpoint', metavar='FILE', help='load these weights')
-    arg('--static', action='store_true', help='train a static model, without gates')
+    arg('--static', **FLAG, help='train a static model, without gates')
     arg('--num-classes', type=int, metavar='N', help="default: the model's")
     arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
     arg('--mean', type=float, nargs='+', help="of each channel, default: the model's")
@@ -98,7 +129,7 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--min-lr', type=float, default=0., help='default: %(default)s')
     arg('--clip-grad', type=float, metavar='NORM')
     arg('--clip-mode', choices=['norm', 'value', 'agc'], default='norm', help='default: %(default)s')
-    arg('--model-ema', action='store_true', help='keep an average of the weights, and save it')
+    arg('--model-ema', **FLAG, help='keep an average of the weights, and save it')
     arg('--model-ema-decay', type=float, default=0.9998, help='default: %(default)s')
 
     arg = parser.add_argument_group('augmentation').add_argument
@@ -116,7 +147,7 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
 
     arg = parser.add_argument_group('running').add_argument
     arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
-    arg('--amp', action='store_true', help='mixed precision')
+    arg('--amp', **FLAG, help='mixed precision')
     arg('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16', help='default: %(default)s')
     arg('--torchcompile', metavar='BACKEND', nargs='?', const='inductor', help='compile the model')
     arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
@@ -142,48 +173,73 @@ def parse_args(
     Raises:
         InputError: A config that cannot be used, or a value out of range.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = create_parser(description, epilog)
-    known = {action.dest for action in parser._actions}
-    first, _ = parser.parse_known_args(argv)
-    config: Dict[str, Any] = {}
-    if first.config:
-        try:
-            config = yaml.safe_load(Path(first.config).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise InputError(f'--config {first.config}: {e}') from e
-        config = config.get('recipe', config) if isinstance(config, dict) else config
-        if not isinstance(config, dict):
-            raise InputError(f'--config {first.config} must hold arguments by name.')
-        config = {str(k).replace('-', '_'): v for k, v in config.items()}
-        unknown = sorted(config.keys() - known)
-        if unknown:
-            raise InputError(f'--config {first.config}: no such argument, {", ".join(unknown)}.')
-    parser.set_defaults(**config)
-    recipe = parser.parse_known_args(argv)[0].recipe
-    if recipe not in RECIPES:
-        raise InputError(f'--recipe must be one of {", ".join(RECIPES)}, not {recipe!r}.')
-    parser.set_defaults(**{**RECIPES[recipe], **config})
+    file = parser.parse_known_args(argv)[0].config
+    if file:
+        argv = config_argv(parser, file) + argv  # of an argument given twice the last one counts
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
     args = parser.parse_args(argv)
     check_args(args)
     return args
 
 
+def config_argv(parser: argparse.ArgumentParser, file: str) -> List[str]:
+    """The arguments of a config file as a command line, so that they are checked as those of one.
+
+    Raises:
+        InputError: It cannot be read, or holds something else than arguments.
+    """
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f'--config {file}: {e}') from e
+    if isinstance(config, dict) and isinstance(config.get('recipe'), dict):
+        config = config['recipe']  # of hub_configs or results.json, beside what else they hold
+    if not isinstance(config, dict):
+        raise InputError(f'--config {file} must hold arguments by name.')
+    config = {str(k).replace('-', '_'): v for k, v in config.items()}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('config', 'help')}
+    unknown = sorted(config.keys() - actions.keys())
+    if unknown:
+        raise InputError(f'--config {file}: no such argument, {", ".join(unknown)}.')
+    argv: List[str] = []
+    for name, value in config.items():
+        argument = f'--{name.replace("_", "-")}'
+        if value is None or (value is False and actions[name].nargs == 0):
+            continue  # as if not given
+        if actions[name].nargs == 0:
+            if value is not True:
+                raise InputError(f'--config {file}: {argument} must be true or false, not {value!r}.')
+            argv.append(argument)
+        else:
+            argv += [argument, *map(str, value)] if isinstance(value, list) else [f'{argument}={value}']
+    try:
+        parser.parse_args(argv)
+    except InputError as e:
+        raise InputError(f'--config {file}: {e}') from e
+    return argv
+
+
 def check_args(args: argparse.Namespace) -> None:
-    for name in ('epochs', 'batch_size', 'grad_accum_steps', 'val_interval'):
-        if getattr(args, name) < 1:
-            raise InputError(f'--{name.replace("_", "-")} must be at least 1, not {getattr(args, name)}.')
-    for name in ('holdout', 'workers', 'bn_recalibrate', 'checkpoint_interval'):
-        if getattr(args, name) < 0:
-            raise InputError(f'--{name.replace("_", "-")} must not be below 0, not {getattr(args, name)}.')
-    for name in ('anneal', 'noise_off', 'distill_weight'):
-        if not 0 <= getattr(args, name) <= 1:
-            raise InputError(f'--{name.replace("_", "-")} must be in [0, 1], not {getattr(args, name)}.')
+    for allowed, is_allowed, names in RANGES:
+        for name in names:
+            value = getattr(args, name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(map(is_allowed, values)):
+                shown = ' '.join(map(str, values))
+                raise InputError(f'--{name.replace("_", "-")} must be {allowed}, not {shown}.')
     if not args.static and not 0 < args.target_rate < 1:
         raise InputError(f'--target-rate must be in (0, 1), not {args.target_rate}; --static trains without gates.')
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
+    if args.input_size and args.input_size[0] not in (1, 3):
+        raise InputError(f'--input-size must have 1 or 3 channels, not {args.input_size[0]}.')
+    if args.batch_size % 2 and (args.mixup or args.cutmix):
         raise InputError(f'--batch-size must be even for mixup, not {args.batch_size}.')
+    if args.batch_size == 1 and not args.static and args.gate_norm == 'bn':
+        raise InputError('--batch-size must be from 2 for gates with a batch norm; --gate-norm none does without.')
 
 
 def recipe_of(args: argparse.Namespace) -> Dict[str, Any]:
     """What another training needs to compute the same, as --config reads it."""
-    return {k: v for k, v in vars(args).items() if k not in NOT_RECIPE}
+    names = vars(create_parser().parse_args([]))  # args has more by now, the rank for one
+    return {k: v for k, v in vars(args).items() if k in names and k not in NOT_RECIPE}

@@ -3,7 +3,8 @@ import logging
 import signal
 import sys
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, Iterator, Optional
+from math import isfinite
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,10 @@ from timm.utils import dispatch_clip_grad, distribute_bn, random_seed, unwrap_mo
 from tqdm import tqdm
 
 from .blocks import gated_blocks
-from .checkpoint import Checkpoints, rng_state, set_rng_state
+from .checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from .cost import Cost
+from .data import DataError, readable_images
+from .memory import keep_freed_memory
 from .schedule import GateSchedule
 
 __all__ = ['NonFiniteError', 'Stopped', 'Trainer']
@@ -22,6 +25,7 @@ __all__ = ['NonFiniteError', 'Stopped', 'Trainer']
 _logger = logging.getLogger(__name__)
 
 NONFINITE = ('stop', 'skip')
+COUNTERS = ('epoch', 'position', 'step', 'skipped', 'counted', 'sums')
 
 
 class NonFiniteError(RuntimeError):
@@ -109,8 +113,10 @@ class Trainer:
         self.position = 0  # batches done in the epoch under way
         self.step = 0  # updates done
         self.skipped = 0  # updates left out, not finite
+        self.counted = 0  # batches of this epoch that its results are the mean of, those skipped are not
         self.sums: Dict[str, float] = {}  # of this epoch's results
         self._rng: Optional[Dict[str, Any]] = None  # to go on with inside an epoch
+        self._buffers: List[torch.Tensor] = []  # as they were before an update that may be skipped
         self._terminated = False
 
     @property
@@ -132,6 +138,7 @@ class Trainer:
             CheckpointError: A checkpoint cannot be written.
             Stopped: SIGTERM came.
         """
+        keep_freed_memory()
         previous = None
         try:  # only the main thread can, and only where there is something to save
             if self.checkpoints is not None:
@@ -143,7 +150,7 @@ class Trainer:
                 self.save()  # a full disk is better met before the work than after it
             while self.epoch < self.epochs:
                 after_epoch(self.epoch, self._train_epoch())
-                self.epoch, self.position, self._rng, self.sums = self.epoch + 1, 0, None, {}
+                self.epoch, self.position, self._rng, self.counted, self.sums = self.epoch + 1, 0, None, 0, {}
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
@@ -164,8 +171,10 @@ class Trainer:
             self._train_batches(iter(self.loader), len(self.loader))
             if self.distributed:
                 distribute_bn(self.model, dist.get_world_size(), reduce=True)
+                if self.task.has_ema():  # the first process's, which is the one in checkpoints
+                    distribute_bn(unwrap_model(self.task.get_eval_model(ema=True)), dist.get_world_size())
             self._save_if(True)
-        return {name: value / self.position for name, value in self.sums.items()}
+        return {name: value / self.counted for name, value in self.sums.items()}
 
     def _train_batches(self, batches: Iterator[Any], count: int) -> None:
         for _ in range(self.position):
@@ -176,13 +185,15 @@ class Trainer:
             batches, f'{self.title} {self.epoch + 1}/{self.epochs}', count, initial=self.position, leave=False,
             disable=self.rank != 0, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.optimizer.zero_grad()
+        results: List[Dict[str, float]] = []  # of the batches of one update
         for images, labels in bar:
-            for name, value in self._forward_backward(images, labels, count).items():
-                self.sums[name] = self.sums.get(name, 0.) + value
+            results.append(self._forward_backward(images, labels, count))
             self.position += 1
-            bar.set_postfix(self._shown(), refresh=False)
             if self._update_is_due(self.position, count):
-                self._update()
+                if self._update(results):
+                    self._add_to_sums(results)
+                results = []
+                bar.set_postfix(self._shown(), refresh=False)
                 if self.position < count:
                     self._save_if(bool(self.checkpoint_interval) and self.step % self.checkpoint_interval == 0)
 
@@ -195,8 +206,8 @@ class Trainer:
         labels = labels.to(self.device)
         num_classes = getattr(self.model, 'num_classes', 0)
         if num_classes and labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f'labels must be in [0, {num_classes}), the classes of the head, '
+            raise DataError(
+                f'--num-classes: labels must be in [0, {num_classes}), the classes of the head, '
                 f'not from {labels.min()} to {labels.max()}.')
         hard = labels
         if self.mixup is not None:
@@ -210,7 +221,8 @@ class Trainer:
         with nullcontext() if self._update_is_due(self.position + 1, count) else self.task.no_sync():
             with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                 result = self.task(images, labels)
-            self.scaler.scale(result['loss'] / size).backward()
+            loss = result['loss'] * (result['loss'].detach() * 0 + 1)  # not finite: nor is then any gradient, anywhere
+            self.scaler.scale(loss / size).backward()
         shown = {
             'loss': result['loss'].item(),
             'top1': 100 * (result['output'].argmax(1) == hard).float().mean().item(),
@@ -223,15 +235,25 @@ class Trainer:
             shown.update((f'rate_{name}', rate) for name, rate in zip(gated_blocks(self.model), rates.tolist()))
         return shown
 
-    def _update(self) -> None:
+    def _add_to_sums(self, results: List[Dict[str, float]]) -> None:
+        self.counted += len(results)
+        for result in results:
+            for name, value in result.items():
+                self.sums[name] = self.sums.get(name, 0.) + value
+
+    def _update(self, results: List[Dict[str, float]]) -> bool:
+        """Whether the update of batches with these results was done, not skipped."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.task.get_clip_parameters() if p.grad is not None]
         # after the reduction of gradients over processes, so that all of them decide alike
         finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
-        if not finite and not self.scaler.is_enabled():
-            self._meet_nonfinite()
+        skipped = not finite and not self.scaler.is_enabled()
+        if skipped:
+            self._meet_nonfinite(results)
         else:
             if self.clip_grad is not None:
+                agc = self.clip_mode == 'agc'  # not for the head (2102.06171)
+                parameters = self.task.get_clip_parameters(exclude_head=True) if agc else parameters
                 dispatch_clip_grad(parameters, self.clip_grad, mode=self.clip_mode)
             self.scaler.step(self.optimizer)  # leaves out what overflowed float16
             self.scaler.update()
@@ -241,14 +263,23 @@ class Trainer:
             self.task.update_ema(self.step)
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
+        return not skipped
 
-    def _meet_nonfinite(self) -> None:
-        gates = [
-            name for name, block in gated_blocks(self.model).items()
+    def _meet_nonfinite(self, results: List[Dict[str, float]]) -> None:
+        gates = gated_blocks(self.model)
+        # a gate that answers NaN is where it began, or behind; NaN in the loss gives every gate a NaN gradient
+        answers = [name for name in gates if not all(isfinite(result.get(f'rate_{name}', 0.)) for result in results)]
+        gradients = [
+            name for name, block in gates.items()
             if any(p.grad is not None and not p.grad.isfinite().all() for p in block.gate.parameters())
         ]
-        where = f'gates with a non-finite gradient: {", ".join(gates)}' if gates else 'the gates are finite'
-        what = f'epoch {self.epoch + 1}, step {self.step}: loss or gradient is not finite, {where}'
+        if answers:
+            where = f'the answer of gate {answers[0]} is the first that is not'
+        elif not all(isfinite(result['loss']) for result in results):
+            where = 'the loss is not, the answers of all gates are' if gates else 'the loss is not'
+        else:
+            where = f'the gradients of gates {", ".join(gradients)} are not' if gradients else 'those of the gates are'
+        what = f'epoch {self.epoch + 1}, step {self.step}: loss or gradient is not finite; {where}'
         if self.nonfinite == 'stop':
             raise NonFiniteError(what)
         _logger.warning(f'Skipped the update of {what}')
@@ -258,7 +289,7 @@ class Trainer:
 
     def _shown(self) -> Dict[str, str]:
         names = [name for name in ('loss', 'top1', 'execution_rate', 'macs_share') if name in self.sums]
-        return {name: f'{self.sums[name] / self.position:.3f}' for name in names}
+        return {name: f'{self.sums[name] / self.counted:.3f}' for name in names}
 
     def _save_if(self, due: bool) -> None:
         """Save if due or SIGTERM came, which ends the training."""
@@ -278,7 +309,7 @@ class Trainer:
         """Go on from the last checkpoint that is whole, if there is any.
 
         Raises:
-            CheckpointError: None of them is, or it is another training's.
+            CheckpointError: None of them is, it is another training's, or not all processes have the same.
         """
         assert self.checkpoints is not None
         state, problems = self.checkpoints.load_last()
@@ -287,6 +318,11 @@ class Trainer:
         if state is not None:
             self.load_state_dict(state)
             _logger.info(f'Resumed in epoch {self.epoch + 1} after step {self.step}.')
+        if self.distributed:
+            steps: List[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise CheckpointError(f'the processes have checkpoints of steps {steps}: they must share the folder.')
 
     def save(self) -> None:
         """Write a checkpoint now, from one of the processes.
@@ -296,25 +332,25 @@ class Trainer:
         """
         if self.checkpoints is None:
             return
-        states = [rng_state()]
+        local: List[Any] = [self._local_state()]
         if self.distributed:
-            states = [None] * dist.get_world_size()  # type: ignore[list-item]
-            dist.all_gather_object(states, rng_state())
+            local = [None] * dist.get_world_size()
+            dist.all_gather_object(local, self._local_state())
         if self.rank == 0:
-            self.checkpoints.save(self.step, self.state_dict(states))
+            self.checkpoints.save(self.step, self.state_dict(local))
 
-    def state_dict(self, rng: Any) -> Dict[str, Any]:
-        """All that the rest of the training depends on, with the random generators of all processes."""
+    def _local_state(self) -> Dict[str, Any]:
+        images = readable_images(getattr(self.loader, 'dataset', None))
+        return {'rng': rng_state(), 'unreadable': [] if images is None else images.failed.nonzero().flatten().tolist()}
+
+    def state_dict(self, local: List[Any]) -> Dict[str, Any]:
+        """All that the rest of the training depends on, with the local state of each process."""
         state = {
             **self.task.get_checkpoint_state(),
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
-            'rng': rng,
-            'epoch': self.epoch,
-            'position': self.position,
-            'step': self.step,
-            'skipped': self.skipped,
-            'sums': self.sums,
+            'local': local,
+            **{name: getattr(self, name) for name in COUNTERS},
         }
         if self.scheduler is not None:
             state['scheduler'] = self.scheduler.state_dict()
@@ -331,6 +367,10 @@ class Trainer:
         self.scaler.load_state_dict(state['scaler'])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state['scheduler'])
-        for name in ('epoch', 'position', 'step', 'skipped', 'sums'):
+        for name in COUNTERS:
             setattr(self, name, state[name])
-        self._rng = state['rng'][self.rank] if self.position else None
+        local = state['local'][self.rank]
+        self._rng = local['rng'] if self.position else None
+        images = readable_images(getattr(self.loader, 'dataset', None))
+        if images is not None:
+            images.failed[local['unreadable']] = 1
