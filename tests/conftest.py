@@ -6,6 +6,8 @@ import torch.nn as nn
 
 import timm_aig
 
+pytest_plugins = ['loopback']
+
 torch.set_num_threads(1)  # the nets are small: threads cost more than they bring, ten times more on a busy machine
 
 # One arch for each kind of block; the others stand behind the marker all_archs.

@@ -24,7 +24,7 @@ from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .blocks import set_gate_offset
 from .config import AIG_ARGS, AIGConfig, load_hub_configs
 from .convert import checkpoint_filter_fn, gate_
-from .source import checked_source
+from .source import checked_source, config_file
 
 __all__ = ['checkpoint_filter_fn']  # register_model adds each entry point
 
@@ -78,6 +78,10 @@ def _create_resnet_aig(variant: str, pretrained: bool = False, gate_offset: floa
         )
     except SafetensorError as e:
         raise RuntimeError(f'The weights of {variant} are no whole safetensors file: {e}') from e
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:
+        if config_file(kwargs) is None:
+            raise
+        raise ValueError(f'{config_file(kwargs)} describes no {variant}: {type(e).__name__} {e}') from e
 
 
 @register_model

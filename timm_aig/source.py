@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 
 from .config import AIG_ARGS
 
-__all__ = ['check_model_args', 'check_pretrained_cfg', 'checked_source']
+__all__ = ['check_model_args', 'check_pretrained_cfg', 'checked_source', 'config_file']
 
 _logger = logging.getLogger(__name__)
 
@@ -33,17 +33,26 @@ def checked_source(pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         ValueError: config.json has a wrong value.
         RuntimeError: The repository changed while its config.json was read.
     """
-    cfg = kwargs.get('pretrained_cfg')
-    source = cfg.get('source') if isinstance(cfg, dict) else None
-    if not isinstance(cfg, dict) or source not in ('hf-hub', 'local-dir'):
+    where = config_file(kwargs)
+    if where is None:
         return kwargs
-    where = cfg['hf_hub_id'] if source == 'hf-hub' else Path(cfg['file'], 'config.json')
+    cfg = kwargs['pretrained_cfg']
     check_pretrained_cfg(cfg, where)
     check_model_args(kwargs.get('pretrained_model_args', {}), where)
-    cfg = dict(cfg, custom_load=False, hf_hub_filename='model.safetensors' if source == 'hf-hub' else None)
-    if source == 'hf-hub' and pretrained:
-        cfg['hf_hub_id'] = _pinned(cfg['hf_hub_id'], kwargs.get('cache_dir'))
+    cfg = dict(cfg, custom_load=False)
+    if cfg['source'] == 'hf-hub':
+        cfg['hf_hub_filename'] = 'model.safetensors'
+        if pretrained:
+            cfg['hf_hub_id'] = _pinned(cfg['hf_hub_id'], kwargs.get('cache_dir'))
     return dict(kwargs, pretrained_cfg=cfg)
+
+
+def config_file(kwargs: Dict[str, Any]) -> Optional[str]:
+    """Where the arguments that timm gives an entry point come from, for errors; None if not from a config.json."""
+    cfg = kwargs.get('pretrained_cfg')
+    if not isinstance(cfg, dict) or cfg.get('source') not in ('hf-hub', 'local-dir'):
+        return None
+    return f"{cfg['hf_hub_id'] if cfg['source'] == 'hf-hub' else cfg['file']}/config.json"
 
 
 def _pinned(hub_id: str, cache_dir: Optional[str]) -> str:
