@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='SOURCE', type=Path, help='folder or checkpoint')
     parser.add_argument('repo_id', metavar='REPO', help='user/name, created if missing')
-    parser.add_argument('--hub-config', metavar='NAME', help='name in hub_configs (resnet50_aig.t06_paper) or JSON file')
+    parser.add_argument('--hub-config', metavar='NAME', help='name in hub_configs or JSON file')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to, created if missing (default: main)')
     parser.add_argument('--private', action='store_true', help='make a new repository private')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request')
@@ -144,8 +144,12 @@ def main() -> None:
         elif upload.url:
             print(upload.url)
     except Exception as e:
-        print(f"push_to_hub: {e if isinstance(e, InputError) else f'{type(e).__name__}: {e}'}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, InputError) else 1)
+        if isinstance(e, InputError):
+            print(f'push_to_hub: {e}', file=sys.stderr)
+            sys.exit(2)
+        cause = f' ({e.__cause__})' if e.__cause__ else ''  # huggingface_hub's reason for a failed upload
+        print(f'push_to_hub: {type(e).__name__}: {e}{cause}', file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""A Hub on this machine and clients of it, each in a process of its own: huggingface_hub reads its settings at import."""
+"""A Hub on this machine and clients of it, in processes of their own: huggingface_hub reads settings at import."""
 import json
 import os
 import subprocess
@@ -93,8 +93,8 @@ class Hub:
         self.root = root
         tokens = [arg for token, who in TOKENS.items() for arg in ('--token', f'{token}={who}')]
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('hub_server.py')), '--root', str(root), '--port', '0', '--xet',
-             '--test-hooks', *tokens],
+            [sys.executable, str(Path(__file__).with_name('hub_server.py')), '--root', str(root), '--port', '0',
+             '--xet', '--test-hooks', *tokens],
             stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().removeprefix('READY ').strip()
 

@@ -1,4 +1,4 @@
-"""scripts/import_convnet_aig.py: checkpoints of the authors' code, against a model of that layout written for this test."""
+"""scripts/import_convnet_aig.py, against a model of the layout of the authors' code, written for this test."""
 import runpy
 import subprocess
 import sys
@@ -117,7 +117,7 @@ def run(*args):
     ((18, 18, 18), False, 10, 'cifar_resnet110_aig'), ((5, 5, 5), False, 100, 'cifar_resnet32_aig'),
     ((1, 2, 4), False, 10, 'cifar_resnet20_aig'), ((2, 2, 2, 2), False, 7, 'resnet18_aig'),
     ((3, 4, 6, 3), True, 1000, 'resnet50_aig'), ((3, 4, 23, 3), True, 5, 'resnet101_aig'),
-    ((3, 8, 36, 3), True, 5, 'resnet152_aig'), ((1, 1, 2, 1), True, 5, 'resnet50_aig'),
+    ((3, 8, 36, 3), True, 5, 'resnet152_aig'), ((1, 2, 1, 1), True, 5, 'resnet50_aig'),
 ])
 def test_an_imported_checkpoint_gives_the_originals_logits_and_gates(stages, bottleneck, classes, arch, tmp_path):
     model = original(stages, bottleneck, classes)

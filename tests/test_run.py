@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# What timm's scripts do: argparse, imports from beside the script, create_model by name, a process group under torchrun.
+# What timm's scripts do: argparse, imports from beside them, create_model by name, a process group under torchrun.
 SCRIPT = '''
 import argparse, os, sys
 import beside

@@ -84,7 +84,7 @@ def _tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
     """The state dict as tensors of their own, contiguous, on the CPU."""
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta or tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_meta or (tensor.is_floating_point() and not tensor.isfinite().all()):
             raise ValueError(f'{name} has no values or values that are not finite, nothing was saved.')
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors
@@ -175,7 +175,7 @@ def push_to_hub(
         token: Optional[str] = None,
         dry_run: bool = False,
 ) -> Upload:
-    """Publish a model on the Hugging Face Hub, so that `timm.create_model('hf-hub:user/name', pretrained=True)` loads it.
+    """Publish a model on the Hugging Face Hub, where `timm.create_model('hf-hub:user/name', pretrained=True)` loads it.
 
     Weights as safetensors, config.json, results.json, pictures and a model card. All of it is written and verified
     locally first and arrives in one commit, or not at all. A card that is there already is updated in its generated
@@ -227,7 +227,8 @@ def _write_card(
 ) -> str:
     """Put the card and what it shows into the folder."""
     from .card import checked_results, make_card  # nobody else needs its imports
-    results = checked_results(results or {}, model.pretrained_cfg['architecture'])
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    results = checked_results(results or {}, config['architecture'])
     names = []
     for picture in map(Path, pictures):
         if picture.read_bytes()[:8] != b'\x89PNG\r\n\x1a\n':
@@ -236,7 +237,6 @@ def _write_card(
         names.append(picture.name)
     if results:
         (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     card = make_card(model, target.upload.repo_id, config, results, names, target.card, target.upload.revision)
     (folder / 'README.md').write_text(card, encoding='utf-8', newline='')
     return card

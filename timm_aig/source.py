@@ -112,7 +112,7 @@ def check_model_args(model_args: Any, where: Any) -> None:
         if isinstance(value, list) and len(value) > 1024:
             raise ValueError(f'{where}: {name} must be a list of at most 1024 entries, not {len(value)}.')
         if name == 'layers' and (not isinstance(value, list) or not all(_whole(v, 1, 1024) for v in value)):
-            raise ValueError(f'{where}: layers must be a list of numbers of blocks from 1 to 1024, not {_short(value)}.')
+            raise ValueError(f'{where}: layers must be a list of whole numbers from 1 to 1024, not {_short(value)}.')
 
 
 def _short(value: Any) -> str:
@@ -141,7 +141,7 @@ def _text(value: Any) -> bool:
 
 
 def _texts(value: Any) -> bool:
-    return _text(value) or isinstance(value, (list, tuple)) and all(_text(v) for v in value)
+    return _text(value) or (isinstance(value, (list, tuple)) and all(_text(v) for v in value))
 
 
 _SIZE = ('three whole numbers above 0', _size)
