@@ -213,6 +213,7 @@ api.upload_file(path_or_fileobj=pickle.dumps(Evil()), path_in_repo='pytorch_mode
 FAULTS = {
     'create answers 500 twice': (dict(method='POST', path='/repos/create', status=500, times=2), False),
     'whoami answers 500 twice': (dict(method='GET', path='/whoami', status=500, times=2), False),
+    'the card is refused': (dict(method='POST', path='/validate-yaml', status=400), False),
     'batch answers 500 twice': (dict(method='POST', path='/objects/batch', status=500, times=2), True),
     'upload answers 500 twice': (dict(method='PUT', path='^/lfs/put', status=500, times=2), True),
     'upload drops': (dict(method='PUT', path='^/lfs/put', drop=300_000), True),
@@ -237,7 +238,8 @@ def test_a_server_that_fails_gives_an_error_or_a_whole_repository(hub, client, n
         assert error
     assert (error is None) == succeeds, error
     if error:  # another try completes it
-        assert error.startswith(('HfHubHTTPError', 'RemoteProtocolError', 'RuntimeError: Error while uploading')), error
+        kinds = ('HfHubHTTPError', 'RemoteProtocolError', 'RuntimeError: Error while uploading', 'ValueError: {"error"')
+        assert error.startswith(kinds), error
         errors = [client.run(push(repo_id, seed))['error'] for _ in range(fault.get('times', 1))]
         assert errors[-1] is None
     assert client.get(load(repo_id, tmp_path)) == client.get(f'result = outputs(make({seed}))')

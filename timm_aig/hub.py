@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
@@ -291,6 +291,7 @@ def _download(api: HfApi, repo_id: str, filename: str, commit: Optional[str]) ->
 
 def _commit(api: HfApi, upload: Upload, folder: Path, message: str, head: Optional[str]) -> str:
     """Create what is missing and send everything in one commit."""
+    ModelCard(upload.card).validate()  # by the Hub, before anything is there
     additions = [CommitOperationAdd(name, folder / name) for name in upload.files]
     operations: List[Any] = [*additions, *map(CommitOperationDelete, upload.deleted)]
     if not upload.exists:
