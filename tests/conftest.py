@@ -1,4 +1,8 @@
 """Fixtures of all tests."""
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -63,3 +67,18 @@ def train_gates():
         return model
 
     return _train_gates
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Runs a script of scripts/ in this process; gives its exit code."""
+    def _run_script(name: str, *args) -> int:
+        script = Path(__file__).parent.parent / 'scripts' / name
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        except SystemExit as e:
+            return e.code or 0
+        return 0
+
+    return _run_script

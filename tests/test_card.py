@@ -9,6 +9,7 @@ from timm_aig.card import BEGIN, END, checked_results, make_card
 RESULTS = dict(
     parent='resnet18.a1_in1k', dataset='hfds/user/birds', split='test', images=500, seed=3, command='a | `b`',
     metrics=dict(top1=91.25, execution_rate=0.5, parent_top1=92.), environment=dict(cpu='EPYC'), recipe=dict(lr=0.1),
+    parent_metrics=dict(top1=92.5, macs_share=1.),
     reported=dict(top1_error=23.0, source='the paper'), description='Birds.', card='## Mine\n\nText.')
 
 
@@ -42,7 +43,8 @@ def test_the_front_matter_says_licence_parent_tags_and_results(model):
 
 def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
     text = ModelCard(card(model)).text
-    assert '| Top-1 accuracy (%) | 91.25 |' in text and 'Measured on 500 images' in text and 'seed 3' in text
+    assert '| Top-1 accuracy (%) | 91.25 (static parent: 92.5) |' in text
+    assert 'Measured on 500 images' in text and 'seed 3' in text
     assert "by `a / 'b'`" in text and 'EPYC' in text and '| top1_error | 23.0 |' in text
     assert '![execution rates](execution_rates.png)' in text and '## Mine\n\nText.' in text
     assert '```python\nimport timm_aig' in text and "create_model('hf-hub:user/name', pretrained=True)" in text
@@ -52,11 +54,21 @@ def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
 
 def test_what_is_not_known_is_not_claimed(model):
     config = {**CONFIG, 'pretrained_cfg': dict(input_size=[3, 32, 32])}
-    for results in ({}, dict(parent='resnet18'), dict(parent='cifar_resnet20.untrained'), dict(parent='no.such')):
+    for results in (
+            {}, dict(parent='resnet18'), dict(parent='cifar_resnet20.untrained'), dict(parent='no.such'),
+            dict(parent='resnet18.a1_in1k', recipe=dict(pretrained=False)), dict(parent='local-dir:/home/me/secret'),
+    ):
         text = make_card(model, 'user/name', config, results)
         data = yaml.safe_load(text.split('---')[1])
         assert not {'license', 'base_model', 'datasets', 'model-index'} & set(data)
-        assert '## Results' not in text and '.png' not in text
+        assert '## Results' not in text and '.png' not in text and 'secret' not in text
+
+
+def test_a_parent_from_the_hub_is_linked_and_a_static_model_claims_no_gates(model):
+    data = yaml.safe_load(card(model, dict(parent='hf-hub:user/parent@v1')).split('---')[1])
+    assert data['base_model'] == 'user/parent'
+    text = card(timm.create_model('cifar_resnet20'), {})
+    assert 'A static ResNet of timm.' in text and 'forward_gates' not in text and 'An adaptive ResNet' not in text
 
 
 def test_an_update_keeps_the_persons_text_and_front_matter_byte_for_byte(model):
@@ -117,6 +129,7 @@ def test_any_text_survives_yaml_and_stays_inside_the_generated_part(model, value
     (dict(metrics=dict(top1='94')), 'metrics.top1 must be a number'),
     (dict(metrics=dict(top1=float('nan'))), 'metrics.top1 must be a number'),
     (dict(metrics=dict(top1=True)), 'metrics.top1 must be a number'),
+    (dict(parent_metrics=dict(top1='x')), 'parent_metrics.top1 must be a number'),
     (dict(metrics=dict(top1=945)), 'metrics.top1 must be from 0 to 100'),
     (dict(metrics=dict(execution_rate=55)), 'metrics.execution_rate must be from 0 to 1'),
     (dict(metrics=dict(top1=94)), 'metrics need the dataset and the split'),

@@ -1,9 +1,4 @@
 """scripts/import_convnet_aig.py, against a model of the layout of the authors' code, written for this test."""
-import runpy
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -12,7 +7,7 @@ import torch.nn.functional as F
 
 import timm_aig
 
-SCRIPT = Path(__file__).parent.parent / 'scripts' / 'import_convnet_aig.py'
+SCRIPT = 'import_convnet_aig.py'
 
 
 class Block(nn.Module):
@@ -101,27 +96,18 @@ def save(model, path, prefix='module.', counts=False):
     return path
 
 
-def run(*args):
-    """The script in this process; returns its exit code."""
-    old, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
-    try:
-        runpy.run_path(str(SCRIPT), run_name='__main__')
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = old
-    return 0
-
-
 @pytest.mark.parametrize('stages,bottleneck,classes,arch', [
     ((18, 18, 18), False, 10, 'cifar_resnet110_aig'), ((5, 5, 5), False, 100, 'cifar_resnet32_aig'),
     ((1, 2, 4), False, 10, 'cifar_resnet20_aig'), ((2, 2, 2, 2), False, 7, 'resnet18_aig'),
     ((3, 4, 6, 3), True, 1000, 'resnet50_aig'), ((3, 4, 23, 3), True, 5, 'resnet101_aig'),
     ((3, 8, 36, 3), True, 5, 'resnet152_aig'), ((1, 2, 1, 1), True, 5, 'resnet50_aig'),
 ])
-def test_an_imported_checkpoint_gives_the_originals_logits_and_gates(stages, bottleneck, classes, arch, tmp_path):
+def test_an_imported_checkpoint_gives_the_originals_logits_and_gates(
+        stages, bottleneck, classes, arch, tmp_path, run_script,
+):
     model = original(stages, bottleneck, classes)
-    assert run(save(model, tmp_path / 'model_best.pth.tar'), tmp_path / 'out', '--target-rate', '0.5') == 0
+    path = save(model, tmp_path / 'model_best.pth.tar')
+    assert run_script(SCRIPT, path, tmp_path / 'out', '--target-rate', '0.5') == 0
     loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
     assert loaded.pretrained_cfg['architecture'] == arch and loaded.num_classes == classes
     x = torch.randn(6, 3, 32, 32) * torch.linspace(0.2, 4, 6).view(-1, 1, 1, 1)
@@ -139,9 +125,9 @@ def test_an_imported_checkpoint_gives_the_originals_logits_and_gates(stages, bot
 
 
 @pytest.mark.parametrize('prefix,counts', [('', True), ('module.', True)])
-def test_checkpoints_of_newer_torch_and_without_a_wrapper_load_too(prefix, counts, tmp_path):
+def test_checkpoints_of_newer_torch_and_without_a_wrapper_load_too(prefix, counts, tmp_path, run_script):
     model = original((3, 3, 3), False, 10)
-    assert run(save(model, tmp_path / 'c.pth.tar', prefix, counts), tmp_path / 'out') == 0
+    assert run_script(SCRIPT, save(model, tmp_path / 'c.pth.tar', prefix, counts), tmp_path / 'out') == 0
     loaded = timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -159,7 +145,7 @@ class Evil:
         return open, (self.path, 'w')
 
 
-def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_path, capsys):
+def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_path, capsys, run_script):
     evil, other, empty, shape = (tmp_path / name for name in ('evil.pth.tar', 'other.pth', 'empty.pth', 'shape.pth'))
     torch.save(dict(state_dict=Evil(str(tmp_path / 'executed'))), evil)
     torch.save(timm.create_model('resnet18').state_dict(), other)
@@ -171,12 +157,13 @@ def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_
             (evil, 'weights_only=True blocked'), (other, "none of the networks of the authors' code"),
             (empty, 'it holds no state dict'), (shape, 'size mismatch for layer2.1.gate.fc1.weight'),
             (tmp_path / 'missing', 'FileNotFoundError')):
-        assert run(path, tmp_path / 'out') == 2
+        assert run_script(SCRIPT, path, tmp_path / 'out') == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / 'executed').exists() and not (tmp_path / 'out').exists()
 
 
-def test_its_help_has_examples_and_a_wrong_rate_is_named():
-    done = subprocess.run([sys.executable, str(SCRIPT), '--help'], capture_output=True, text=True, check=True)
-    assert 'examples:' in done.stdout and 'exit code: 0 done' in done.stdout
-    assert run('a', 'b', '--target-rate', '1.5') == 2
+def test_its_help_has_examples_and_a_wrong_rate_is_named(capsys, run_script):
+    assert run_script(SCRIPT, '--help') == 0
+    assert 'examples:' in (text := capsys.readouterr().out) and 'exit code: 0 done' in text
+    assert run_script(SCRIPT, 'a', 'b', '--target-rate', '1.5') == 2
+    assert '--target-rate must be between 0 and 1, not 1.5' in capsys.readouterr().err

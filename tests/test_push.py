@@ -29,22 +29,20 @@ def expected(client):
     return first, second
 
 
-@pytest.fixture(params=['lfs', 'xet'])
-def transfer(request):
-    return dict(HF_HUB_DISABLE_XET='1') if request.param == 'lfs' else dict(HF_HUB_DISABLE_XET='0')
-
-
-def test_what_is_pushed_loads_in_a_fresh_process_with_the_same_logits_and_gates(hub, expected, transfer, tmp_path):
-    repo_id = f"alice/roundtrip{transfer['HF_HUB_DISABLE_XET']}"
-    pusher, loader = (Client(hub.url, tmp_path / home, **transfer) for home in ('a', 'b'))
-    url = pusher.get(push(repo_id, results=RESULTS))
-    assert url.startswith(f'{hub.url}/{repo_id}/commit/')
-    assert loader.get(load(repo_id, tmp_path / 'cache')) == expected[0]
-    pusher.close(), loader.close()
-    log = {entry['path'].split('/')[1] for entry in hub.log() if entry['method'] in ('POST', 'PUT')}
-    assert ('cas' in log) == (transfer['HF_HUB_DISABLE_XET'] == '0') and ('lfs' in log) != ('cas' in log)
+@pytest.mark.parametrize('xet,seed', [(False, 2), (True, 3)])
+def test_what_is_pushed_loads_in_a_fresh_process_with_the_same_logits_and_gates(hub, xet, seed, tmp_path):
+    repo_id, env = f'alice/roundtrip{seed}', dict(HF_HUB_DISABLE_XET='0' if xet else '1')
+    pusher, loader = (Client(hub.url, tmp_path / home, **env) for home in ('a', 'b'))
+    hub.log()
+    url = pusher.get(push(repo_id, seed, results=RESULTS))
+    uploads = {entry['path'].split('/')[1] for entry in hub.log() if entry['method'] in ('POST', 'PUT')}
+    assert url.startswith(f'{hub.url}/{repo_id}/commit/') and ('cas' in uploads, 'lfs' in uploads) == (xet, not xet)
+    outputs = loader.get(load(repo_id, tmp_path / 'cache'))
+    assert outputs == pusher.get(f'result = outputs(make({seed}))')
+    assert [e for e in hub.log() if e['path'].startswith('/cas/v1/reconstructions' if xet else '/lfs/get')]
     assert set(hub.files(repo_id)) == {*WHOLE, 'results.json'}
     assert len(hub.repo(repo_id)['commits']) == 2  # the Hub's own first one, and ours
+    pusher.close(), loader.close()
 
 
 def test_a_name_with_a_revision_loads_it_and_a_new_revision_is_created(hub, client, expected, tmp_path):

@@ -8,7 +8,6 @@ from urllib.parse import quote
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg, is_model
 
 from .blocks import gated_blocks
@@ -32,7 +31,8 @@ METRICS: Dict[str, Tuple[str, str, float]] = {
 }
 _KINDS: Dict[str, type] = {
     'architecture': str, 'parent': str, 'dataset': str, 'split': str, 'command': str, 'description': str, 'card': str,
-    'images': int, 'seed': int, 'metrics': dict, 'recipe': dict, 'environment': dict, 'reported': dict, 'aig': dict,
+    'images': int, 'seed': int, 'metrics': dict, 'parent_metrics': dict, 'recipe': dict, 'environment': dict,
+    'reported': dict, 'aig': dict,
 }
 _NAMES = {str: 'a text', int: 'a whole number', dict: 'an object'}
 
@@ -60,14 +60,14 @@ def checked_results(results: Any, architecture: Optional[str] = None) -> Dict[st
         raise ValueError(f"results are of {results['architecture']!r}, the model is {architecture!r}.")
     if results.get('images', 1) < 1:
         raise ValueError(f"results: images must be above 0, not {results['images']}.")
-    metrics = results.get('metrics') or {}
-    for name, value in metrics.items():
-        _, _, largest = METRICS.get(name, ('', '', float('inf')))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-            raise ValueError(f'results: metrics.{name} must be a number, not {value!r}.')
-        if name in METRICS and not 0 <= value <= largest:
-            raise ValueError(f'results: metrics.{name} must be from 0 to {largest:g}, not {value!r}.')
-    if metrics and not (results.get('dataset') and results.get('split')):
+    for field in ('metrics', 'parent_metrics'):
+        for name, value in (results.get(field) or {}).items():
+            _, _, largest = METRICS.get(name, ('', '', float('inf')))
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+                raise ValueError(f'results: {field}.{name} must be a number, not {value!r}.')
+            if name in METRICS and not 0 <= value <= largest:
+                raise ValueError(f'results: {field}.{name} must be from 0 to {largest:g}, not {value!r}.')
+    if results.get('metrics') and not (results.get('dataset') and results.get('split')):
         raise ValueError('results: metrics need the dataset and the split they were measured on.')
     return results
 
@@ -118,7 +118,7 @@ def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any]) -> Mo
         library_name='timm',
         pipeline_tag='image-classification',
         tags=TAGS,
-        base_model=_base_model(results.get('parent')),
+        base_model=_base_model(results),
         datasets=[dataset.split('/', 1)[1]] if dataset.startswith(('hfds/', 'hfids/')) else None,
         model_name=name,
         eval_results=[
@@ -153,13 +153,15 @@ def _update(data: Any, new: ModelCardData) -> None:
         data.eval_results = None
 
 
-def _base_model(parent: Optional[str]) -> Optional[str]:
-    """Hub id of the model whose weights this one started from; a parent without a tag may be an untrained one."""
-    if parent and '/' in parent:
-        validate_repo_id(parent)
-        return parent
-    arch, _, tag = (parent or '').partition('.')
-    cfg = get_pretrained_cfg(parent, allow_unregistered=True) if tag and is_model(arch) else None
+def _base_model(results: Dict[str, Any]) -> Optional[str]:
+    """Hub id of the model whose weights this one started from, None if that is not certain."""
+    source, _, name = (results.get('parent') or '').rpartition(':')
+    if source == 'hf-hub':
+        return name.partition('@')[0]
+    arch, _, tag = name.partition('.')
+    if source or not tag or not is_model(arch) or (results.get('recipe') or {}).get('pretrained') is False:
+        return None
+    cfg = get_pretrained_cfg(name, allow_unregistered=True)
     return cfg.hf_hub_id if cfg else None
 
 
@@ -188,11 +190,14 @@ def _about(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
     arch, cfg = config['architecture'], config['pretrained_cfg']
     size = cfg['input_size']
     cost = compute_cost(model, tuple(size))
+    parent = results.get('parent') or ''
+    if not parent or parent.startswith('local-dir:'):  # a folder of somebody's machine says nothing here
+        parent = arch.removesuffix('_aig')
     facts = {
         'Architecture': f'`{_code(arch)}`',
-        'Static parent': f"`{_code(results.get('parent') or arch.removesuffix('_aig'))}`",
+        'Static parent': f'`{_code(parent)}`',
         'Blocks with a gate': len(cost.blocks),
-        'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})) or 'none',
+        'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
         'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
         'GMACs, all blocks run': f'{cost.total / 1e9:.3f}',
         'GMACs that always run': f'{cost.fixed / 1e9:.3f}',
@@ -200,6 +205,8 @@ def _about(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
         'Classes': config['num_classes'],
         'Origin': _text(cfg.get('origin_url') or ''),
     }
+    if not cost.blocks:
+        return f'A static ResNet of timm.\n\n{_table(facts)}'
     intro = (
         'An adaptive ResNet: before each gated block a small gate looks at the features of the image and decides '
         'whether the block runs ([ConvNet-AIG](https://arxiv.org/abs/1711.11503)). Blocks that do not run are not '
@@ -211,7 +218,10 @@ def _results(results: Dict[str, Any]) -> List[str]:
     parts = []
     metrics = results.get('metrics') or {}
     if metrics:
-        rows = {METRICS.get(name, ('', _text(name)))[1]: f'{value:.4g}' for name, value in metrics.items()}
+        of_parent = {name: f' (static parent: {value:.4g})' for name, value in
+                     (results.get('parent_metrics') or {}).items() if name in ('top1', 'top5')}
+        rows = {METRICS.get(name, ('', _text(name)))[1]: f'{value:.4g}{of_parent.get(name, "")}'
+                for name, value in metrics.items()}
         images = f"{results['images']} images of " if results.get('images') else ''
         provenance = f"Measured on {images}`{_code(results['dataset'])}`, split `{_code(results['split'])}`"
         if results.get('seed') is not None:
