@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 import importlib.util
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch.nn as nn
 from PIL import Image
 
 import timm_aig
+
+pytest_plugins = ['loopback']
 
 torch.set_num_threads(1)  # the nets are small: threads cost more than they bring, ten times more on a busy machine
 
@@ -149,3 +152,18 @@ def fork_main(finetune, tmp_path):
 @pytest.fixture
 def wait():
     return lambda process: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Runs a script of scripts/ in this process; gives its exit code."""
+    def _run_script(name: str, *args) -> int:
+        script = Path(__file__).parent.parent / 'scripts' / name
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+        try:
+            runpy.run_path(str(script), run_name='__main__')
+        except SystemExit as e:
+            return e.code or 0
+        return 0
+
+    return _run_script

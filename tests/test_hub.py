@@ -1,10 +1,15 @@
 """save_pretrained: a folder that timm loads the same model from."""
+import copy
 import json
 
 import pytest
 import timm
 import torch
+import transformers
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 
 import timm_aig
 from timm_aig import AIGConfig, forward_gates, gate_, gated_blocks, save_pretrained, ungate_
@@ -131,3 +136,105 @@ def test_an_unserializable_argument_leaves_the_old_folder_whole(tmp_path):
         save_pretrained(odd, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert timm_aig.gated_blocks(reload(tmp_path))
+
+
+def test_any_memory_layout_wrapper_average_and_device_type_saves_the_same_bytes(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    expected = (save_pretrained(model, tmp_path / 'plain') / 'model.safetensors').read_bytes()
+    views = copy.deepcopy(model)
+    flat = torch.cat([p.detach().flatten() for p in views.parameters()])  # as flattened optimizers and FSDP keep them
+    start = 0
+    for p in views.parameters():
+        p.data = flat[start:start + p.numel()].view_as(p)
+        start += p.numel()
+    for i, other in enumerate((
+            copy.deepcopy(model).to(memory_format=torch.channels_last),
+            ModelEmaV3(model),
+            torch.nn.DataParallel(torch.compile(model, backend='eager')),
+            torch.compile(torch.nn.DataParallel(model), backend='eager'),
+            copy.deepcopy(model).train().requires_grad_(False),
+            views,
+    )):
+        assert (save_pretrained(other, tmp_path / str(i)) / 'model.safetensors').read_bytes() == expected
+
+
+def test_half_precision_is_saved_as_it_is(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).bfloat16()
+    save_pretrained(model, tmp_path)
+    assert load_file(tmp_path / 'model.safetensors')['fc.weight'].dtype == torch.bfloat16
+    assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight.float())
+
+
+def test_saving_leaves_the_model_its_mode_and_the_random_numbers_alone(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig').train()
+    timm_aig.set_execution(model, 'masked')
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    save_pretrained(model, tmp_path)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert {block.execution for block in gated_blocks(model).values()} == {'masked'}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def not_finite(model):
+    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = float('inf')
+    return model
+
+
+def other_activation(model):
+    model.act1 = torch.nn.Tanh()
+    return model
+
+
+def longer(model):
+    model.layer3.append(copy.deepcopy(model.layer3[-1]))
+    return model
+
+
+@pytest.mark.parametrize('change,message', [
+    (not_finite, 'layer1.0.conv1.weight has no values or values that are not finite'),
+    (lambda model: model.to('meta'), 'conv1.weight has no values'),
+    (other_activation, 'timm rebuilds a model with other logits'),
+    (longer, 'timm cannot rebuild this model .CifarResNet.: .*it has gates on 10 blocks'),
+    (timm_aig.optimize_for_inference, 'cannot be rebuilt|cannot rebuild'),
+])
+def test_a_model_that_would_come_back_as_another_is_refused_and_nothing_is_written(change, message, tmp_path):
+    save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(change(timm.create_model('cifar_resnet20_aig')), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_backbone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='is a backbone without a head'):
+        save_pretrained(timm.create_model('cifar_resnet20_aig', features_only=True), tmp_path)
+
+
+@pytest.mark.parametrize('arch,kwargs', [
+    ('cifar_resnet20_aig', dict(num_classes=3, target_rate=0.3)), ('resnet18_aig', dict(in_chans=1, num_classes=3)),
+])
+def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model(arch, **kwargs))).eval()
+    save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'dog', 'owl']})
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(8, model.in_chans, 32, 32)
+    with torch.no_grad():
+        (expected, expected_gates), (result, gates) = forward_gates(model, x), forward_gates(other, x)
+    assert torch.equal(result.logits, expected) and torch.equal(gates, expected_gates)
+    assert 0 < gates.mean() < 1 and other.config.id2label == {0: 'cat', 1: 'dog', 2: 'owl'}
+    assert reload(tmp_path).pretrained_cfg['label_names'] == ['cat', 'dog', 'owl']
+    again = save_pretrained(reload(tmp_path), tmp_path / 'again')
+    assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
+
+
+def test_the_pipeline_of_transformers_classifies_an_image_as_timm_does(tmp_path, train_norms):
+    model = train_norms(timm.create_model('cifar_resnet20_aig', num_classes=3)).eval()
+    save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'dog', 'owl']})
+    image = Image.effect_noise((40, 50), 90).convert('RGB')
+    answers = transformers.pipeline('image-classification', model=str(tmp_path))(image)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=reload(tmp_path)))
+    with torch.no_grad():
+        expected = model(transform(image)[None]).softmax(1)[0]
+    scores = {answer['label']: answer['score'] for answer in answers}
+    assert scores == pytest.approx(dict(zip(['cat', 'dog', 'owl'], expected.tolist())), abs=1e-3)

@@ -15,7 +15,6 @@ from .config import AIGConfig
 from .convert import gate_, ungate_
 from .cost import Cost, compute_cost
 from .gate import Gate
-from .hub import save_pretrained
 from .inference import optimize_for_inference
 from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
 from .version import __version__ as __version__
@@ -23,7 +22,8 @@ from .version import __version__ as __version__
 __all__ = [
     'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
     'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_',
-    'gated_blocks', 'optimize_for_inference', 'save_pretrained', 'set_execution', 'set_gate_offset', 'ungate_',
+    'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
+    'ungate_',
 ]
 
 
@@ -31,4 +31,7 @@ def __getattr__(name: str) -> Any:
     if name == 'AIGTask':  # timm.task is slow to import and only training needs it
         from .task import AIGTask
         return AIGTask
+    if name in ('push_to_hub', 'save_pretrained'):
+        from . import hub
+        return getattr(hub, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -15,6 +15,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
+from .convert import checkpoint_filter_fn
+
 __all__ = ['CifarResNet']
 
 
@@ -140,6 +142,7 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
         CifarResNet,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive kin load too
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         **kwargs,
     )
@@ -166,28 +169,33 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
     """Constructs a CIFAR ResNet-20, 0.04 GMACs at 32 x 32."""
-    return _create_cifar_resnet('cifar_resnet20', pretrained, **dict(layers=(3, 3, 3), **kwargs))
+    model_args = dict(layers=(3, 3, 3))
+    return _create_cifar_resnet('cifar_resnet20', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
     """Constructs a CIFAR ResNet-32."""
-    return _create_cifar_resnet('cifar_resnet32', pretrained, **dict(layers=(5, 5, 5), **kwargs))
+    model_args = dict(layers=(5, 5, 5))
+    return _create_cifar_resnet('cifar_resnet32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
     """Constructs a CIFAR ResNet-44."""
-    return _create_cifar_resnet('cifar_resnet44', pretrained, **dict(layers=(7, 7, 7), **kwargs))
+    model_args = dict(layers=(7, 7, 7))
+    return _create_cifar_resnet('cifar_resnet44', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
     """Constructs a CIFAR ResNet-56."""
-    return _create_cifar_resnet('cifar_resnet56', pretrained, **dict(layers=(9, 9, 9), **kwargs))
+    model_args = dict(layers=(9, 9, 9))
+    return _create_cifar_resnet('cifar_resnet56', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet110(pretrained: bool = False, **kwargs) -> CifarResNet:
     """Constructs a CIFAR ResNet-110, the network of the paper's CIFAR-10 results."""
-    return _create_cifar_resnet('cifar_resnet110', pretrained, **dict(layers=(18, 18, 18), **kwargs))
+    model_args = dict(layers=(18, 18, 18))
+    return _create_cifar_resnet('cifar_resnet110', pretrained, **dict(model_args, **kwargs))

@@ -1,16 +1,20 @@
-"""gate_ and ungate_: static timm ResNets <-> adaptive ResNets, in place."""
+"""gate_ and ungate_: static timm ResNets <-> adaptive ResNets, in place; and the same for their checkpoints."""
+import logging
 from itertools import groupby
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type
 
+import torch
 import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, _require_gated_blocks
+from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, _require_gated_blocks, gated_blocks
 from .config import AIG_ARGS, AIGConfig
 from .gate import Gate
 
-__all__ = ['gate_', 'ungate_']
+__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn']
+
+_logger = logging.getLogger(__name__)
 
 GATED: Dict[type, Type[GatedBlock]] = {cls.block_cls: cls for cls in (GatedBasicBlock, GatedBottleneck)}
 
@@ -134,7 +138,66 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
         return
     cfg['architecture'] = arch
     args: Dict[str, Any] = getattr(model, '_model_args', {})
-    args = {k: v for k, v in args.items() if k not in AIG_ARGS}
+    args = {k: v for k, v in args.items() if k not in (*AIG_ARGS, 'gate_offset')}
     if config:
         args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
     vars(model)['_model_args'] = args
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Fit a checkpoint to a model, in the form of timm's filter_fn: adaptive or static, whichever they are.
+
+    A static checkpoint gets the new, open gates of an adaptive model; an adaptive one must have the model's gates, and
+    loses them for a static model.
+
+    Args:
+        state_dict: The checkpoint.
+        model: ResNet made by timm.create_model.
+
+    Raises:
+        RuntimeError: The checkpoint's gates are not the model's (other blocks, or another width or norm), or weights
+            other than the classifier's are missing.
+    """
+    missing = [k for k in model.state_dict() if k not in state_dict and not _may_be_missing(k)]
+    if missing:  # timm would leave them at random where another number of classes is asked for
+        raise RuntimeError(f'The checkpoint does not fit: it lacks {len(missing)} tensors, {", ".join(missing[:3])}...')
+    own = {k: v for k, v in model.state_dict().items() if _gated_block(k)}
+    theirs = {k: v for k, v in state_dict.items() if _gated_block(k)}
+    if not theirs:
+        if own:
+            _logger.warning(
+                f'Weights of the static parent: the {len(gated_blocks(model))} gates of this model are new and open '
+                f'for every image, so it computes what its parent does until it is fine-tuned.')
+        return {**state_dict, **own}
+    blocks_own, blocks_theirs = ({_gated_block(k) for k in keys} for keys in (own, theirs))
+    if not own and not getattr(model, 'pretrained_cfg', {}).get('architecture', '').endswith('_aig'):
+        _logger.warning(
+            f'Weights of an adaptive model: its {len(blocks_theirs)} gates are dropped, this static model runs every '
+            f'block for every image.')
+        return {k: v for k, v in state_dict.items() if k not in theirs}
+    if blocks_own != blocks_theirs:
+        raise RuntimeError(
+            f'The checkpoint does not fit: it has gates on {_names(blocks_theirs)}, the model on {_names(blocks_own)}. '
+            f'Pass the target_rate, schedule or target_rates it was trained with.')
+    for key in sorted(own.keys() | theirs.keys()):
+        shapes = [list(d[key].shape) if key in d else 'missing' for d in (theirs, own)]
+        if shapes[0] != shapes[1]:
+            raise RuntimeError(
+                f'The checkpoint does not fit: {key} is {shapes[0]} there and {shapes[1]} in the model. '
+                f'Pass the gate_channels and gate_norm it was trained with.')
+    return state_dict
+
+
+def _gated_block(key: str) -> str:
+    """Name of the block whose gate a key of a ResNet's state dict belongs to, '' for another key."""
+    block, gate, _ = key.partition('.gate.')
+    return block if gate and block.startswith('layer') else ''
+
+
+def _may_be_missing(key: str) -> bool:
+    """Gates, the classifier, and what checkpoints of old versions of torch do not have."""
+    return bool(_gated_block(key)) or key.startswith('fc.') or key.endswith('.num_batches_tracked')
+
+
+def _names(blocks: Set[str]) -> str:
+    return f'{len(blocks)} blocks ({", ".join(sorted(blocks))})' if blocks else 'no block'

@@ -2,15 +2,14 @@
 
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503
 
-Each of them is the parent arch, converted with gate_. AIGConfig's fields are keyword arguments of the entry points. A
-tag of the parent ('resnet50_aig.tv2_in1k') loads the parent's weights and leaves the gates open; the other tags come
-from hub_configs.
+Each of them is the parent arch, converted with gate_. AIGConfig's fields are keyword arguments of the entry points,
+and so is gate_offset, the offset that set_gate_offset sets. A tag of the parent ('resnet50_aig.tv2_in1k') loads the
+parent's weights and leaves the gates open; the other tags come from hub_configs.
 """
-import logging
 from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
-import torch
+from safetensors import SafetensorError
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -22,13 +21,12 @@ from timm.models import (
 from timm.models.resnet import ResNet
 
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
-from .blocks import gated_blocks
+from .blocks import set_gate_offset
 from .config import AIG_ARGS, AIGConfig, load_hub_configs
-from .convert import gate_
+from .convert import checkpoint_filter_fn, gate_
+from .source import checked_source, config_file
 
 __all__ = ['checkpoint_filter_fn']  # register_model adds each entry point
-
-_logger = logging.getLogger(__name__)
 
 _PARENTS = list_models(module=('resnet', 'cifar_resnet'))
 _HUB_CONFIGS = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()}
@@ -49,41 +47,11 @@ def _default_cfgs() -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: ResNet) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to an adaptive model: a parent's gets the model's own open gates, an adaptive one must match.
-
-    Raises:
-        RuntimeError: The checkpoint's gates are not the model's: other blocks, or another width or norm.
-    """
-    prefixes = tuple(f'{name}.gate.' for name in gated_blocks(model))
-    own = {k: v for k, v in model.state_dict().items() if prefixes and k.startswith(prefixes)}
-    theirs = {k: v for k, v in state_dict.items() if '.gate.' in k and k.startswith('layer')}
-    if not theirs:
-        if own:
-            _logger.warning(
-                f'Weights of the static parent: the {len(prefixes)} gates of this model are new and open for every '
-                f'image, so it computes what its parent does until it is fine-tuned.')
-        return {**state_dict, **own}
-    blocks_own, blocks_theirs = ({k.partition('.gate.')[0] for k in keys} for keys in (own, theirs))
-    if blocks_own != blocks_theirs:
-        raise RuntimeError(
-            f'The checkpoint does not fit: it has gates on {_names(blocks_theirs)}, the model on {_names(blocks_own)}. '
-            f'Pass the target_rate, schedule or target_rates it was trained with.')
-    for key in sorted(own.keys() | theirs.keys()):
-        shapes = [list(d[key].shape) if key in d else 'missing' for d in (theirs, own)]
-        if shapes[0] != shapes[1]:
-            raise RuntimeError(
-                f'The checkpoint does not fit: {key} is {shapes[0]} there and {shapes[1]} in the model. '
-                f'Pass the gate_channels and gate_norm it was trained with.')
-    return state_dict
-
-
-def _names(blocks) -> str:
-    return f'{len(blocks)} blocks ({", ".join(sorted(blocks))})' if blocks else 'no block'
-
-
-def _adaptive_resnet(parent: str, aig_args: Dict[str, Any], **kwargs) -> ResNet:
-    return gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
+def _adaptive_resnet(parent: str, aig_args: Dict[str, Any], gate_offset: float, **kwargs) -> ResNet:
+    model = gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
+    if gate_offset:
+        set_gate_offset(model, gate_offset)
+    return model
 
 
 def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -95,17 +63,25 @@ def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], D
     return aig_args, {k: v for k, v in kwargs.items() if k not in AIG_ARGS}
 
 
-def _create_resnet_aig(variant: str, pretrained: bool = False, **kwargs) -> ResNet:
+def _create_resnet_aig(variant: str, pretrained: bool = False, gate_offset: float = 0., **kwargs) -> ResNet:
     parent = variant.removesuffix('_aig')
+    kwargs = checked_source(pretrained, kwargs)
     aig_args, kwargs = _split_args(variant, kwargs)
-    return build_model_with_cfg(
-        partial(_adaptive_resnet, parent, aig_args),
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4)),
-        **kwargs,
-    )
+    try:
+        return build_model_with_cfg(
+            partial(_adaptive_resnet, parent, aig_args, gate_offset),
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4)),
+            **kwargs,
+        )
+    except SafetensorError as e:
+        raise RuntimeError(f'The weights of {variant} are no whole safetensors file: {e}') from e
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:
+        if config_file(kwargs) is None:
+            raise
+        raise ValueError(f'{config_file(kwargs)} describes no {variant}: {type(e).__name__} {e}') from e
 
 
 @register_model
@@ -114,8 +90,8 @@ def resnet50_aig(pretrained: bool = False, **kwargs) -> ResNet:
 
     Args:
         pretrained: Load weights: the tag's, ResNet-50's default weights with open gates if none is given.
-        **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm) and timm's ResNet
-            arguments.
+        **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
+            and timm's ResNet arguments.
     """
     return _create_resnet_aig('resnet50_aig', pretrained, **kwargs)
 

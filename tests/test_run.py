@@ -1,0 +1,70 @@
+"""python -m timm_aig.run: scripts that know nothing of timm_aig run with its models."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+# What timm's scripts do: argparse, imports from beside them, create_model by name, a process group under torchrun.
+SCRIPT = '''
+import argparse, os, sys
+import beside
+import timm
+import torch.distributed as dist
+from timm.utils import init_distributed_device
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+parser.add_argument('--device', default='cpu')
+args = parser.parse_args()
+
+def main():
+    model = timm.create_model(args.model, device='meta')
+    device = init_distributed_device(args)
+    words = beside.NAME, type(model.layer3[1]).__name__, sys.argv[1:], os.path.basename(sys.argv[0]), args.world_size
+    sys.stdout.write(' '.join(map(str, words)) + chr(10))
+    if args.distributed:
+        dist.barrier()
+        dist.destroy_process_group()
+
+if __name__ == '__main__':
+    main()
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / 'validate.py').write_text(SCRIPT)
+    (tmp_path / 'beside.py').write_text('NAME = "beside"')
+    return tmp_path / 'validate.py'
+
+
+def run(*args, **env):
+    return subprocess.run(
+        [sys.executable, '-m', *map(str, args)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **env})
+
+
+def test_a_script_runs_with_the_adaptive_models_and_its_own_arguments_and_neighbours(script):
+    done = run('timm_aig.run', script, '--model', 'resnet18_aig')
+    assert done.stdout.split('\n')[0] == "beside GatedBasicBlock ['--model', 'resnet18_aig'] validate.py 1", done.stderr
+
+
+def test_the_exit_code_and_the_traceback_are_the_scripts_own(script):
+    done = run('timm_aig.run', script, '--model', 'no_such_aig')
+    assert done.returncode == 1 and 'Unknown model (no_such_aig)' in done.stderr
+    assert run('timm_aig.run', script, '--no-such-option').returncode == 2
+
+
+def test_it_works_under_torchrun(script):
+    done = run('torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_aig.run', script,
+               '--model', 'resnet18_aig')
+    assert done.stdout.count("beside GatedBasicBlock ['--model', 'resnet18_aig'] validate.py 2") == 2, done.stderr
+
+
+def test_what_is_missing_is_said():
+    done = run('timm_aig.run', 'no/such.py')
+    assert done.returncode == 2 and 'there is no file no/such.py' in done.stderr
+    done = run('timm_aig.run')
+    assert done.returncode == 2 and 'usage: python -m timm_aig.run SCRIPT' in done.stdout
+    assert run('timm_aig.run', '--help').returncode == 0

@@ -1,0 +1,40 @@
+"""Run a script of timm (validate.py, benchmark.py, inference.py, onnx_export.py, train.py) with the plugin imported.
+
+timm's scripts import no plugin, so they do not know the adaptive models. They are in timm's repository, not in its
+package; take those of the installed version.
+
+    python -m timm_aig.run validate.py data --model resnet50_aig --pretrained
+    torchrun --nproc_per_node=2 -m timm_aig.run train.py data --model resnet50_aig
+"""
+import runpy
+import sys
+from pathlib import Path
+from typing import List
+
+import timm
+
+import timm_aig  # noqa: F401, registers the models
+
+
+def main(args: List[str]) -> None:
+    """Run a script as `python SCRIPT ARGS` would.
+
+    Args:
+        args: Path of the script and its arguments.
+    """
+    if not args or args[0] in ('-h', '--help'):
+        print(f'usage: python -m timm_aig.run SCRIPT [ARGS ...]\n\n{__doc__}')
+        sys.exit(0 if args else 2)
+    script = Path(args[0])
+    if not script.is_file():
+        print(
+            f'timm_aig.run: there is no file {script}. timm\'s scripts are in its repository: '
+            f'https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__}', file=sys.stderr)
+        sys.exit(2)
+    sys.argv = args
+    sys.path[0] = str(script.resolve().parent)  # `python -m` has put the working directory there
+    runpy.run_path(args[0], run_name='__main__')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
