@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 import importlib.util
+import logging
 import os
 import runpy
 import sys
@@ -139,6 +140,7 @@ def fork_main(finetune, tmp_path):
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
+            logging.root.handlers.clear()  # pytest's
             prepare()
             code = finetune.main([*map(str, args)])
         except BaseException:

@@ -44,12 +44,14 @@ def training(finetune_args, static_model, tmp_path):
 
 @pytest.fixture
 def uninterrupted(training, fork_main, wait, tmp_path):
-    """Runs it once; returns seconds taken."""
+    """Runs it once, into tmp_path/whole."""
     def _uninterrupted(which):
-        start = time.monotonic()
         assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
-        return time.monotonic() - start
     return _uninterrupted
+
+
+def last_step(checkpoints):
+    return max((int(path.stem[-8:]) for path in checkpoints.glob('*.pt')), default=-1)
 
 
 def rows(folder):
@@ -69,19 +71,21 @@ def assert_same_training(a, b):
 @pytest.mark.parametrize('which', NAMES)
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
         which, training, uninterrupted, fork_main, wait, tmp_path):
-    seconds = uninterrupted(which)
+    uninterrupted(which)
     chance = random.Random(NAMES.index(which))
-    kills = 0
-    while True:
+    checkpoints = tmp_path / 'killed' / 'checkpoints'
+    ended, kills = False, 0
+    while not ended:
+        step = last_step(checkpoints) + chance.randint(1, 3)
         process = fork_main(training(which, 'killed'))
-        time.sleep(chance.uniform(0.2, 0.8) * seconds if kills < 5 else 0)
-        if kills < 5:
+        while last_step(checkpoints) < step and not ended:
+            time.sleep(0.002)
+            ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        time.sleep(chance.uniform(0, 0.05))
+        if not ended:
             os.killpg(process, signal.SIGKILL)
-        code = wait(process)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, (tmp_path / 'stderr').read_text()
-        kills += 1
+            kills += 1
+        assert wait(process) == (0 if ended else -signal.SIGKILL), (tmp_path / 'stderr').read_text()
     assert kills >= 2
     assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
 

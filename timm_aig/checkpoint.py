@@ -20,7 +20,7 @@ class CheckpointError(RuntimeError):
 
 def write_atomically(path: Path, write: Any) -> None:
     """Call write(file) on a temporary file, flush it to the disk and give it its name. Nothing is left on failure."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.tmp')  # one name, so that a killed process leaves no second file
     try:
         with open(temporary, 'wb') as file:
             write(file)
