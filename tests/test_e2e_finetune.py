@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -110,7 +111,7 @@ class KilledAt:
 
         if self.when == 'writing':
             def cut(fd):
-                if self.count == 0:
+                if self.count == 0 and stat.S_ISREG(os.fstat(fd).st_mode):
                     os.ftruncate(fd, os.fstat(fd).st_size // 2)
                 die_in_time(fsync, 'before', fd)
             os.fsync = cut
@@ -122,7 +123,8 @@ def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
     uninterrupted(which)
-    for when, counts in (('before', (0, 3, 2, 1, 4)), ('writing', (5, 2, 7)), ('after', (2, 1))):
+    # an even fsync is that of a file, the odd one behind it that of its folder
+    for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
         for count in counts:
             code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
             assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
@@ -180,8 +182,8 @@ def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted
     assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
 
 
-@pytest.mark.parametrize('kilobytes', [0, 300, 1500])
-def test_a_full_disk_is_exit_code_3_or_2_with_a_message_and_the_checkpoints_stay(
+@pytest.mark.parametrize('kilobytes', [20, 1500])
+def test_a_full_disk_is_exit_code_3_with_a_message_and_the_checkpoints_stay(
         kilobytes, training, fork_main, wait, tmp_path):
     which = 'distill, average'
     process = fork_main(training(which, 'full'))
