@@ -145,8 +145,8 @@ def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_we
     assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
 
 
-def wait_for(path, process):
-    while not path.exists():
+def wait_for(step, checkpoints, process):
+    while last_step(checkpoints) < step:
         assert os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.005)
 
@@ -158,7 +158,7 @@ def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
-    wait_for(tmp_path / 'stopped' / 'checkpoints' / 'checkpoint-00000000.pt', process)
+    wait_for(0, tmp_path / 'stopped' / 'checkpoints', process)
     os.killpg(process, signal.SIGTERM)
     assert wait(process) == 143, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
@@ -188,7 +188,7 @@ def test_a_full_disk_is_exit_code_3_with_a_message_and_the_checkpoints_stay(
     which = 'distill, average'
     process = fork_main(training(which, 'full'))
     folder = tmp_path / 'full' / 'checkpoints'
-    wait_for(folder / 'checkpoint-00000003.pt', process)
+    wait_for(3, folder, process)
     os.killpg(process, signal.SIGKILL)
     wait(process)
     before = {path.name: path.read_bytes() for path in folder.glob('*.pt')}
@@ -434,7 +434,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
     assert results['images'] == 21 and len(rows(tmp_path / 'two')) == 2
     os.rename(tmp_path / 'two', tmp_path / 'whole')
     killed = torchrun(args)
-    while not (tmp_path / 'two' / 'checkpoints' / 'checkpoint-00000004.pt').exists():
+    while last_step(tmp_path / 'two' / 'checkpoints') < 4:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.005)
     for process in family(killed.pid):  # torchrun gives its workers sessions of their own
@@ -449,7 +449,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
 def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *training('paper, mixup', 'script'), '--epochs', '200'],
                                stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / 'script' / 'checkpoints' / 'checkpoint-00000000.pt').exists():
+    while last_step(tmp_path / 'script' / 'checkpoints') < 0:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.terminate()
