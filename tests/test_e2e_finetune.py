@@ -249,7 +249,7 @@ def refused(run, tmp_path):
     (['--batch-size', '50'], '--batch-size 50: the 48 training images'),
     (['--holdout', '47'], '--holdout must leave'),
     (['--holdout', '42', '--batch-size', '8'], '--batch-size 8: the 6 training images'),
-    (['--target-rate', '0.05'], '--target-rate: target must be in'),
+    (['--target-rate', '0.001'], '--target-rate: target must be in'),
     (['--teacher', 'no_such_model'], '--teacher no_such_model'),
     (['--teacher', 'cifar_resnet32'], '--teacher'),
     (['--initial-checkpoint', '/nowhere.pt'], '--initial-checkpoint /nowhere.pt'),
