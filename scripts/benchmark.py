@@ -12,6 +12,7 @@ rows take turns of 8 images (or one batch), so that what else the machine does h
     peak MiB    memory a pass needs on top of model and input (Linux, CPU, with --memory)
 """
 import argparse
+import copy
 import ctypes
 import itertools
 import json
@@ -25,13 +26,16 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import timm
+import timm.task
 import torch
 
 import timm_aig
+from timm_aig.memory import keep_freed_memory
 
 EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
   scripts/benchmark.py --model resnet101_aig --batch-size 1 --compile
+  scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
   scripts/benchmark.py --model local-dir:output/demo --images my/images --json result.json
 """
 
@@ -58,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7, help='default: 7')
     parser.add_argument('--compile', action='store_true', help='rows with optimize_for_inference(compile=True) too')
     parser.add_argument('--runtimes', action='store_true', help='static parent in ONNX Runtime and OpenVINO too')
+    parser.add_argument('--train', action='store_true', help='time training steps instead, without a teacher')
     parser.add_argument('--memory', action='store_true', help='peak memory of a pass too')
     parser.add_argument('--device', default='cpu', help='default: cpu')
     parser.add_argument('--threads', type=int, help="default: torch's")
@@ -138,7 +143,29 @@ def adaptive_rows(args: argparse.Namespace, model: torch.nn.Module, label: str, 
     return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
 
 
+def training_step(model: torch.nn.Module, device: str) -> Callable[[torch.Tensor], Any]:
+    """One step of SGD on random labels, for batches of images."""
+    with torch.inference_mode(False):
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        task_cls = timm_aig.AIGTask if timm_aig.gated_blocks(model) else timm.task.ClassificationTask
+        task = task_cls(model, torch.nn.CrossEntropyLoss(), device=torch.device(device), verbose=False).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(x: torch.Tensor) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone(memory_format=torch.channels_last)
+            task(x, torch.arange(len(x), device=device) % model.num_classes)['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
 def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
+    if args.train:
+        name = 'parent, training step'
+        return [Row(name, training_step(parent, args.device), reference=name),
+                Row('adaptive, training step', training_step(adaptive, args.device), reference=name)]
     rows = [
         Row('parent, timm default', parent),
         Row('parent, optimized', timm_aig.optimize_for_inference(parent)),
@@ -260,6 +287,8 @@ def cpu_name() -> str:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
+    if args.train:
+        keep_freed_memory()  # as the trainer does
     if args.threads:
         torch.set_num_threads(args.threads)
     adaptive, parent = load_models(args)

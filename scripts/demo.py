@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Make a static ResNet adaptive, on real images: train it, gate it, fine-tune it, compare both, save and reload it."""
+"""Make a static ResNet adaptive, on real images: train it, gate it, fine-tune it, compare both, save and reload it.
+
+Both trainings are scripts/finetune.py's, with its recipe `distill` for the adaptive model.
+"""
 import argparse
-import copy
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,21 +26,20 @@ try:
     import torch
     import torch.nn as nn
     from PIL import Image
-    from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-    from timm.task import ClassificationTask
-    from timm.utils import random_seed
-    from torch.utils.data import DataLoader, Dataset, IterableDataset
-    from torchvision.transforms import Compose
-    from tqdm import tqdm
-
-    import timm_aig
-    from timm_aig.analysis import execution_rates, plot_execution_rates
+    from torch.utils.data import DataLoader, Dataset
 except ImportError as e:
     print(f"error: {e}. The demo needs the extra 'demo': pip install 'timm_aig[demo]' "
           f"(in a checkout: pip install -e '.[demo]')", file=sys.stderr)
     sys.exit(2)
+
+import finetune
+
+import timm_aig
+from timm_aig.analysis import execution_rates, plot_execution_rates
+from timm_aig.data import DataError, check_same_classes, class_names, open_dataset
+from timm_aig.evaluate import evaluate
+from timm_aig.recipe import InputError, parse_args as parse_training
+from timm_aig.trainer import NonFiniteError
 
 EXAMPLES = """examples:
   scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
@@ -48,12 +50,7 @@ EXAMPLES = """examples:
 
 exit code: 0 done, 1 the reloaded model differs from the saved one, 2 bad input"""
 
-SOURCES = ('folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 TIMED_BATCHES = (1, 64)
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names the argument and what is allowed."""
 
 
 def number(kind: type, low: float, high: float, allowed: str):
@@ -75,15 +72,15 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     count = number(int, 1, float('inf'), 'a whole number above 0')
     size = number(int, 8, 4096, 'a whole number from 8 to 4096')
     batch = number(int, 2, float('inf'), 'a whole number from 2')
-    seed = number(int, 0, 2 ** 32 - 1, 'a whole number from 0 to 2^32 - 1')
+    seed = number(int, 0, 2 ** 31 - 1, 'a whole number from 0 to 2^31 - 1')
     rate = number(float, 1e-6, 1 - 1e-6, 'a number in (0, 1): a block of rate 1 always runs and has no gate')
     arg = parser.add_argument
-    arg('--dataset', metavar='NAME', help=f'digits (default without --data-dir) or of timm: {", ".join(SOURCES)}')
-    arg('--data-dir', metavar='DIR', help='root of the dataset; alone: a folder with train and validation subfolders')
-    arg('--download', action='store_true', help='let timm download the dataset to --data-dir')
+    arg('--dataset', metavar='NAME', help='digits (default without --data-dir), or as in finetune.py')
+    arg('--data-dir', metavar='DIR', help='root of the data set; alone: a folder with train and validation subfolders')
+    arg('--download', action='store_true', help='let timm download the data set to --data-dir')
     arg('--model', default='cifar_resnet20', help='static ResNet of timm or timm_aig (default: %(default)s)')
     arg('--img-size', type=size, metavar='PX', help="default: the model's own")
-    arg('--target-rate', type=rate, default=0.6, metavar='T', help='share of images to run a block for (default: 0.6)')
+    arg('--target-rate', type=rate, default=0.6, metavar='T', help='wanted share of the MACs (default: 0.6)')
     arg('--epochs', type=count, default=6, help='of the static parent (default: %(default)s)')
     arg('--finetune-epochs', type=count, default=7, help='of the adaptive model (default: %(default)s)')
     arg('--batch-size', type=batch, default=32, help='default: %(default)s')
@@ -105,7 +102,7 @@ class Digits(Dataset):
         images, labels = split[0::2] if train else split[1::2]
         self.images = [Image.fromarray((image * 255 / 16).astype('uint8')) for image in images]  # values are 0 to 16
         self.labels = labels.tolist()
-        self.transform = None
+        self.transform: Any = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,148 +112,63 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, self.labels[index]
 
 
-def open_datasets(name: Optional[str], data_dir: Optional[str], download: bool) -> List[Dataset]:
+def open_datasets(args: argparse.Namespace) -> List[Any]:
     """Training and test split."""
-    name = name or ('folder' if data_dir else 'digits')
+    name = args.dataset or ('folder' if args.data_dir else 'digits')
     if name == 'digits':
-        if data_dir:
+        if args.data_dir:
             raise InputError('--data-dir: the digits come with scikit-learn, leave it out or choose another --dataset.')
         return [Digits(train=True), Digits(train=False)]
-    if not name.startswith(SOURCES) or (name.startswith('folder') and name != 'folder'):
-        raise InputError(f'--dataset must be digits or start with one of {", ".join(SOURCES)}, not {name!r}.')
-    if not data_dir and not name.startswith(('hfds/', 'hfids/')):
-        raise InputError(f'--data-dir: {name} needs one.')
-    if data_dir and not Path(data_dir).is_dir() and (name == 'folder' or not download):
-        raise InputError(f'--data-dir must be a folder, {data_dir!r} is not.')
-    try:
-        datasets = [
-            create_dataset(
-                '' if name == 'folder' else name, root=data_dir, split=split, is_training=split == 'train',
-                download=download)
-            for split in ('train', 'validation')
-        ]
-    except (Exception, SystemExit) as e:  # every kind of dataset has its own
-        argument = '--data-dir' if name == 'folder' else f'--dataset {name}'
-        raise InputError(f'{argument}: {str(e) or type(e).__name__}') from e
-    if name in ('folder', 'torch/folder', 'torch/image_folder'):
-        check_folder(data_dir, *(getattr(dataset, 'reader', dataset) for dataset in datasets))
-    return datasets
-
-
-def check_folder(data_dir: str, train: Any, test: Any) -> None:
-    # timm takes the folder itself for a split that it does not find: the test images would be the training images
-    if any(Path(reader.root).samefile(data_dir) for reader in (train, test)):
-        raise InputError(f'--data-dir must have a train and a validation subfolder, {data_dir!r} does not.')
-    if train.class_to_idx != test.class_to_idx:
-        differ = sorted(train.class_to_idx.keys() ^ test.class_to_idx.keys())
-        raise InputError(f'--data-dir: train and validation must have the same classes, only one has {differ[:5]}.')
-
-
-def check_images(dataset: Dataset) -> int:
-    """Read all images once, for timm's datasets replace by others those that they cannot read.
-
-    Returns:
-        Number of classes.
-    """
-    source = dataset.reader if isinstance(dataset, ImageDataset) else dataset  # the reader gives files
-    samples = source if isinstance(dataset, IterableDataset) else (source[i] for i in range(len(source)))
-    labels: List[int] = []
-    try:
-        for image, label in tqdm(samples, 'check images', len(dataset), leave=False):
-            if source is not dataset:
-                with image:
-                    Image.open(image).convert('RGB')
-            labels.append(int(label))
-    except Exception as e:  # decoders raise all kinds
-        name = f'image {len(labels)}' if source is dataset else dataset.filename(len(labels), absolute=True)
-        raise InputError(f'--data-dir: cannot read {name}, {type(e).__name__}: {e}') from e
-    if len(set(labels)) < 2 or min(labels) < 0:
-        raise InputError(f'--data-dir: need images of at least 2 classes, found labels {sorted(set(labels))}.')
-    return max(labels) + 1
-
-
-def class_names(dataset: Dataset, num_classes: int) -> List[str]:
-    """Names that the dataset gives its classes, else numbers."""
-    names = getattr(dataset, 'classes', None) or list(getattr(getattr(dataset, 'reader', None), 'class_to_idx', ()))
-    return [str(name) for name in names] if len(names) >= num_classes else [str(i) for i in range(num_classes)]
-
-
-def check_output(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise InputError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
-
-
-def create_parent(name: str, num_classes: int, img_size: Optional[int], target_rate: float) -> Tuple[nn.Module, Any]:
-    """The static model, and what its adaptive kin costs; a model that cannot become one is found out here."""
-    overlay: Dict[str, Any] = {'tag': None, 'origin_url': None, 'test_input_size': None}  # of others' weights
-    if img_size:
-        overlay.update(input_size=(3, img_size, img_size), pool_size=None)
-    try:
-        model = timm.create_model(name, num_classes=num_classes, pretrained_cfg_overlay=overlay)
-        adaptive = timm_aig.gate_(copy.deepcopy(model), timm_aig.AIGConfig(target_rate=target_rate))
-        if model.pretrained_cfg['architecture'] + '_aig' != adaptive.pretrained_cfg['architecture']:
-            raise ValueError('timm_aig has no adaptive kin of it.')
-        cost = timm_aig.compute_cost(adaptive, model.pretrained_cfg['input_size'])
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f'--model must be a static ResNet of timm or a cifar_resnet, {name!r} is not: {e}') from e
-    return model.to(memory_format=torch.channels_last), cost  # channels_last: a quarter faster on CPUs
-
-
-def create_loaders(datasets: List[Dataset], model: nn.Module, batch_size: int) -> List[DataLoader]:
-    data = resolve_data_config({}, model=model)
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')
-    loaders = [
-        create_loader(
-            dataset, batch_size=batch_size, is_training=is_training, num_workers=0, use_prefetcher=False,
-            # gentle: a mirrored or half hidden digit is another one
-            scale=(0.8, 1.), ratio=(0.9, 1.1), hflip=0., color_jitter=None, **{key: data[key] for key in keys})
-        for dataset, is_training in zip(datasets, (True, False))
+    return [
+        open_dataset(name, args.data_dir, split, split == 'train', args.download, unreadable='error')
+        for split in ('train', 'validation')
     ]
-    for dataset in datasets:
-        dataset.transform = Compose([lambda image: image.convert('RGB'), dataset.transform])
-    return loaders
 
 
-def train(task: ClassificationTask, loader: DataLoader, epochs: int, lr: float, title: str) -> None:
-    model = task.get_trainable_module()
-    groups = [
-        {'params': [p for n, p in model.named_parameters() if '.gate.' not in n], 'lr': lr, 'weight_decay': 5e-4},
-        # Gates start undecided and have a few hundred steps to tell images apart.
-        {'params': [p for n, p in model.named_parameters() if '.gate.' in n], 'lr': 10 * lr, 'weight_decay': 0.},
-    ]
-    optimizer = create_optimizer_v2([group for group in groups if group['params']], opt='sgd', lr=lr, momentum=0.9)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=epochs, warmup_epochs=min(1, epochs - 1), step_on_epochs=False,
-        updates_per_epoch=len(loader))
-    task.train()
-    with tqdm(total=epochs * len(loader), desc=title) as bar:
-        for _ in range(epochs):
-            for images, labels in loader:
-                result = task(images.contiguous(memory_format=torch.channels_last), labels)
-                if not result['loss'].isfinite():
-                    raise InputError('--lr: the loss is no longer finite, choose a lower one.')
-                optimizer.zero_grad()
-                result['loss'].backward()
-                optimizer.step()
-                bar.update()
-                scheduler.step_update(bar.n)
-                bar.set_postfix({k: f'{v.item():.2f}' for k, v in result.items() if v.ndim == 0}, refresh=False)
+def training_args(args: argparse.Namespace, folder: Path, *more: Any) -> argparse.Namespace:
+    """Arguments of finetune.py: gentle crops and no mirroring, a mirrored or half hidden digit is another one."""
+    argv = [
+        '--output', folder, '--batch-size', args.batch_size, '--seed', args.seed, '--workers', 0,
+        '--val-interval', 1000, '--scale', 0.8, 1, '--ratio', 0.9, 1.1, '--hflip', 0, '--color-jitter', 0, *more]
+    training = parse_training([str(a) for a in argv])
+    training.command = 'scripts/demo.py'
+    return training
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader) -> Tuple[float, torch.Tensor]:
-    """Accuracy, and the gates [N, L] of all N images."""
-    model.eval()
-    correct, gates = 0, []
-    for images, labels in tqdm(loader, 'evaluate', leave=False):
-        logits, batch_gates = timm_aig.forward_gates(model, images.contiguous(memory_format=torch.channels_last))
-        correct += (logits.argmax(1) == labels).sum().item()
-        gates.append(batch_gates)
-    gates = torch.cat(gates)
-    return correct / len(gates), gates
+def check_model(args: argparse.Namespace) -> None:
+    """Find out before the parent is trained that it could not become adaptive."""
+    arch, _, _ = args.model.partition('.')
+    if not timm.is_model(f'{arch}_aig'):
+        raise InputError(f'--model must be a static ResNet of timm or timm_aig, {args.model!r} is not.')
+    adaptive = timm.create_model(f'{arch}_aig')
+    size = 3 * [args.img_size] if args.img_size else list(adaptive.pretrained_cfg['input_size'])
+    try:
+        timm_aig.ComputeTargetLoss(timm_aig.compute_cost(adaptive, (3, *size[1:])), args.target_rate)
+    except (RuntimeError, ValueError) as e:
+        raise InputError(f'--target-rate {args.target_rate}, --img-size {size[1]}: {e}') from e
+
+
+def train(args: argparse.Namespace, folder: Path) -> Any:
+    """Loader of the test images, names of the classes, the static parent and the adaptive model, trained."""
+    check_model(args)
+    datasets = open_datasets(args)
+    check_same_classes(*datasets)
+    if args.batch_size > len(datasets[0]):
+        raise InputError(f'--batch-size must be at most the {len(datasets[0])} training images, not {args.batch_size}.')
+    names = class_names(datasets[0])
+    size = ['--input-size', 3, args.img_size, args.img_size] if args.img_size else []
+    classes = ['--num-classes', len(names)] if names else []
+    finetune.run(training_args(
+        args, folder, '--static', '--model', args.model, *size, *classes, '--epochs', args.epochs, '--lr', args.lr,
+        '--bn-recalibrate', 0, '--experiment', 'parent'), datasets)
+    parent = timm.create_model(f'local-dir:{folder}/parent', pretrained=True)
+    finetune.run(training_args(
+        args, folder, '--model', f'local-dir:{folder}/parent', '--target-rate', args.target_rate, '--epochs',
+        args.finetune_epochs, '--lr', args.lr / 2, '--gate-lr-scale', 10, '--experiment', 'adaptive'), datasets)
+    adaptive = timm.create_model(f'local-dir:{folder}/adaptive', pretrained=True)
+    loader = DataLoader(datasets[1], args.batch_size)
+    models = [model.to(memory_format=torch.channels_last).eval() for model in (parent, adaptive)]
+    return loader, names or [str(i) for i in range(parent.num_classes)], *models
 
 
 def spread_images(loader: DataLoader, count: int) -> torch.Tensor:
@@ -280,25 +192,25 @@ def measure(models: List[nn.Module], images: torch.Tensor, batch_size: int, roun
     return [statistics.median(model_times[warm_up:]) for model_times in times]
 
 
-def compare(parent: nn.Module, adaptive: nn.Module, cost: timm_aig.Cost, loader: DataLoader) -> Dict[str, Any]:
+def compare(parent: nn.Module, adaptive: nn.Module, loader: DataLoader) -> Dict[str, Any]:
     """The figures of the table."""
-    static_accuracy, _ = evaluate(parent, loader)
-    accuracy, gates = evaluate(adaptive, loader)
-    run, blocks = gates.sum(1), gates.shape[1]
-    total = cost.total - cost.gates  # the parent's
     images = spread_images(loader, max(TIMED_BATCHES))
+    cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
+    static, gated = evaluate(parent, loader), evaluate(adaptive, loader)
+    run, blocks = gated.gates.sum(1), gated.gates.shape[1]
     times = [measure([parent, adaptive], images, size, rounds=max(3, size // 4)) for size in TIMED_BATCHES]
     static_ms, adaptive_ms = ({str(s): t for s, t in zip(TIMED_BATCHES, ms)} for ms in zip(*times))
     return {
         'blocks': blocks,
-        'test_images': len(gates),
-        'static': {'accuracy': static_accuracy, 'blocks_run': blocks, 'macs_share': 1., 'ms_per_image': static_ms},
+        'test_images': len(run),
+        'static': {
+            'accuracy': static.top1 / 100, 'blocks_run': blocks, 'macs_share': 1., 'ms_per_image': static_ms},
         'adaptive': {
-            'accuracy': accuracy,
-            'blocks_run': run.mean().item(),
+            'accuracy': gated.top1 / 100,
+            'blocks_run': run.double().mean().item(),
             'blocks_run_range': [int(run.min()), int(run.max())],
-            'paths': len(gates.unique(dim=0)),
-            'macs_share': cost.executed(gates).mean().item() / total,
+            'paths': gated.paths,
+            'macs_share': gated.macs_shares(cost).mean().item(),
             'ms_per_image': adaptive_ms,
         },
     }
@@ -319,10 +231,10 @@ def print_table(results: Dict[str, Any]) -> None:
     print(f'{results["environment"]}, seed {results["seed"]}')
 
 
-def save(model: nn.Module, loader: DataLoader, names: List[str], folder: Path) -> bool:
+def save(model: nn.Module, trained: Path, loader: DataLoader, names: List[str], folder: Path) -> bool:
     """Write the folder and whether the model that timm makes of it gives the same logits and gates."""
-    model.eval()
-    timm_aig.save_pretrained(model, folder, model_config={'label_names': names})
+    for name in ('model.safetensors', 'config.json'):
+        shutil.copy(trained / name, folder / name)
     rates, _ = execution_rates(model, loader, len(names))
     blocks = timm_aig.gated_blocks(model)
     downsampling = [name for name, block in blocks.items() if block.downsample is not None]
@@ -336,35 +248,26 @@ def save(model: nn.Module, loader: DataLoader, names: List[str], folder: Path) -
 
 
 def run(args: argparse.Namespace) -> int:
-    random_seed(args.seed)
-    folder = Path(args.output)
-    datasets = open_datasets(args.dataset, args.data_dir, args.download)
-    num_classes = max(check_images(dataset) for dataset in datasets)
-    names = class_names(datasets[0], num_classes)
-    model, cost = create_parent(args.model, len(names), args.img_size, args.target_rate)
-    if args.batch_size > len(datasets[0]):
-        raise InputError(f'--batch-size must be at most the {len(datasets[0])} training images, not {args.batch_size}.')
-    check_output(folder)
-    train_loader, test_loader = create_loaders(datasets, model, args.batch_size)
-
-    train(ClassificationTask(model, verbose=False), train_loader, args.epochs, args.lr, 'train the static parent')
-    parent = copy.deepcopy(model).eval()
-    timm_aig.gate_(model, timm_aig.AIGConfig(target_rate=args.target_rate))
-    task = timm_aig.AIGTask(model, verbose=False)
-    train(task, train_loader, args.finetune_epochs, args.lr / 2, 'fine-tune with gates')
-
-    same = save(model, test_loader, names, folder)
+    output = Path(args.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        trainings = tempfile.TemporaryDirectory(dir=output, prefix='.training-')
+    except OSError as e:
+        raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
+    with trainings:
+        loader, names, parent, adaptive = train(args, Path(trainings.name))
+        same = save(adaptive, Path(trainings.name, 'adaptive'), loader, names, output)
     environment = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ' \
                   f'timm {timm.__version__}, timm_aig {timm_aig.__version__}'
     results = {
         'model': args.model, 'target_rate': args.target_rate, 'seed': args.seed, 'environment': environment,
-        'output': str(folder), 'reloaded_equal': same, **compare(parent, model, cost, test_loader)}
+        'output': str(output), 'reloaded_equal': same, **compare(parent, adaptive, loader)}
     if args.json:
         print(json.dumps(results, indent=2))
     else:
         print_table(results)
-        print(f'Wrote model.safetensors, config.json and execution_rates.png to {folder}.')
-        print(f"Reloaded with timm.create_model('local-dir:{folder}', pretrained=True): "
+        print(f'Wrote model.safetensors, config.json and execution_rates.png to {output}.')
+        print(f"Reloaded with timm.create_model('local-dir:{output}', pretrained=True): "
               f"logits {'equal' if same else 'DIFFER'}.")
     return 0 if same else 1
 
@@ -373,9 +276,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     try:
         return run(args)
-    except InputError as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)  # on one line, whatever a library said
-        return 2
+    except NonFiniteError:
+        error = '--lr: the loss is no longer finite, choose a lower one.'
+    except (InputError, DataError) as e:
+        error = ' '.join(str(e).split())  # on one line, whatever a library said
+    print(f'error: {error}', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':

@@ -1,12 +1,17 @@
 """Fixtures of all tests."""
+import importlib.util
+import logging
+import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
+from PIL import Image
 
 import timm_aig
 
@@ -67,6 +72,88 @@ def train_gates():
         return model
 
     return _train_gates
+
+
+@pytest.fixture(scope='session')
+def finetune():
+    """scripts/finetune.py as a module: starting Python takes seconds."""
+    spec = importlib.util.spec_from_file_location('finetune', Path(__file__).parents[1] / 'scripts' / 'finetune.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='session')
+def make_images():
+    """Writes a folder of images, brighter from class to class, for each split; returns it."""
+    def _make_images(root: Path, splits=(('train', 16), ('validation', 7)), classes=('ape', 'bee', 'cat')) -> Path:
+        generator = torch.Generator().manual_seed(0)
+        for split, count in splits:
+            for label, name in enumerate(classes):
+                folder = root / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(count):
+                    pixels = torch.randint(0, 160, (18, 16, 3), generator=generator) + 45 * label
+                    Image.fromarray(pixels.byte().numpy()).save(folder / f'{i}.png')
+        return root
+
+    return _make_images
+
+
+@pytest.fixture(scope='session')
+def images(make_images, tmp_path_factory):
+    """48 training and 21 validation images of 3 classes."""
+    return make_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='session')
+def finetune_args(images):
+    """A short training on them; without where it writes."""
+    return [
+        '--data-dir', str(images), '--input-size', '3', '8', '8', '--num-classes', '3', '--batch-size', '8',
+        '--workers', '0', '--epochs', '2', '--bn-recalibrate', '3', '--device', 'cpu']
+
+
+@pytest.fixture(scope='session')
+def static_model(finetune, finetune_args, tmp_path_factory):
+    """local-dir: name of a static cifar_resnet20 trained on them."""
+    output = tmp_path_factory.mktemp('static')
+    args = [*finetune_args, '--static', '--model', 'cifar_resnet20', '--output', str(output), '--experiment', 'x']
+    assert finetune.main(args) == 0
+    return f'local-dir:{output}/x'
+
+
+@pytest.fixture
+def fork_main(finetune, tmp_path):
+    """Starts finetune.main(args) in a process of its own, the leader of its group.
+
+    prepare() is called there first. Returns the process id; wait(id) returns its exit code, below 0 for a signal.
+    """
+    def _fork_main(args, prepare=lambda: None) -> int:
+        process = os.fork()
+        if process:
+            return process
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            log = os.open(tmp_path / 'stderr', os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
+            logging.root.handlers.clear()  # pytest's
+            prepare()
+            code = finetune.main([*map(str, args)])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    return _fork_main
+
+
+@pytest.fixture
+def wait():
+    return lambda process: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 @pytest.fixture

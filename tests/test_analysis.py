@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import timm_aig
-from timm_aig.analysis import execution_rates, plot_execution_rates
+from timm_aig.analysis import execution_rates, plot_accuracy_macs, plot_execution_rates, plot_rates_over_epochs
 
 
 @pytest.fixture
@@ -98,5 +98,26 @@ def test_names_that_do_not_fit_the_rates_are_refused(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(ImportError, match=r"pip install 'timm_aig\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'timm_aig\[train\]'"):
         plot_execution_rates(torch.rand(1, 1), ['a'], ['x'], tmp_path / 'rates.png')
+
+
+@pytest.mark.parametrize('epochs,blocks', [(1, 1), (20, 33), (300, 9)])
+def test_the_rates_over_epochs_are_a_png_and_nothing_else_is_left(tmp_path, epochs, blocks):
+    rates = torch.rand(epochs, blocks)
+    rates[0] = math.nan
+    path = plot_rates_over_epochs(rates, [f'layer1.{i}' for i in range(blocks)], tmp_path / 'rates.png')
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == 'PNG' and min(image.size) > 200
+    assert [file.name for file in tmp_path.iterdir()] == ['rates.png']
+
+
+@pytest.mark.parametrize('count,parent', [(1, None), (1, ('static parent', 1., 94.)), (30, ('static parent', 1., 94.))])
+def test_accuracy_against_macs_is_a_png_and_nothing_else_is_left(tmp_path, count, parent):
+    points = [(f'epoch {i + 1}', 1 - i / 100, 90 + i / 10) for i in range(count)]
+    path = plot_accuracy_macs(points, parent, tmp_path / 'accuracy.png')
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == 'PNG' and min(image.size) > 200
+    assert [file.name for file in tmp_path.iterdir()] == ['accuracy.png']

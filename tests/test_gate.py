@@ -79,6 +79,42 @@ def test_the_gradient_is_that_of_the_gumbel_softmax_with_the_same_noise(tau):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('tau', [1., 0.5, 3.])
+def test_without_noise_it_answers_as_in_eval_with_the_gradient_of_the_softmax(tau):
+    gate = Gate(3, 5, norm='none').double()
+    gate.tau, gate.noise = tau, False
+    with torch.no_grad():
+        gate.fc2.weight.normal_()
+    x = torch.randn(64, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(64, dtype=torch.float64)
+    z = gate(x)
+    got = torch.autograd.grad(z @ upstream, [x, *gate.parameters()])
+    soft = (gate.logits(x) / tau).softmax(1)[:, 1]
+    for a, b in zip(got, torch.autograd.grad(soft @ upstream, [x, *gate.parameters()])):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch.equal(z.detach(), gate(x).detach())  # nothing is drawn
+    assert torch.equal(z.detach().float(), gate.eval()(x))
+    assert 0 < z.sum() < 64
+
+
+def test_the_offset_is_of_eval_alone_also_without_noise():
+    gate = constant_gate(1., 0.)
+    gate.noise, gate.offset = False, 5.
+    x = torch.zeros(2, 1, 1, 1)
+    assert gate(x).tolist() == [0., 0.]
+    assert gate.eval()(x).tolist() == [1., 1.]
+
+
+def test_sampling_in_eval_draws_also_when_the_training_does_not():
+    gate = constant_gate(0., 0.).eval()
+    gate.noise = False
+    model = timm_aig.gate_(nn.Sequential(nn.Sequential(timm_aig.blocks.BasicBlock(1, 1))), timm_aig.AIGConfig())
+    model[0][0].gate = gate
+    with torch.no_grad():
+        drawn = timm_aig.forward_gates(model.eval(), torch.zeros(10_000, 1, 1, 1), sample=True)[1]
+    assert 0.4 < drawn.mean() < 0.6
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     closed=st.floats(-1e4, 1e4), open=st.floats(-1e4, 1e4),

@@ -1,5 +1,6 @@
 """AIGTask: what it returns, what it saves, how it is compiled, averaged and distributed (see also test_loss)."""
 import copy
+import math
 
 import pytest
 import timm
@@ -31,11 +32,12 @@ def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
     rate_loss = ((gates.mean(0) - 0.7) ** 2).sum()
     expected = nn.functional.cross_entropy(logits, TARGET) + rate_loss
 
-    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate'}
+    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate', 'block_rates'}
     assert torch.equal(result['output'], logits)
     torch.testing.assert_close(result['loss'], expected)
     torch.testing.assert_close(result['rate_loss'], rate_loss.detach())
     assert result['execution_rate'].item() == pytest.approx(gates.mean().item())
+    torch.testing.assert_close(result['block_rates'], gates.mean(0).detach())
     assert not result['rate_loss'].requires_grad and not result['execution_rate'].requires_grad
     result['loss'].backward()
     expected.backward()
@@ -202,3 +204,51 @@ def test_weight_decay_and_gradient_clipping_see_the_adaptive_models_parameters(m
     assert decay[id(model.layer1[0].gate.fc1.weight)] == decay[id(model.layer1[0].conv1.weight)] == 0.2
     assert decay[id(model.layer1[0].gate.fc1.bias)] == decay[id(model.layer1[0].gate.bn.weight)] == 0.0
     assert len(decay) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('weight', [0., 0.3, 1.])
+@pytest.mark.parametrize('temperature', [1., 4.])
+def test_the_distillation_and_its_gradient_are_those_of_softened_distributions(model, weight, temperature):
+    teacher, reference = timm.create_model('cifar_resnet20'), copy.deepcopy(model)
+    task = AIGTask(
+        model, nn.CrossEntropyLoss(), teacher=teacher, distill_weight=weight, distill_temperature=temperature,
+        verbose=False)
+    torch.manual_seed(1)
+    loss = task(X, TARGET)['loss']
+    loss.backward()
+
+    torch.manual_seed(1)
+    logits, gates = forward_gates(reference, X)
+    with torch.no_grad():
+        p = (teacher(X) / temperature).softmax(1)
+    log_q = logits / temperature - (logits / temperature).exp().sum(1, keepdim=True).log()
+    divergence = (p * (p.log() - log_q)).sum(1).mean() * temperature ** 2
+    expected = (1 - weight) * nn.functional.cross_entropy(logits, TARGET) + weight * divergence
+    expected = expected + ((gates.mean(0) - 0.7) ** 2).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    expected.backward()
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
+    teacher = timm.create_model('cifar_resnet20').train()
+    before = copy.deepcopy(teacher.state_dict())
+    task = AIGTask(model, nn.CrossEntropyLoss(), teacher=teacher, verbose=False)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    for mode in (True, False, True):
+        task.train(mode)
+        assert task.training is model.training is mode
+        assert not any(module.training for module in teacher.modules())
+        task(X, TARGET)['loss'].backward()
+        optimizer.step()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not [k for k in task.get_checkpoint_state()['state_dict'] if 'teacher' in k]
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(distill_weight=1.1), dict(distill_weight=-0.1), dict(distill_temperature=0.), dict(distill_weight=math.nan)])
+def test_distillation_arguments_out_of_range_are_refused(model, kwargs):
+    with pytest.raises(ValueError, match=r'distill_weight must be in \[0, 1\] and distill_temperature above 0'):
+        AIGTask(model, **kwargs)

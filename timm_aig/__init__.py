@@ -16,13 +16,14 @@ from .convert import gate_, ungate_
 from .cost import Cost, compute_cost
 from .gate import Gate
 from .inference import optimize_for_inference
-from .loss import ComputeTargetLoss, TargetRateLoss
+from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
 from .version import __version__ as __version__
 
 __all__ = [
-    'AIGConfig', 'AIGTask', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
-    'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset', 'ungate_',
+    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
+    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_',
+    'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
+    'ungate_',
 ]
 
 

@@ -1,14 +1,14 @@
 """Which blocks run for which images: execution rates by class and their heatmap."""
 import os
 from pathlib import Path
-from typing import Collection, Iterable, Sequence, Tuple, Union
+from typing import Any, Collection, Iterable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .blocks import _require_gated_blocks, forward_gates
 
-__all__ = ['execution_rates', 'plot_execution_rates']
+__all__ = ['execution_rates', 'plot_accuracy_macs', 'plot_execution_rates', 'plot_rates_over_epochs']
 
 
 def execution_rates(
@@ -76,17 +76,13 @@ def plot_execution_rates(
         ImportError: matplotlib is not installed.
         ValueError: The names do not fit the rates.
     """
-    try:
-        from matplotlib.figure import Figure  # rather than pyplot, which keeps figures and may want a display
-    except ImportError as e:
-        raise ImportError("plot_execution_rates needs matplotlib: pip install 'timm_aig[demo]'") from e
     if tuple(rates.shape) != (len(class_names), len(block_names)):
         raise ValueError(
             f'rates must be [{len(class_names)} class_names, {len(block_names)} block_names], '
             f'not {list(rates.shape)}.')
     num_classes, num_blocks = rates.shape
     every = -(-num_classes // 50)  # at most 50 class names stay readable
-    figure = Figure(figsize=(3 + .5 * num_blocks, 2 + .3 * min(num_classes, 50)), layout='constrained')
+    figure = _figure(3 + .5 * num_blocks, 2 + .3 * min(num_classes, 50))
     axes = figure.add_subplot()
     image = axes.imshow(rates.double().cpu().numpy(), cmap='viridis', vmin=0, vmax=1, aspect='auto')
     axes.set_xticks(
@@ -102,6 +98,79 @@ def plot_execution_rates(
                         column, row, f'{rate:.2f}', color='white' if rate < .5 else 'black', ha='center', va='center',
                         fontsize=8)
     figure.colorbar(image, label='execution rate')
+    return _save(figure, path)
+
+
+def plot_rates_over_epochs(
+        rates: torch.Tensor,
+        block_names: Sequence[str],
+        path: Union[str, os.PathLike],
+) -> Path:
+    """Draw how the execution rate of each block moves while the gates are trained.
+
+    Args:
+        rates: Execution rates [epochs, L] in [0, 1].
+        block_names: Names of the L blocks.
+        path: PNG to write, whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(3 + .35 * len(rates), 1.5 + .28 * len(block_names))
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        rates.t().double().cpu().numpy(), cmap='viridis', vmin=0, vmax=1, aspect='auto',
+        extent=(.5, len(rates) + .5, len(block_names) - .5, -.5))
+    axes.set_yticks(range(len(block_names)), block_names, parse_math=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel='epoch', ylabel='block')
+    figure.colorbar(image, label='execution rate in training')
+    return _save(figure, path)
+
+
+def plot_accuracy_macs(
+        points: Sequence[Tuple[str, float, float]],
+        parent: Optional[Tuple[str, float, float]],
+        path: Union[str, os.PathLike],
+) -> Path:
+    """Draw accuracy against MACs: a training's way to its last point, and its static parent.
+
+    Args:
+        points: Name, MACs share in [0, 1] and accuracy in percent, in the order they were reached.
+        parent: The same of the static parent, None if it is not known.
+        path: PNG to write, whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    _, shares, accuracies = zip(*points)
+    axes.plot(shares, accuracies, color='#9a9a9a', marker='.', linewidth=1, label='after each epoch')
+    axes.plot(shares[-1], accuracies[-1], 'o', color='#0072b2', markersize=9, label=points[-1][0])
+    if parent is not None:
+        axes.plot(parent[1], parent[2], 's', color='#d55e00', markersize=9, label=parent[0])
+    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.grid(alpha=.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure  # rather than pyplot, which keeps figures and may want a display
+    except ImportError as e:
+        raise ImportError("a plot needs matplotlib: pip install 'timm_aig[train]'") from e
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def _save(figure: Any, path: Union[str, os.PathLike]) -> Path:
     path = Path(path)
     partial = path.with_name(f'.{path.name}.partial')
     try:

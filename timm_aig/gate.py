@@ -4,7 +4,7 @@ Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.o
 """
 import threading
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,10 +21,14 @@ class _GatePass(threading.local):
     Kept here rather than on the modules, so that a model holds no state of a pass: it can be copied, checkpointed,
     compiled and shared between threads at any moment.
     """
-    record: Optional[List[Tuple['Gate', torch.Tensor]]] = None  # forward_gates: each gate and its answers
-    forced: Optional[Dict[int, List[bool]]] = None  # force_gates: id of a gate -> the answers to give instead
-    sample: bool = False  # forward_gates(sample=True): draw in eval too
-    rows: slice = slice(None)  # rows_of_batch: what part of the batch runs now
+
+    def __init__(self) -> None:  # in every thread; set here since torch.compile guards what an instance has
+        # forward_gates: each gate and its answers
+        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None
+        # force_gates: id of a gate -> the answers to give instead
+        self.forced: Optional[Dict[int, List[bool]]] = None
+        self.sample = False  # forward_gates(sample=True): draw in eval too
+        self.rows = slice(None)  # rows_of_batch: what part of the batch runs now
 
     def forced_answers(self, gate: 'Gate', batch: int) -> Optional[List[bool]]:
         """What a gate has to answer for its batch, None for what it computes."""
@@ -49,7 +53,7 @@ def rows_of_batch(start: int, stop: int) -> Iterator[None]:
         gate_pass.rows = slice(None)
 
 
-def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
+def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.Tensor:
     """Draw open (1) or closed (0) with probability softmax(logits), the Gumbel-max trick (paper, eq. 3 to 6).
 
     The forward value is exactly 0 or 1, the gradient that of softmax((logits + noise) / tau) (straight-through).
@@ -57,16 +61,40 @@ def sample_gate(logits: torch.Tensor, tau: float) -> torch.Tensor:
     Args:
         logits: Closed and open logits [B, 2].
         tau: Temperature of the softmax that the gradient is taken of.
+        noise: Draw; False takes the larger logit, as eval does, and keeps the gradient.
 
     Returns:
         Answers [B], float32 whatever the dtype of logits (float64 for float64).
     """
-    # The noise -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
-    uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
-    noisy = logits - torch.log(-torch.log(uniform))
+    noisy = logits if logits.dtype == torch.float64 else logits.float()
+    if noise:
+        # -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
+        uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
+        noisy = noisy - torch.log(-torch.log(uniform))
     soft = F.softmax(noisy / tau, dim=1)[:, 1]
     hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
+
+
+def runs_eagerly(x: torch.Tensor) -> bool:
+    """Whether Python may branch on x: tracers hand in proxies and subclasses of Tensor."""
+    return type(x) is torch.Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+class _GlobalPool(torch.autograd.Function):
+    """x.mean((2, 3)) whose gradient is an expanded view rather than a tensor of the size of x."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return (grad / (ctx.shape[2] * ctx.shape[3]))[:, :, None, None].expand(ctx.shape)
 
 
 class Gate(nn.Module):
@@ -96,6 +124,7 @@ class Gate(nn.Module):
         self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
         self.tau = 1.  # temperature of the training gradient
+        self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
         self.offset = 0.  # added to the open logit before the eval threshold
         self.init_weights()
 
@@ -109,8 +138,14 @@ class Gate(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Closed and open logits [B, 2] of block inputs [B, C, H, W]."""
-        x = self.fc1(x.mean((2, 3)))
+        x = self.fc1(self._pool(x))
         return self.fc2(F.relu(self.bn(x)))
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if runs_eagerly(x):
+                return _GlobalPool.apply(x)
+        return x.mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Answer for block inputs x.
@@ -122,11 +157,11 @@ class Gate(nn.Module):
             Answers [B], 1. for open and 0. for closed, float32 whatever the dtype of x (float64 if drawn in float64).
         """
         logits = self.logits(x)
-        sample = self.training
+        sample = False
         if not torch.jit.is_scripting():
-            sample = sample or gate_pass.sample
-        if sample:
-            z = sample_gate(logits, self.tau)
+            sample = gate_pass.sample
+        if self.training or sample:
+            z = sample_gate(logits, self.tau, self.noise or sample)
         else:
             z = (logits[:, 1] + self.offset > logits[:, 0]).float()
         if not torch.jit.is_scripting():

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Accuracy, execution rate, MACs and throughput of a model, adaptive or static, on a data set.
+
+Under torchrun each process takes a shard, and the counts are exact: no image is left out or counted twice.
+
+    top1, top5  accuracy, percent
+    blocks run  share of the gated blocks that ran
+    MACs        over those of the static parent: mean over the images, and the range that 90 % of them are in
+    paths       distinct combinations of blocks
+    images/s    of the forward passes, all processes together, on a machine that may have had other work to do
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+# Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_loader, resolve_data_config
+from timm.utils import init_distributed_device
+
+import timm_aig
+from timm_aig.checkpoint import write_atomically
+from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, open_dataset
+from timm_aig.evaluate import Evaluation, evaluate
+from timm_aig.recipe import InputError
+
+EXAMPLES = """examples:
+  scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
+  scripts/validate.py --model local-dir:output/finetune/r32 --dataset torch/fashion_mnist --data-dir data
+  scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
+  scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
+  torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet
+
+exit code: 0 done, 2 bad input"""
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = parser.add_argument
+    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
+    arg('--against', metavar='NAME', help='second model, compared image by image')
+    arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
+    arg('--data-dir', metavar='DIR', help='root of the data set')
+    arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
+    arg('--split', default='validation', metavar='NAME', help='default: %(default)s')
+    arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
+    arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
+    arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
+    arg('--crop-pct', type=float, help="default: the model's")
+    arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
+    arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
+    arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    arg('--amp', action='store_true', help='bfloat16 autocast')
+    arg('--optimize', action='store_true', help='run what timm_aig.optimize_for_inference makes of the model')
+    arg('--gate-offset', type=float, nargs='+', metavar='X', help="one row for each (default: the model's own)")
+    arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
+    arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image')
+    arg('--json', action='store_true', help='print JSON rather than the table')
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0:
+        raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
+                         f'not {args.batch_size} and {args.workers}.')
+    return args
+
+
+class Timed(nn.Module):
+    """A model that sums up the seconds of its forward passes."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+        self.seconds = 0.
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.synchronize()
+        start = time.perf_counter()
+        output = self.model(x)
+        self.synchronize()
+        self.seconds += time.perf_counter() - start
+        return output
+
+
+def create_model(args: argparse.Namespace, name: str) -> Any:
+    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    try:
+        return timm.create_model(name, pretrained=args.pretrained or ':' in name, **kwargs).eval()
+    except Exception as e:  # timm's, the Hub's and the files' own
+        raise InputError(f'model {name}: {e}') from e
+
+
+def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[Dict[str, Any]]:
+    """One row for each gate offset, with its Evaluation under 'evaluation'."""
+    model = create_model(args, name)
+    config = resolve_data_config(
+        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
+    dataset = open_dataset(
+        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+    loader = create_loader(
+        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, distributed=args.distributed,
+        device=device, use_prefetcher=device.type == 'cuda', persistent_workers=False)
+    convert_images(dataset, config['input_size'][0])
+    cost = timm_aig.compute_cost(model, config['input_size'])
+    model = model.to(device, memory_format=torch.channels_last)
+    gated = timm_aig.gated_blocks(model)
+    own = next(iter(gated.values())).gate.offset if gated else 0.
+    rows = []
+    for offset in args.gate_offset if gated and args.gate_offset else [own]:
+        if gated:
+            timm_aig.set_gate_offset(model, offset)
+        timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device)
+        evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
+        seconds = torch.tensor(timed.seconds, dtype=torch.float64, device=device)
+        if args.distributed:
+            torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
+        shares = evaluation.macs_shares(cost)
+        rows.append({
+            'model': name,
+            'gate_offset': offset,
+            'images': len(evaluation.labels),
+            'unreadable': count_unreadable(dataset, device),
+            'loss': evaluation.loss,
+            **evaluation.metrics(cost),
+            'macs': (cost.total - cost.gates) * shares.mean().item(),
+            'macs_share_quantiles': {q: shares.quantile(q).item() for q in (0., .05, .5, .95, 1.)},
+            'block_rates': dict(zip(gated, evaluation.block_rates.tolist())),
+            'images_per_second': len(evaluation.labels) / seconds.item(),
+            'evaluation': evaluation,
+            'shares': shares,
+        })
+    return rows
+
+
+def mcnemar(a: Evaluation, b: Evaluation) -> Dict[str, Any]:
+    """Exact two-sided test of whether two models are right on equally many of the same images (McNemar, 1947)."""
+    right, other = a.predictions == a.labels, b.predictions == b.labels
+    only_a, only_b = int((right & ~other).sum()), int((other & ~right).sum())
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return {
+        'difference': 100 * (only_a - only_b) / len(right), 'only_first_right': only_a, 'only_second_right': only_b,
+        'p_value': min(1., 2 * tail / 2 ** n)}
+
+
+def print_table(rows: List[Dict[str, Any]]) -> None:
+    width = max(len(row['model']) for row in rows)
+    print(f'{"model":{width}}  {"offset":>6}  {"top1":>6}  {"top5":>6}  {"blocks run":>10}  {"MACs":>6}  '
+          f'{"90 % of images":>14}  {"paths":>6}  {"images/s":>8}')
+    for r in rows:
+        q = r['macs_share_quantiles']
+        spread = f'{100 * q[.05]:.1f}-{100 * q[.95]:.1f}%'
+        print(f'{r["model"]:{width}}  {r["gate_offset"]:6.2f}  {r["top1"]:5.2f}%  {r["top5"]:5.2f}%  '
+              f'{r["execution_rate"]:10.1%}  {r["macs_share"]:6.1%}  {spread:>14}  {r["paths"]:6}  '
+              f'{r["images_per_second"]:8.0f}')
+    skipped = f', {rows[0]["unreadable"]} unreadable ones left out' if rows[0]['unreadable'] else ''
+    print(f'{rows[0]["images"]} images{skipped}.')
+
+
+def write_predictions(row: Dict[str, Any], path: str) -> None:
+    e = row['evaluation']
+    lines = [f'{label},{prediction},{share:.6f}' for label, prediction, share in
+             zip(e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
+    text = '\n'.join(['label,prediction,macs_share', *lines, ''])
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+
+def run(args: argparse.Namespace) -> None:
+    device = init_distributed_device(args)
+    rows = validate(args, args.model, device)
+    comparison = None
+    if args.against:
+        other = validate(args, args.against, device)
+        first, second = rows[0]['evaluation'], other[0]['evaluation']
+        if not torch.equal(first.labels, second.labels):
+            raise InputError('--against: the two models did not see the same images in the same order.')
+        comparison = mcnemar(first, second)
+        rows += other
+    if args.rank != 0:
+        return
+    if args.predictions:
+        write_predictions(rows[0], args.predictions)
+    if args.json:
+        rows = [{k: v for k, v in row.items() if k not in ('evaluation', 'shares')} for row in rows]
+        print(json.dumps({'rows': rows, 'comparison': comparison}, indent=2))
+        return
+    print_table(rows)
+    if comparison:
+        print(f'{args.model} is right on {comparison["only_first_right"]} images where {args.against} is not, and the '
+              f'other way round on {comparison["only_second_right"]}: {comparison["difference"]:+.2f} points, '
+              f'p = {comparison["p_value"]:.3g} (exact McNemar test).')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    try:
+        run(parse_args(argv))
+    except (InputError, DataError) as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

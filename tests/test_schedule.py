@@ -1,0 +1,70 @@
+"""GateSchedule: temperature, noise, target and bounds over a training."""
+import math
+
+import pytest
+import timm
+
+import timm_aig
+from timm_aig import BlockBoundsLoss, ComputeTargetLoss
+from timm_aig.schedule import GateSchedule
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('cifar_resnet20_aig')
+
+
+def gates(model):
+    return [block.gate for block in timm_aig.gated_blocks(model).values()]
+
+
+def test_the_temperature_falls_by_the_same_factor_at_each_step_until_the_noise_ends(model):
+    schedule = GateSchedule(model, tau=(5., 0.5), noise_off=0.2)
+    taus = []
+    for progress in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        schedule.step(progress)
+        assert len({gate.tau for gate in gates(model)}) == 1
+        taus.append(gates(model)[0].tau)
+    assert taus == pytest.approx([5 * 0.1 ** (i / 4) for i in range(4)] + [0.5, 0.5])
+
+
+@pytest.mark.parametrize('noise_off,noisy', [(0., [1, 1, 1, 1]), (0.25, [1, 1, 0, 0]), (1., [0, 0, 0, 0])])
+def test_the_noise_ends_for_the_last_share_of_the_training(model, noise_off, noisy):
+    schedule = GateSchedule(model, noise_off=noise_off)
+    for progress, expected in zip((0, 0.74, 0.75, 0.99), noisy):
+        schedule.step(progress)
+        assert [gate.noise for gate in gates(model)] == [bool(expected)] * 9
+
+
+def test_the_target_falls_from_1_to_the_losss_own_and_the_bounds_go_from_tight_to_none(model):
+    cost = timm_aig.compute_cost(model, (3, 8, 8))
+    compute, bounds = ComputeTargetLoss(cost, 0.6), BlockBoundsLoss()
+    schedule = GateSchedule(model, compute, bounds, anneal=0.5)
+    expected = {0: (1, 1, 1), 0.25: (0.8, 0.5 * 0.8, 1 - 0.5 * 0.2), 0.5: (0.6, 0, 1), 1: (0.6, 0, 1)}
+    for progress, values in expected.items():
+        schedule.step(progress)
+        assert (compute.target, bounds.lower, bounds.upper) == pytest.approx(values)
+    schedule.step(0)  # a moment's setting does not depend on those before
+    assert compute.target == 1
+
+
+def test_without_an_anneal_the_target_is_there_from_the_start(model):
+    compute, bounds = ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.6), BlockBoundsLoss()
+    GateSchedule(model, compute, bounds).step(0)
+    assert compute.target == pytest.approx(0.6)
+    assert (bounds.lower, bounds.upper) == pytest.approx((0, 1))
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(tau=(0., 1.)), 'tau must be above 0'), (dict(tau=(1., -1.)), 'tau must be above 0'),
+    (dict(tau=(math.nan, 1.)), 'tau must be above 0'), (dict(anneal=1.1), r'anneal must be in \[0, 1\]'),
+    (dict(noise_off=-0.1), r'noise_off must be in \[0, 1\]'),
+])
+def test_a_value_out_of_range_is_refused(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GateSchedule(model, **kwargs)
+
+
+def test_a_static_model_is_refused():
+    with pytest.raises(ValueError, match='no gated blocks'):
+        GateSchedule(timm.create_model('cifar_resnet20'))
