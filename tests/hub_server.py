@@ -767,6 +767,7 @@ def main():
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((a.host, a.port))
+    sock.listen(128)                    # a client may connect as soon as it reads READY
     port = sock.getsockname()[1]
     hub = Hub(Store(a.root), tokens, f"http://{a.host}:{port}", f"http://localhost:{port}", a.multipart_over, a.chunk_size, a.test_hooks, a.xet)
     print(f"READY http://{a.host}:{port}", flush=True)

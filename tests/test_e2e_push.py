@@ -15,7 +15,8 @@ from timm_aig.analysis import plot_execution_rates
 SCRIPT = Path(__file__).parent.parent / 'scripts' / 'push_to_hub.py'
 RESULTS = dict(
     architecture='cifar_resnet20_aig', parent='cifar_resnet20', dataset='torch/fashion_mnist', split='test',
-    images=10000, metrics=dict(top1=94.5), seed=0, command='scripts/finetune.py', environment={}, recipe={})
+    images=10000, metrics=dict(top1=94.5), parent_metrics=dict(top1=94.0), seed=0, command='scripts/finetune.py',
+    macs=40_000_000, block_rates={'layer1.0': 0.5}, skipped_steps=0, unreadable={}, environment={}, recipe={})
 
 
 def push(hub, *args, token='hf_alice_write', **env):
@@ -63,7 +64,7 @@ def test_a_folder_is_published_with_what_belongs_to_it_and_its_config_whole(hub,
 def test_a_dry_run_sends_nothing_and_shows_everything_with_and_without_a_hub(hub, folder):
     done = push(hub, folder, 'alice/script-dry', '--dry-run')
     assert done.returncode == 0 and '(new, the namespace' in done.stdout
-    assert '| Top-1 accuracy (%) | 94.5 |' in done.stdout
+    assert '| Top-1 accuracy (%) | 94.5 (static parent: 94) |' in done.stdout
     assert hub.repo('alice/script-dry') is None
     done = push(hub, folder, 'alice/script-dry', '--dry-run', '--json', token='', HF_ENDPOINT='http://127.0.0.1:9')
     upload = json.loads(done.stdout)

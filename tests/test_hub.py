@@ -89,6 +89,15 @@ def test_it_saves_from_inside_compile_and_data_parallel_wrappers(tmp_path):
         assert torch.equal(reload(tmp_path / str(i)).fc.weight, model.fc.weight)
 
 
+def test_the_way_timms_scripts_load_a_model_gives_the_same_one(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig', target_rate=0.3)).eval()
+    save_pretrained(model, tmp_path)
+    arguments = timm.models.resolve_model_input_args(f'local-dir:{tmp_path}', dict(input_size=[3, 64, 64]))
+    other = timm.create_model(**arguments, pretrained=True).eval()
+    x = torch.randn(4, 3, 64, 64)
+    assert torch.equal(other(x), model(x)) and {b.target_rate for b in gated_blocks(other).values()} == {0.3}
+
+
 def test_a_reset_head_and_pool_are_saved(tmp_path):
     model = timm.create_model('resnet18_aig', num_classes=7).eval()
     model.reset_classifier(3, global_pool='catavgmax')
@@ -156,6 +165,16 @@ def test_any_memory_layout_wrapper_average_and_device_type_saves_the_same_bytes(
             views,
     )):
         assert (save_pretrained(other, tmp_path / str(i)) / 'model.safetensors').read_bytes() == expected
+
+
+def test_a_model_inside_distributed_data_parallel_is_saved(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig')
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        save_pretrained(torch.nn.parallel.DistributedDataParallel(model), tmp_path)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight)
 
 
 def test_half_precision_is_saved_as_it_is(tmp_path, train_gates):

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -74,7 +75,7 @@ def _require_rebuildable(model: nn.Module) -> None:
     if not hasattr(model, 'num_classes'):
         raise ValueError(f'model ({type(model).__name__}) is a backbone without a head, save the whole model instead.')
     offsets = {block.gate.offset for block in gated_blocks(model).values()}
-    if len(offsets) > 1 or not all(-1e30 < offset < 1e30 for offset in offsets):
+    if len(offsets) > 1 or not all(map(isfinite, offsets)):
         raise ValueError(
             f'gate offsets must be one finite number for all gates to be saved, not {sorted(offsets)}: '
             f'call set_gate_offset.')

@@ -6,8 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.models import PretrainedCfg
 from timm.models._hub import hf_split
 from timm.models.resnet import ResNet
@@ -62,7 +61,7 @@ def _pinned(hub_id: str, cache_dir: Optional[str]) -> str:
     commit = Path(config).parent.name if isinstance(config, str) else None
     if commit is None or commit == revision:
         return hub_id
-    if not is_offline_mode():
+    if not constants.HF_HUB_OFFLINE:
         # huggingface_hub takes an older copy from its cache without a word where the Hub fails to answer.
         try:
             newest = get_hf_file_metadata(hf_hub_url(repo_id, 'config.json', revision=revision)).commit_hash
