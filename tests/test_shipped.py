@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
@@ -42,3 +43,33 @@ assert timm.create_model('cifar_resnet20_aig').conv1.in_channels == 3  # the wei
         [sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={'PYTHONPATH': str(tmp_path), 'HF_HUB_OFFLINE': '1', 'PATH': '/usr/bin'})
     assert done.returncode == 0, done.stderr
+
+
+SHIPPED = sorted(file.stem for file in (ROOT / 'hub_configs').glob('*.safetensors'))
+
+
+@pytest.fixture(scope='session')
+def fashion_mnist(request):
+    """Folder with Fashion-MNIST, of Debian's package dataset-fashion-mnist or downloaded, kept in pytest's cache."""
+    root = request.config.cache.mkdir('fashion_mnist')
+    if not (root / 'FashionMNIST' / 'raw' / 't10k-labels-idx1-ubyte').exists():
+        subprocess.run([sys.executable, ROOT / 'scripts' / 'prepare_fashion_mnist.py', root], check=True)
+    return root
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_shipped_weights_reproduce_their_published_figures(name, fashion_mnist, run_script, capsys):
+    """To the image on the machine that trained them; rounding of another may tip one or two."""
+    published = json.loads((ROOT / 'hub_configs' / f'{name}.json').read_text())
+    assert run_script(
+        'validate.py', '--model', name, '--pretrained', '--dataset', published['dataset'], '--data-dir', fashion_mnist,
+        '--split', published['split'], '--workers', 0, '--json') == 0
+    row = json.loads(capsys.readouterr().out)['rows'][0]
+    assert row['images'] == published['images'] == 10000
+    tolerances = dict(top1=0.03, top5=0.03, execution_rate=1e-4, macs_share=1e-4, paths=3)
+    for key, tolerance in tolerances.items():
+        assert row[key] == pytest.approx(published['metrics'][key], abs=tolerance), key
+
+
+def test_shipped_weights_are_small():
+    assert SHIPPED and sum((ROOT / 'hub_configs' / f'{name}.safetensors').stat().st_size for name in SHIPPED) < 8e6
