@@ -1,0 +1,124 @@
+"""scripts/validate.py: its figures against a plain loop, its sweep, its paired test, its shards, and bad input."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from scipy.stats import binomtest
+
+import timm_aig
+
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
+
+
+@pytest.fixture(scope='module')
+def adaptive_model(static_model, tmp_path_factory):
+    """local-dir: name of a model whose gates open for some images."""
+    torch.manual_seed(0)
+    model = timm.create_model(static_model, pretrained=True)
+    timm_aig.gate_(model)
+    with torch.no_grad():
+        for block in timm_aig.gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=4.)
+            block.gate.fc2.weight.normal_(std=1.)
+            block.gate.fc2.bias.zero_()
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
+
+
+@pytest.fixture
+def validate(run_script, images, capsys):
+    """Runs the script on the images; gives what it prints as JSON."""
+    def _validate(*args):
+        assert run_script('validate.py', '--data-dir', images, '--workers', 0, '--batch-size', 8, '--json', *args) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return _validate
+
+
+def plain_loop(name, images):
+    """Predictions, gates and labels, image by image."""
+    model = timm.create_model(name, pretrained=True).eval()
+    config = timm.data.resolve_data_config(model=model)
+    dataset = timm.data.ImageDataset(str(images / 'validation'), transform=timm.data.create_transform(**config))
+    with torch.no_grad():
+        outputs = [timm_aig.forward_gates(model, image[None]) for image, _ in dataset]
+    labels = torch.tensor([label for _, label in dataset])
+    return torch.cat([o for o, _ in outputs]).argmax(1), torch.cat([g for _, g in outputs]), labels, model
+
+
+def test_the_figures_are_those_of_a_plain_loop(validate, adaptive_model, images, tmp_path):
+    predictions, gates, labels, model = plain_loop(adaptive_model, images)
+    row = validate('--model', adaptive_model, '--predictions', tmp_path / 'p.csv')['rows'][0]
+    cost = timm_aig.compute_cost(model, (3, 8, 8))
+    shares = cost.executed(gates) / (cost.total - cost.gates)
+    assert row['images'] == len(labels) and row['unreadable'] == 0
+    assert row['top1'] == pytest.approx(100 * (predictions == labels).double().mean().item())
+    assert row['execution_rate'] == pytest.approx(gates.mean().item()) and 0 < row['execution_rate'] < 1
+    assert row['macs_share'] == pytest.approx(shares.mean().item())
+    assert row['macs_share_quantiles']['0.5'] == pytest.approx(shares.quantile(.5).item())
+    assert row['paths'] == len(gates.unique(dim=0))
+    with open(tmp_path / 'p.csv', newline='') as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line['prediction']) for line in lines] == predictions.tolist()
+    assert [float(line['macs_share']) for line in lines] == pytest.approx(shares.tolist(), abs=1e-6)
+
+
+def test_a_larger_offset_opens_more_gates_until_all_are_open(validate, adaptive_model):
+    rows = validate('--model', adaptive_model, '--gate-offset', -1000, 0, 1000)['rows']
+    rates = [row['execution_rate'] for row in rows]
+    assert rates[0] == 0 < rates[1] < rates[2] == 1
+    assert [row['gate_offset'] for row in rows] == [-1000, 0, 1000]
+
+
+def test_an_optimized_model_gives_the_same_figures(validate, adaptive_model):
+    plain, optimized = (validate('--model', adaptive_model, *more)['rows'][0] for more in ([], ['--optimize']))
+    assert all(plain[key] == pytest.approx(optimized[key]) for key in ('top1', 'execution_rate', 'macs_share', 'paths'))
+
+
+def test_two_models_are_compared_image_by_image(validate, static_model, adaptive_model, images):
+    comparison = validate('--model', adaptive_model, '--against', static_model)['comparison']
+    (a, _, labels, _), (b, _, _, _) = (plain_loop(name, images) for name in (adaptive_model, static_model))
+    only_a, only_b = int(((a == labels) & (b != labels)).sum()), int(((b == labels) & (a != labels)).sum())
+    assert (comparison['only_first_right'], comparison['only_second_right']) == (only_a, only_b)
+    assert comparison['difference'] == pytest.approx(100 * (only_a - only_b) / len(labels))
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.
+    assert comparison['p_value'] == pytest.approx(expected)
+
+
+def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptive_model, images):
+    alone = validate('--model', adaptive_model)['rows'][0]
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', SCRIPT, '--json',
+         '--model', adaptive_model, '--data-dir', images, '--workers', '0', '--batch-size', '8', '--device', 'cpu'],
+        capture_output=True, text=True, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    shards = json.loads(done.stdout)['rows'][0]
+    assert alone['images'] % 2 == 1  # does not divide
+    assert {k: v for k, v in shards.items() if k not in ('images_per_second', 'loss')} == {
+        k: v for k, v in alone.items() if k not in ('images_per_second', 'loss')}
+    assert shards['loss'] == pytest.approx(alone['loss'])
+
+
+@pytest.mark.parametrize('args, error', [
+    (['--model', 'no_such_model'], 'model no_such_model'),
+    (['--model', 'local-dir:/nowhere'], 'model local-dir:/nowhere'),
+    (['--model', 'cifar_resnet20', '--data-dir', '/nowhere'], '--data-dir'),
+    (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
+    (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
+])
+def test_bad_input_is_one_line_that_names_the_argument(run_script, images, capsys, args, error):
+    assert run_script('validate.py', '--data-dir', images, *args) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in ''.join(lines)
+
+
+def test_the_table_names_each_model(run_script, images, static_model, adaptive_model, capsys):
+    assert run_script(
+        'validate.py', '--data-dir', images, '--workers', 0, '--model', adaptive_model, '--against', static_model) == 0
+    out = capsys.readouterr().out
+    assert out.count(adaptive_model) >= 2 and out.count(static_model) >= 2 and 'McNemar' in out
