@@ -92,13 +92,12 @@ def open_data(args: argparse.Namespace) -> Any:
 
 
 def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Module) -> Data:
-    config = resolve_data_config(
-        {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-         if getattr(args, k) is not None},
-        model=model)
+    given = {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    channels = (args.input_size or model.pretrained_cfg['input_size'])[0]
     for name in ('mean', 'std'):
-        if len(config[name]) not in (1, config['input_size'][0]):
-            raise InputError(f'--{name} must be one number or one for each of {config["input_size"][0]} channels.')
+        if given[name] and len(given[name]) not in (1, channels):
+            raise InputError(f'--{name} must be one number or one for each of {channels} channels.')
+    config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
     common = dict(
         input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
         num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,

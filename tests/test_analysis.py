@@ -113,10 +113,10 @@ def test_the_rates_over_epochs_are_a_png_and_nothing_else_is_left(tmp_path, epoc
     assert [file.name for file in tmp_path.iterdir()] == ['rates.png']
 
 
-@pytest.mark.parametrize('count,parent', [(1, None), (1, ('static parent', 1., 94.)), (30, ('static parent', 1., 94.))])
-def test_accuracy_against_macs_is_a_png_and_nothing_else_is_left(tmp_path, count, parent):
+@pytest.mark.parametrize('count,static', [(1, None), (1, ('static parent', 1., 94.)), (30, ('static parent', 1., 94.))])
+def test_accuracy_against_macs_is_a_png_and_nothing_else_is_left(tmp_path, count, static):
     points = [(f'epoch {i + 1}', 1 - i / 100, 90 + i / 10) for i in range(count)]
-    path = plot_accuracy_macs(points, parent, tmp_path / 'accuracy.png')
+    path = plot_accuracy_macs(points, static, tmp_path / 'accuracy.png')
     with Image.open(path) as image:
         image.load()
         assert image.format == 'PNG' and min(image.size) > 200

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -110,7 +111,7 @@ class KilledAt:
 
         if self.when == 'writing':
             def cut(fd):
-                if self.count == 0:
+                if self.count == 0 and stat.S_ISREG(os.fstat(fd).st_mode):
                     os.ftruncate(fd, os.fstat(fd).st_size // 2)
                 die_in_time(fsync, 'before', fd)
             os.fsync = cut
@@ -122,7 +123,8 @@ def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
     uninterrupted(which)
-    for when, counts in (('before', (0, 3, 2, 1, 4)), ('writing', (5, 2, 7)), ('after', (2, 1))):
+    # an even fsync is that of a file, the odd one behind it that of its folder
+    for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
         for count in counts:
             code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
             assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
@@ -143,8 +145,8 @@ def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_we
     assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
 
 
-def wait_for(path, process):
-    while not path.exists():
+def wait_for(step, checkpoints, process):
+    while last_step(checkpoints) < step:
         assert os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.005)
 
@@ -156,7 +158,7 @@ def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
-    wait_for(tmp_path / 'stopped' / 'checkpoints' / 'checkpoint-00000000.pt', process)
+    wait_for(0, tmp_path / 'stopped' / 'checkpoints', process)
     os.killpg(process, signal.SIGTERM)
     assert wait(process) == 143, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
@@ -180,13 +182,13 @@ def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted
     assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
 
 
-@pytest.mark.parametrize('kilobytes', [0, 300, 1500])
-def test_a_full_disk_is_exit_code_3_or_2_with_a_message_and_the_checkpoints_stay(
+@pytest.mark.parametrize('kilobytes', [20, 1500])
+def test_a_full_disk_is_exit_code_3_with_a_message_and_the_checkpoints_stay(
         kilobytes, training, fork_main, wait, tmp_path):
     which = 'distill, average'
     process = fork_main(training(which, 'full'))
     folder = tmp_path / 'full' / 'checkpoints'
-    wait_for(folder / 'checkpoint-00000003.pt', process)
+    wait_for(3, folder, process)
     os.killpg(process, signal.SIGKILL)
     wait(process)
     before = {path.name: path.read_bytes() for path in folder.glob('*.pt')}
@@ -247,7 +249,7 @@ def refused(run, tmp_path):
     (['--batch-size', '50'], '--batch-size 50: the 48 training images'),
     (['--holdout', '47'], '--holdout must leave'),
     (['--holdout', '42', '--batch-size', '8'], '--batch-size 8: the 6 training images'),
-    (['--target-rate', '0.05'], '--target-rate: target must be in'),
+    (['--target-rate', '0.001'], '--target-rate: target must be in'),
     (['--teacher', 'no_such_model'], '--teacher no_such_model'),
     (['--teacher', 'cifar_resnet32'], '--teacher'),
     (['--initial-checkpoint', '/nowhere.pt'], '--initial-checkpoint /nowhere.pt'),
@@ -432,7 +434,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
     assert results['images'] == 21 and len(rows(tmp_path / 'two')) == 2
     os.rename(tmp_path / 'two', tmp_path / 'whole')
     killed = torchrun(args)
-    while not (tmp_path / 'two' / 'checkpoints' / 'checkpoint-00000004.pt').exists():
+    while last_step(tmp_path / 'two' / 'checkpoints') < 4:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.005)
     for process in family(killed.pid):  # torchrun gives its workers sessions of their own
@@ -447,7 +449,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
 def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *training('paper, mixup', 'script'), '--epochs', '200'],
                                stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / 'script' / 'checkpoints' / 'checkpoint-00000000.pt').exists():
+    while last_step(tmp_path / 'script' / 'checkpoints') < 0:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.terminate()

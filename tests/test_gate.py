@@ -85,7 +85,9 @@ def test_without_noise_it_answers_as_in_eval_with_the_gradient_of_the_softmax(ta
     gate.tau, gate.noise = tau, False
     with torch.no_grad():
         gate.fc2.weight.normal_()
-    x = torch.randn(64, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+        gate.fc2.bias.zero_()
+    x = 3 * torch.randn(64, 3, 2, 2, dtype=torch.float64)
+    x.requires_grad_()
     upstream = torch.randn(64, dtype=torch.float64)
     z = gate(x)
     got = torch.autograd.grad(z @ upstream, [x, *gate.parameters()])

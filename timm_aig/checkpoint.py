@@ -1,4 +1,5 @@
 """Training checkpoints: written whole or not at all, checked when read, the last good one found."""
+import io
 import os
 import random
 import re
@@ -63,9 +64,11 @@ class Checkpoints:
         state = {**state, 'format': FORMAT, 'identity': self.identity}
         for left in self.folder.glob('.checkpoint-*.tmp'):
             left.unlink(missing_ok=True)  # by a process that was killed while it wrote
+        whole = io.BytesIO()  # torch's writer would not say why a disk takes no more
+        torch.save(state, whole)
         try:
-            write_atomically(path, lambda file: torch.save(state, file))
-        except (OSError, RuntimeError) as e:  # torch's writer has errors of its own
+            write_atomically(path, lambda file: file.write(whole.getbuffer()))
+        except OSError as e:
             raise CheckpointError(f'cannot write {path}: {e}') from e
         # one with more steps than this is torn, load_last passed it over: it must not push out the good one before
         for old in [file for file in self.files() if file <= path][2:]:

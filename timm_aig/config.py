@@ -118,8 +118,18 @@ def _check_rate(name: str, rate: Any) -> None:
 
 
 def load_hub_configs() -> List[Dict[str, Any]]:
-    """The checkpoints this package knows, one dict for each file of hub_configs, by file name."""
+    """The checkpoints this package knows, one dict for each file of hub_configs, by file name.
+
+    Weights that lie beside a file, <its name>.safetensors, are in its pretrained_cfg as `file`.
+    """
     package = Path(__file__).parent
     installed, checkout = package / 'hub_configs', package.parent / 'hub_configs'  # a wheel has them inside the package
     folder = installed if installed.is_dir() else checkout
-    return [json.loads(file.read_text(encoding='utf-8')) for file in sorted(folder.glob('*.json'))]
+    configs = []
+    for file in sorted(folder.glob('*.json')):
+        config = json.loads(file.read_text(encoding='utf-8'))
+        weights = file.with_name(f'{file.stem}.safetensors')  # a tag may hold a dot
+        if weights.is_file():
+            config['pretrained_cfg']['file'] = str(weights)
+        configs.append(config)
+    return configs

@@ -33,14 +33,20 @@ _HUB_CONFIGS = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()
 
 
 def _default_cfgs() -> Dict[str, Any]:
-    """Pretrained cfgs by 'arch_aig.tag': the parents' (loading from the parents' repositories), then hub_configs'."""
+    """Pretrained cfgs by 'arch_aig.tag': hub_configs', and the parents' (loading from the parents' repositories).
+
+    The default tag is the parent's: hub_configs come first, and where no parent has weights, which would make it the
+    default, a star does.
+    """
     cfgs: Dict[str, Any] = {}
-    for parent in _PARENTS:
-        for name, cfg in get_arch_pretrained_cfgs(parent).items():
-            arch, dot, tag = name.partition('.')
-            cfgs[f'{arch}_aig{dot}{tag}'] = cfg
     for name, config in _HUB_CONFIGS.items():  # timm's sizes, means and the like are tuples, which JSON has not
         cfgs[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
+    for parent in _PARENTS:
+        parent_cfgs = get_arch_pretrained_cfgs(parent)
+        star = '' if any(cfg.has_weights for cfg in parent_cfgs.values()) else '*'
+        for name, cfg in parent_cfgs.items():
+            arch, dot, tag = name.partition('.')
+            cfgs[f'{arch}_aig.{tag}{star}' if dot else f'{arch}_aig'] = cfg
     return cfgs
 
 
