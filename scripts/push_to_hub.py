@@ -81,6 +81,7 @@ def read_hub_config(name: str) -> Dict[str, Any]:
     try:
         AIGConfig.from_dict(config['aig'])
         check_pretrained_cfg(config['pretrained_cfg'], name)
+        config['pretrained_cfg'].pop('file', None)  # where it ships on this machine
         return checked_results(config)
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f'--hub-config {name}: {e!r}') from e

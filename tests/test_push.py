@@ -249,6 +249,10 @@ def test_a_failed_commit_leaves_no_new_revision_with_the_older_weights(hub, clie
     assert '500' in client.run(push('alice/halfway', 1, revision='v2'))['error']
     assert set(hub.repo('alice/halfway')['refs']) == {'refs/heads/main'}
     assert 'RevisionNotFoundError' in client.run(load('alice/halfway@v2', tmp_path))['error']
+    hub.fault(method='POST', path='halfway/commit/', status=500)
+    hub.fault(method='DELETE', path='halfway/branch/', status=500)
+    error = client.run(push('alice/halfway', 1, revision='v3'))['error']
+    assert 'the new branch v3 of alice/halfway still holds what main holds: push again. ' in error
 
 
 def test_a_second_try_does_not_upload_again_what_has_arrived(hub, client):

@@ -21,7 +21,7 @@ parser.add_argument('--device', default='cpu')
 args = parser.parse_args()
 
 def main():
-    model = timm.create_model(args.model, device='meta')
+    model = timm.create_model(**timm.models.resolve_model_input_args(args.model, vars(args), pretrained=False))
     device = init_distributed_device(args)
     words = beside.NAME, type(model.layer3[1]).__name__, sys.argv[1:], os.path.basename(sys.argv[0]), args.world_size
     sys.stdout.write(' '.join(map(str, words)) + chr(10))

@@ -274,7 +274,7 @@ def test_nothing_in_the_package_or_the_scripts_reads_a_pickle_by_itself():
     for file in files:
         text = file.read_text()
         assert 'pickle.load' not in text and 'weights_only=False' not in text, file
-        assert text.count('torch.load(') == text.count('weights_only=True)'), file
+        assert text.count('torch.load(') <= text.count('weights_only=True'), file
 
 
 def test_an_adaptive_checkpoint_loads_into_the_plain_parent_without_its_gates(tmp_path, caplog, train_norms):

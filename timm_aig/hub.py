@@ -275,8 +275,8 @@ def _look_up(api: HfApi, upload: Upload, dry_run: bool) -> _Target:
     upload = replace(
         upload, exists=True, private=bool(info.private), new_revision=new_revision,
         deleted=tuple(name for name in STALE if name in names))
-    return _Target(upload, info.sha, _download(api, upload.repo_id, 'README.md', info.sha) if 'README.md' in names
-                   else None)
+    card = _download(api, upload.repo_id, 'README.md', info.sha) if 'README.md' in names else None
+    return _Target(upload, info.sha, card)
 
 
 def _role(api: HfApi) -> Optional[str]:
@@ -307,8 +307,13 @@ def _commit(api: HfApi, upload: Upload, folder: Path, message: str, head: Option
         info = api.create_commit(
             upload.repo_id, operations, commit_message=message, revision=upload.revision, create_pr=upload.create_pr,
             parent_commit=head)
-    except BaseException:
+    except BaseException as e:
         if upload.new_revision:  # or it would offer the older weights of main
-            api.delete_branch(upload.repo_id, branch=str(upload.revision))
+            try:
+                api.delete_branch(upload.repo_id, branch=str(upload.revision))
+            except Exception:
+                raise RuntimeError(
+                    f'the commit failed and the new branch {upload.revision} of {upload.repo_id} still holds what main '
+                    f'holds: push again. {e}') from e
         raise
     return info.pr_url or info.commit_url
