@@ -156,9 +156,10 @@ def plot_accuracy_macs(
     axes.plot(shares[-1], accuracies[-1], 'o', color='#0072b2', markersize=9, label=points[-1][0])
     if parent is not None:
         axes.plot(parent[1], parent[2], 's', color='#d55e00', markersize=9, label=parent[0])
-    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %', xlim=(min(shares) - .05, 1.05))
+    axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
-    axes.legend()
+    figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return _save(figure, path)
 
 
