@@ -200,6 +200,8 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
 def describe_data(model: nn.Module, data: Data) -> None:
     """Make the saved config.json say what images the model is trained on."""
     cfg: Any = model.pretrained_cfg
+    if tuple(cfg['input_size']) != tuple(data.config['input_size']):
+        cfg.pop('pool_size', None)  # of the features at another size
     cfg.update({k: data.config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
     cfg['num_classes'] = model.num_classes
     for key in ('tag', 'hf_hub_id', 'url', 'file', 'origin_url', 'test_input_size', 'label_names', 'paper_ids'):

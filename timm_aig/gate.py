@@ -66,11 +66,12 @@ def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.T
     Returns:
         Answers [B], float32 whatever the dtype of logits (float64 for float64).
     """
-    noisy = logits if logits.dtype == torch.float64 else logits.float()
+    gumbel = torch.zeros_like(logits, dtype=torch.float32)  # also lifts half precision to float32
     if noise:
         # -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
-        uniform = torch.rand_like(logits, dtype=torch.float32).clamp(1.1754944e-38, 1. - 2. ** -24)
-        noisy = noisy - torch.log(-torch.log(uniform))
+        uniform = torch.rand_like(gumbel).clamp(1.1754944e-38, 1. - 2. ** -24)
+        gumbel = -torch.log(-torch.log(uniform))
+    noisy = logits + gumbel
     soft = F.softmax(noisy / tau, dim=1)[:, 1]
     hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
