@@ -93,10 +93,7 @@ class GatedBlock(nn.Module):
 
 
 class _AddMasked(torch.autograd.Function):
-    """shortcut + z * y for shortcut and y [B, C, H, W] and z [B], with half the memory traffic of the two operations.
-
-    Without it a training step takes 1.09 of the parent's time, with it 1.04 (ResNet-32, 28 px, 2 cores).
-    """
+    """shortcut + z * y for shortcut and y [B, C, H, W] and z [B], with half the memory traffic of two operations."""
 
     @staticmethod
     def forward(shortcut: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
