@@ -119,7 +119,7 @@ def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[
     for offset in args.gate_offset if gated and args.gate_offset else [own]:
         if gated:
             timm_aig.set_gate_offset(model, offset)
-        timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device)
+        timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device).eval()
         evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
         seconds = torch.tensor(timed.seconds, dtype=torch.float64, device=device)
         if args.distributed:
