@@ -21,9 +21,10 @@ from .version import __version__ as __version__
 
 __all__ = [
     'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
-    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_',
-    'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
-    'ungate_',
+    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'export_aoti', 'export_onnx',
+    'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
+    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_execution',
+    'set_gate_offset', 'ungate_',
 ]
 
 
@@ -34,4 +35,10 @@ def __getattr__(name: str) -> Any:
     if name in ('push_to_hub', 'save_pretrained'):
         from . import hub
         return getattr(hub, name)
+    if name in ('export_aoti', 'export_onnx', 'export_openvino', 'export_program'):
+        from . import export
+        return getattr(export, name)
+    if name in ('load_onnx', 'optimize_onnx'):
+        from . import onnx_runtime
+        return getattr(onnx_runtime, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
