@@ -13,7 +13,7 @@ from .blocks import (
 )
 from .config import AIGConfig
 from .convert import gate_, ungate_
-from .cost import Cost, compute_cost
+from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
@@ -23,7 +23,7 @@ __all__ = [
     'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
     'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_',
     'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
-    'ungate_',
+    'summary', 'ungate_',
 ]
 
 

@@ -89,21 +89,27 @@ def _key_blocks(
     claim = 'First, downsampling and last blocks run most'
     key = np.zeros(len(rates), dtype=bool)
     key[[i for blocks in kinds.values() for i in blocks]] = True
+    others = rates[~key]
     if not key.any() or key.all():
         return Claim(claim, OPEN, f'{key.sum()} of the {len(key)} gated blocks are of these kinds', {})
 
-    def difference(chosen: np.ndarray) -> float:
-        return rates[chosen].mean() - rates[~chosen].mean()
+    def difference(some: np.ndarray) -> Any:
+        """Their mean above that of the other blocks; under permutation too."""
+        pool, k = np.concatenate([some, others]), len(some)
+        shuffled = np.array([rng.permutation(pool) for _ in range(permutations)])
+        return some.mean() - others.mean(), shuffled[:, :k].mean(1) - shuffled[:, k:].mean(1)
 
     top = int(key[np.argsort(-rates, kind='stable')[:key.sum()]].sum())
-    figures = {f'rate_{kind}': float(rates[list(blocks)].mean()) for kind, blocks in kinds.items() if blocks}
-    finding = ', '.join(f'{name[5:]} {rate:.3f}' for name, rate in figures.items())
+    figures = {'rate_others': float(others.mean()), 'blocks': int(key.sum()), 'among_most': top}
+    parts = []
+    for kind, blocks in kinds.items():
+        if blocks:
+            p = permutation_p_value(*difference(rates[list(blocks)]))
+            figures.update({f'rate_{kind}': float(rates[list(blocks)].mean()), f'p_{kind}': p})
+            parts.append(f'{kind} {figures[f"rate_{kind}"]:.3f} (p = {p:.2g} alone)')
     return _tested(
-        claim,
-        f'mean rate: {finding}, others {rates[~key].mean():.3f}; {top} of these {key.sum()} are among the {key.sum()} '
-        f'that run most',
-        {**figures, 'rate_others': float(rates[~key].mean()), 'blocks': int(key.sum()), 'among_most': top},
-        difference(key), [difference(rng.permutation(key)) for _ in range(permutations)])
+        claim, f'mean rate: {", ".join(parts)}, others {others.mean():.3f}; {top} of these {key.sum()} are among the '
+               f'{key.sum()} that run most', figures, *difference(rates[key]))
 
 
 def _like_paths(

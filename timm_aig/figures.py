@@ -191,23 +191,25 @@ def plot_contact_sheet(
     from PIL import ImageOps
 
     most = max(max(len(fast), len(slow)) for _, fast, slow in rows)
-    tile, step, gap = 96, 100, 40
-    sheet = np.full((len(rows) * (step + 26), 2 * most * step + gap, 3), 255, dtype=np.uint8)
-    figure = _figure(WIDTH, .7 + (WIDTH - 1.6) * sheet.shape[0] / sheet.shape[1])
+    size = max(max(image.size) for _, *both in rows for images in both for image, _ in images)
+    tile = min(size, 160)  # pixels of the sheet, which matplotlib scales
+    step, gap, height = 1.05 * tile, .4 * tile, 1.32 * tile
+    sheet = np.full((round(len(rows) * height), round(2 * most * step + gap), 3), 255, dtype=np.uint8)
+    figure = _figure(WIDTH, .5 + (WIDTH - 1.2) * sheet.shape[0] / sheet.shape[1])
     axes = figure.add_subplot()
-    middles = []
     for row, (_, fast, slow) in enumerate(rows):
-        top = row * (step + 26)
-        middles.append(top + tile / 2)
+        top = round(row * height)
         for start, images in ((0, fast), (most * step + gap, slow)):
             for column, (image, run) in enumerate(images):
-                left = start + column * step
+                left = round(start + column * step)
                 square = ImageOps.pad(image.convert('RGB'), (tile, tile), color='white')
                 sheet[top:top + tile, left:left + tile] = np.asarray(square)
-                axes.text(left + tile / 2, top + tile + 2, str(run), ha='center', va='top', fontsize=7)
-    axes.imshow(sheet)
-    axes.set_yticks(middles, [_short(name, 16) for name, _, _ in rows], parse_math=False)
-    axes.set_xticks([most * step / 2, most * step * 1.5 + gap], ['fewest MACs', 'most MACs'], fontsize=10)
+                axes.text(left + tile / 2, top + 1.03 * tile, str(run), ha='center', va='top', fontsize=7)
+    axes.imshow(sheet, interpolation='nearest' if tile < 96 else 'antialiased')
+    axes.set_yticks(
+        [row * height + tile / 2 for row in range(len(rows))], [_short(name, 16) for name, _, _ in rows],
+        parse_math=False)
+    axes.set_xticks([most * step / 2, most * step * 1.5 + gap], ['fewest MACs', 'most MACs'])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -290,8 +292,8 @@ def _name_blocks(axes: Any, names: Sequence[str], downsampling: Collection[str])
     every = -(-len(names) // 36)
     axes.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=8, parse_math=False)
     at = [i for i, name in enumerate(names) if name in downsampling]
-    axes.scatter(
-        at, [1.03] * len(at), marker='v', s=22, color=RED, transform=axes.get_xaxis_transform(), clip_on=False)
+    for i in at:
+        axes.text(i, 1.01, '▼', color=RED, fontsize=8, ha='center', transform=axes.get_xaxis_transform())
     axes.set_xlabel('block (▼ downsampling)' if at else 'block')
 
 
