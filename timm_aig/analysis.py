@@ -242,7 +242,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 def symmetric_likeness(likeness: torch.Tensor) -> torch.Tensor:
     """Logarithm of how likely the model takes one of two classes for the other, both directions, [C, C]."""
-    return ((likeness + likeness.t()) / 2).clamp(min=1e-12).log()
+    return ((likeness + likeness.t()) / 2).float().clamp_(min=1e-12).log_()
 
 
 def cluster_classes(
@@ -262,12 +262,14 @@ def cluster_classes(
         count: Number of groups, by default the root of the number of classes, at most 12.
 
     Returns:
-        Classes of each group, like ones next to each other, the largest group first; its name has its first classes.
+        Classes of each group, like ones next to each other, the largest group first, each named after the class that
+        is most like the others in it.
     """
     members = [[i] for i in (range(len(names)) if present is None else present)]
     count = count or min(12, round(sqrt(len(members))))
     index = [m[0] for m in members]
-    close = symmetric_likeness(likeness)[index][:, index].numpy()
+    alike = symmetric_likeness(likeness)
+    close = alike[index][:, index].numpy()
     np.fill_diagonal(close, -np.inf)
     for _ in range(len(members) - count):
         i, j = sorted(divmod(int(close.argmax()), len(close)))
@@ -278,7 +280,7 @@ def cluster_classes(
     groups = sorted((m for m in members if m), key=len, reverse=True)
 
     def name(number: int, group: List[int]) -> str:
-        more = f' +{len(group) - 2}' if len(group) > 2 else ''
-        return f'{number}: {", ".join(names[i] for i in group[:2])}{more}'
+        first = names[group[int(alike[group][:, group].sum(0).argmax())]]
+        return f'{number}: {first[:14]}' + (f' +{len(group) - 1}' if len(group) > 1 else '')
 
     return {name(n, group): group for n, group in enumerate(groups, 1)}

@@ -56,14 +56,15 @@ def check_claims(
     images, rates = counts.images, counts.rates
     overall = (rates.nan_to_num() * images[:, None]).sum(0) / images.sum()
     classes = [i for group in groups.values() for i in group]
-    closeness = -torch.cdist(rates[classes], rates[classes], p=1).numpy() / rates.shape[1]
-    likeness = symmetric_likeness(counts.likeness[classes][:, classes]).numpy()
+    of_classes = rates[classes].float()
+    closeness = -torch.cdist(of_classes, of_classes, p=1).numpy() / rates.shape[1]
+    likeness = symmetric_likeness(counts.likeness)[classes][:, classes].numpy()
     claims = [
         _key_blocks(overall.numpy(), kinds, rng, permutations),
         _like_paths('Classes that the model confuses take like paths', likeness, .9, closeness, rng, permutations)]
     if groups_given:
         of_class = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
-        same = (of_class[:, None] == of_class).astype(float)
+        same = (of_class[:, None] == of_class).astype(np.float32)
         claims.append(_like_paths('Classes of one group take like paths', same, 1., closeness, rng, permutations))
     histogram = {name: counts.blocks_run[list(group)].numpy() for name, group in groups.items()}
     return [*claims, *_counts_by_group(histogram, rng, permutations), _paths_and_class(paths)]
@@ -121,32 +122,37 @@ def _like_paths(
         permutations: int,
 ) -> Claim:
     """Rank correlation over pairs of classes, classes permuted (Mantel, 1967); pairs from the quantile on are like."""
-    a, b = (_pair_ranks(matrix) for matrix in (likeness, closeness))
-    norm = np.sqrt(float((a ** 2).sum()) * float((b ** 2).sum()))
+    pairs = np.triu_indices(len(likeness), 1)
+    like_pairs, close_pairs = likeness[pairs], closeness[pairs]
+    a, b = (_matrix(_centred_ranks(values), pairs) for values in (like_pairs, close_pairs))
+    norm = np.sqrt(float(np.vdot(a, a)) * float(np.vdot(b, b)))
     if not norm:
-        return Claim(claim, OPEN, 'all pairs of classes are alike in this', {})
+        return Claim(claim, OPEN, f'{len(like_pairs)} pairs of classes that do not differ in this', {})
+    value = float(np.vdot(a, b)) / norm
     orders = (rng.permutation(len(a)) for _ in range(permutations))
     null = [float(np.vdot(a, b[order][:, order])) / norm for order in orders]
-    off = ~np.eye(len(a), dtype=bool)
-    like = off & (likeness >= np.quantile(likeness[off], quantile))
-    near, far = float(-closeness[like].mean()), float(-closeness[off & ~like].mean())
-    value = float(np.vdot(a, b)) / norm
+    like = like_pairs >= np.quantile(like_pairs, quantile)
+    near, far = float(-close_pairs[like].mean()), float(-close_pairs[~like].mean())
     return _tested(
         claim,
-        f'rank correlation {value:.2f} over {off.sum() // 2} pairs; the rates of a block differ by {near:.3f} in the '
-        f'{like.sum() // 2} like ones, by {far:.3f} in the others',
-        {'pairs': int(off.sum() // 2), 'like_pairs': int(like.sum() // 2), 'difference_like': near,
-         'difference_others': far}, value, null)
+        f'rank correlation {value:.2f} over {len(like)} pairs; the rates of a block differ by {near:.3f} in the '
+        f'{like.sum()} like ones, by {far:.3f} in the others',
+        {'pairs': len(like), 'like_pairs': int(like.sum()), 'difference_like': near, 'difference_others': far},
+        value, null)
 
 
-def _pair_ranks(matrix: np.ndarray) -> np.ndarray:
-    """Ranks of the entries off the diagonal of a symmetric matrix, centred, equal ones sharing theirs."""
-    off = ~np.eye(len(matrix), dtype=bool)
-    _, inverse, counts = np.unique(matrix[off].round(12), return_inverse=True, return_counts=True)
+def _centred_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks above their mean, equal values sharing theirs."""
+    _, inverse, counts = np.unique(values.round(6), return_inverse=True, return_counts=True)
     ranks = counts.cumsum() - (counts - 1) / 2
-    out = np.zeros(matrix.shape, dtype=np.float32)
-    out[off] = (ranks - (ranks * counts).sum() / counts.sum())[inverse]
-    return out
+    return (ranks - (len(values) + 1) / 2)[inverse].astype(np.float32)
+
+
+def _matrix(values: np.ndarray, pairs: Any) -> np.ndarray:
+    """Symmetric matrix of values for pairs, 0 on the diagonal."""
+    matrix = np.zeros((pairs[1].max(initial=0) + 1,) * 2, dtype=np.float32)
+    matrix[pairs] = values
+    return matrix + matrix.T
 
 
 def _counts_by_group(
@@ -184,7 +190,7 @@ def _counts_by_group(
     means = {name: float((h.sum(0) @ blocks) / h.sum()) for name, h in histograms.items()}
     ordered = sorted(means, key=lambda name: means[name])
     shown = ordered if len(ordered) <= 6 else [*ordered[:2], *ordered[-2:]]
-    finding = 'mean: ' + ', '.join(f'{name} {means[name]:.2f}' for name in shown)
+    finding = 'mean ' + ', '.join(f'{means[name]:.2f} ({name})' for name in shown)
     figures = {f'blocks_{name}': m for name, m in means.items()}
     return [
         _tested(names[0], f'{finding}; groups explain {value:.1%} of the variance', figures, value, images),
@@ -192,9 +198,12 @@ def _counts_by_group(
 
 
 def _paths_and_class(s: PathStatistics) -> Claim:
+    claim = 'The path tells of the class'
+    if s.class_entropy - s.chance < 1e-9:
+        return Claim(claim, OPEN, f'{s.paths} paths, so few images of each that shuffled labels fit them as well', {})
     verdict = HOLDS if s.p_value < LEVEL else FAILS if s.mutual_information <= s.chance else OPEN
     return Claim(
-        'The path tells of the class', verdict,
+        claim, verdict,
         f'{s.mutual_information:.2f} of {s.class_entropy:.2f} bits, {s.chance:.2f} with labels shuffled; '
         f'{s.paths} paths of {s.entropy:.2f} bits',
         {'value': s.mutual_information, 'chance': s.chance}, s.p_value)
