@@ -85,7 +85,7 @@ class GateCounts:
     def table(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Paths bool [K, L], labels [K] and number of images [K], in order of label and path."""
         keys = sorted(self._counts)
-        rows = np.frombuffer(b''.join(keys), dtype=np.uint8).reshape(len(keys), -1)
+        rows = np.frombuffer(b''.join(keys), dtype=np.uint8).reshape(len(keys), 4 + -(-len(self.block_macs) // 8))
         labels = rows[:, :4].copy().view('<u4').astype(np.int64).reshape(-1)
         order = np.argsort(labels, kind='stable')
         paths = np.unpackbits(rows[order, 4:], axis=1, count=len(self.block_macs)).astype(bool)

@@ -333,7 +333,9 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure  # rather than pyplot, which keeps figures and may want a display
     except ImportError as e:
         raise ImportError("a plot needs matplotlib: pip install 'timm_aig[train]'") from e
-    return Figure(figsize=(width, height), layout='constrained')
+    figure = Figure(figsize=(width, height), layout='constrained')
+    figure.get_layout_engine().set(w_pad=.08, h_pad=.08)  # inches to the edge
+    return figure
 
 
 def _save(figure: Any, path: Union[str, os.PathLike], pixels: Optional[int] = None) -> Path:
