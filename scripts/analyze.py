@@ -113,7 +113,10 @@ def create_model(args: argparse.Namespace) -> Any:
     if not timm_aig.gated_blocks(model):
         raise InputError(f'--model must be adaptive, {args.model} has no gates.')
     if args.gate_offset is not None:
-        timm_aig.set_gate_offset(model, args.gate_offset)
+        try:
+            timm_aig.set_gate_offset(model, args.gate_offset)
+        except ValueError as e:
+            raise InputError(f'--gate-offset: {e}') from e
     return model
 
 

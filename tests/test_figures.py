@@ -81,7 +81,11 @@ def texts(monkeypatch):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         written = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-        in_view = [t for t in written if t.axes is None or t.axes.axison]
+        unseen = {id(label) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+                  for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)
+                  if not axes.axison or not min(axis.get_view_interval()) <= tick.get_loc() <= max(
+                      axis.get_view_interval())}
+        in_view = [t for t in written if id(t) not in unseen]
         return [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in in_view], figure.bbox
 
     return _texts

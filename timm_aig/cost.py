@@ -47,7 +47,7 @@ def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
         input_size: Of one image (C, H, W).
 
     Raises:
-        ValueError: input_size is not three numbers above 0.
+        ValueError: input_size is not three numbers above 0, or the model needs data to run, as an optimized one does.
     """
     macs = _count_macs(model, input_size)
     names = list(gated_blocks(model))
@@ -73,7 +73,8 @@ def summary(
         the MACs of the mean image over those of the static parent.
 
     Raises:
-        ValueError: rates do not fit the model, or input_size is missing or not three numbers above 0.
+        ValueError: rates do not fit the model, input_size is missing or not three numbers above 0, or the model needs
+            data to run, as an optimized one does.
     """
     gated = gated_blocks(model)
     if rates is not None:
@@ -136,6 +137,10 @@ def _count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> Callable[
     try:
         with torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, x)
+    except NotImplementedError as e:
+        raise ValueError(
+            f'model ({type(model).__name__}) does not run on the meta device. Take the original of an optimized one.'
+        ) from e
     finally:
         for module, training in modes:
             module.training = training
