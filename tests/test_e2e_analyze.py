@@ -105,7 +105,7 @@ def test_a_smaller_offset_closes_gates_and_the_contact_sheets_of_before_are_gone
     assert [file.name for file in folder.glob('contact_sheet_*')] == ['contact_sheet_1.png']
 
 
-def test_a_broken_image_and_a_class_without_images_are_left_out_and_named(analyze, adaptive_model, make_images, tmp_path):
+def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive_model, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=(('validation', 3),))
     (data / 'validation' / 'ape' / '0.png').write_bytes(b'broken')
     for file in (data / 'validation' / 'bee').iterdir():
@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_that_names_the_argument(run_script, images, tmp_p
     ('{"a": ["ape", "bee"]}', 'in no group: cat'),
     ('{"a": ["ape", "bee", "cat"], "b": ["bee"]}', 'named twice: bee'),
 ])
-def test_groups_that_do_not_fit_the_classes_are_refused(run_script, images, adaptive_model, tmp_path, capsys, text, error):
+def test_groups_that_do_not_fit_are_refused(run_script, images, adaptive_model, tmp_path, capsys, text, error):
     groups = tmp_path / 'groups.json'
     groups.write_text(text)
     assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', images, '--groups', groups, '--output',
@@ -152,7 +152,7 @@ def test_groups_that_do_not_fit_the_classes_are_refused(run_script, images, adap
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_data_set_with_other_classes_than_the_model_is_refused(run_script, make_images, adaptive_model, tmp_path, capsys):
+def test_a_data_set_with_more_classes_is_refused(run_script, make_images, adaptive_model, tmp_path, capsys):
     data = make_images(tmp_path / 'data', splits=(('validation', 2),), classes=('a', 'b', 'c', 'd'))
     assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', data, '--workers', 0, '--output',
                       tmp_path / 'out') == 2
