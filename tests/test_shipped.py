@@ -132,6 +132,7 @@ def test_the_figures_of_the_published_analysis_are_those_of_its_tables(name):
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
     distance = [round(abs(of_class[i] - of_class[j]).mean(), 6) for i, j in pairs]
     likeness = [[float(row[other]) for other in names] for row in read_table(name, 'likeness')]
+    assert [sum(row) for row in likeness] == pytest.approx([1] * len(names), abs=2e-3)
     alike = [likeness[i][j] + likeness[j][i] for i, j in pairs]
     same = [group_of[names[i]] == group_of[names[j]] for i, j in pairs]
     assert confused['figures']['value'] == pytest.approx(-spearmanr(alike, distance).statistic, abs=2e-3)
