@@ -331,11 +331,10 @@ def _spread(positions: Sequence[float], gap: float, low: float, high: float) -> 
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure  # rather than pyplot, which keeps figures and may want a display
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise ImportError("a plot needs matplotlib: pip install 'timm_aig[train]'") from e
-    figure = Figure(figsize=(width, height), layout='constrained')
-    figure.get_layout_engine().set(w_pad=.08, h_pad=.08)  # inches to the edge
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=.08, h_pad=.08))  # inches to the edge
 
 
 def _save(figure: Any, path: Union[str, os.PathLike], pixels: Optional[int] = None) -> Path:
