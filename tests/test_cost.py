@@ -144,3 +144,64 @@ def test_the_count_does_not_depend_on_the_execution_or_the_gates(execution):
 def test_a_bad_input_size_is_refused(input_size):
     with pytest.raises(ValueError, match=r'input_size must be \(C, H, W\), each above 0'):
         compute_cost(resnet('resnet18'), input_size)
+
+
+def cells(table):
+    """Lines of a summary as lists of cells, rules left out."""
+    return [[cell for cell in line.split('  ') if cell.strip()] for line in table.splitlines() if set(line) != {'-'}]
+
+
+def test_the_summary_has_every_block_and_adds_up():
+    model = resnet('resnet50_aig', schedule='paper', target_rate=.5)
+    cost = compute_cost(model, (3, 224, 224))
+    head, *rows, other, total = cells(timm_aig.summary(model))
+    assert [name.strip() for name in head] == ['block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share']
+    assert [row[0] for row in rows] == [f'layer{s}.{i}' for s, n in enumerate((3, 4, 6, 3), 1) for i in range(n)]
+    gated = timm_aig.gated_blocks(model)
+    assert {row[0] for row in rows if 'gated' in row} == set(gated)
+    assert {row[0]: float(row[3]) for row in rows if 'gated' in row} == {n: b.target_rate for n, b in gated.items()}
+    macs = {row[0]: int(row[-2].replace(',', '')) for row in (*rows, other, total)}
+    assert [macs[name] for name in gated] == list(cost.blocks)
+    assert macs.pop('total') == cost.total == sum(macs.values())
+    assert f'{len(gated)} of 16 blocks gated' in total[1]
+    assert sum(float(row[-1].strip()[:-1]) for row in (*rows, other)) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize('as_gates', [True, False])
+def test_the_summary_shows_measured_rates_and_what_they_cost(as_gates):
+    model = resnet('cifar_resnet20_aig', in_chans=1)
+    gates = torch.bernoulli(torch.full((50, 9), .4))
+    cost = compute_cost(model, (1, 32, 32))
+    table = timm_aig.summary(model, rates=gates if as_gates else gates.mean(0).tolist())
+    rows = cells(table)
+    assert [float(row[4]) for row in rows[1:10]] == pytest.approx(gates.mean(0).tolist(), abs=6e-4)
+    executed = cost.executed(gates).mean().item()
+    assert f'mean image: {executed:,.0f} MACs, {executed / (cost.total - cost.gates):.1%} of' in table
+
+
+def test_a_static_model_has_a_summary_without_gates():
+    rows = cells(timm_aig.summary(resnet('resnet18'), (3, 64, 64)))
+    assert len(rows) == 11 and all('always on' in row for row in rows[1:10]) and '0 of 8 blocks gated' in rows[-1][1]
+
+
+def test_a_model_optimized_for_inference_is_refused_with_what_to_do():
+    model = timm_aig.optimize_for_inference(timm.create_model('cifar_resnet20_aig'))
+    for count in (compute_cost, timm_aig.summary):
+        with pytest.raises(ValueError, match='Take the original of an optimized one'):
+            count(model, (3, 32, 32))
+
+
+@pytest.mark.parametrize('kwargs, error', [
+    (dict(rates=[.5] * 8), r'rates must be 9 numbers in \[0, 1\]'),
+    (dict(rates=[1.5] * 9), r'rates must be 9 numbers'),
+    (dict(rates=torch.zeros(0, 9)), r'rates must be 9 numbers'),
+    (dict(input_size=(3, 0, 8)), 'input_size'),
+])
+def test_a_summary_refuses_what_does_not_fit(kwargs, error):
+    with pytest.raises(ValueError, match=error):
+        timm_aig.summary(resnet('cifar_resnet20_aig'), **kwargs)
+
+
+def test_a_summary_asks_for_the_input_size_of_a_model_without_a_config():
+    with pytest.raises(ValueError, match=r'input_size: Sequential does not say its own, give \(C, H, W\)'):
+        timm_aig.summary(nn.Sequential(nn.Conv2d(3, 4, 1)))

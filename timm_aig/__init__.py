@@ -13,7 +13,7 @@ from .blocks import (
 )
 from .config import AIGConfig
 from .convert import gate_, ungate_
-from .cost import Cost, compute_cost
+from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
@@ -21,10 +21,10 @@ from .version import __version__ as __version__
 
 __all__ = [
     'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
-    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'export_aoti', 'export_onnx',
-    'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
-    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_execution',
-    'set_gate_offset', 'ungate_',
+    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'export_aoti', 'export_onnx', 'export_openvino',
+    'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
+    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
+    'summary', 'ungate_',
 ]
 
 
