@@ -30,6 +30,7 @@ import timm.task
 import torch
 
 import timm_aig
+from timm_aig.export_check import FORCED
 from timm_aig.memory import keep_freed_memory
 
 EXAMPLES = """examples:
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     run: Callable[[torch.Tensor], Any]
     rate: Optional[float] = None  # forced rate; None with the gates' own decisions
     reference: str = 'parent, optimized'  # row that the ratio is to
-    adaptive: Optional[torch.nn.Module] = None  # the model, if it has gates
+    adaptive: Any = None  # the model, if it has gates
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-images', type=int, default=32, help='images in a round (default: 32)')
     parser.add_argument('--rounds', type=int, default=7, help='default: 7')
     parser.add_argument('--compile', action='store_true', help='rows with optimize_for_inference(compile=True) too')
-    parser.add_argument('--runtimes', action='store_true', help='static parent in ONNX Runtime and OpenVINO too')
+    parser.add_argument('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (adaptive: batch 1)')
     parser.add_argument('--train', action='store_true', help='time training steps instead, without a teacher')
     parser.add_argument('--memory', action='store_true', help='peak memory of a pass too')
     parser.add_argument('--device', default='cpu', help='default: cpu')
@@ -106,38 +107,54 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
         sys.exit(f'benchmark: --images {args.images}: {e}')
 
 
-def runtime_rows(parent: torch.nn.Module, images: torch.Tensor, batch: int) -> List[Row]:
-    """The static parent in the runtimes that are installed."""
+class RuntimeModel:
+    """A file in another runtime: run(x, offset) with the gate offsets [L] set here, None for the file's own."""
+
+    def __init__(self, run: Callable[[Any, Any], Any]) -> None:
+        self.run = run
+        self.offset: Any = None
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        return self.run(x.numpy(), self.offset)
+
+
+def feeds(x: Any, offset: Any) -> Dict[str, Any]:
+    return {'x': x} if offset is None else {'x': x, 'gate_offset': offset}
+
+
+def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
+    """Parent and, at batch 1, adaptive model in ONNX Runtime and OpenVINO."""
+    threads = args.threads or torch.get_num_threads()
+    try:
+        import onnxruntime
+        import openvino
+    except ImportError as e:
+        sys.exit(f"benchmark: --runtimes needs pip install 'timm_aig[export]' ({e}).")
+    from timm_aig.onnx_runtime import load_onnx
+
+    config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder, 'parent.onnx'))
-        try:
-            torch.onnx.export(parent, (images[:batch],), file, input_names=['x'], dynamo=True, verbose=False)
-        except ImportError as e:
-            sys.exit(f"benchmark: --runtimes needs pip install 'timm_aig[export]' ({e}).")
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            pass
-        else:
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # would slow the other rows
-            session = ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-            name = f'parent, ONNX Runtime {ort.__version__}'
-            rows.append(Row(name, lambda x: session.run(None, {'x': x.numpy()})))
-        try:
-            import openvino as ov
-        except ImportError:
-            pass
-        else:
-            config = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
-            model = ov.Core().compile_model(file, 'CPU', config)
-            rows.append(Row(f"parent, OpenVINO {ov.__version__.split('-')[0]}", lambda x: model(x.numpy())))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        x = images[:batch].clone()
+        for model, mode in ((parent, 'masked'), *([(adaptive, 'branch')] if batch == 1 else [])):
+            onnx, ir = Path(folder, f'{mode}.onnx'), Path(folder, f'{mode}.xml')
+            timm_aig.export_onnx(model, onnx, mode=mode, images=x)
+            timm_aig.export_openvino(model, ir, mode=mode, images=x)
+            session = load_onnx(onnx, threads, spinning=False)  # spinning threads would slow the other rows
+            compiled = openvino.Core().compile_model(ir, 'CPU', config)
+            for runtime, run in (
+                (f'ONNX Runtime {onnxruntime.__version__}', lambda x, o, s=session: s.run(None, feeds(x, o))),
+                (f"OpenVINO {openvino.__version__.split('-')[0]}", lambda x, o, c=compiled: c(feeds(x, o))),
+            ):
+                reference = f'parent, {runtime}'
+                if mode == 'masked':
+                    rows.append(Row(reference, RuntimeModel(run), reference=reference))
+                else:
+                    rows.extend(adaptive_rows(args, RuntimeModel(run), f'adaptive, {runtime}', reference))
     return rows
 
 
-def adaptive_rows(args: argparse.Namespace, model: torch.nn.Module, label: str, reference: str) -> List[Row]:
+def adaptive_rows(args: argparse.Namespace, model: Any, label: str, reference: str) -> List[Row]:
     if args.images:
         return [Row(f'{label}, own gates', model, None, reference, model)]
     return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
@@ -177,12 +194,15 @@ def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torc
         compiled = timm_aig.optimize_for_inference(adaptive, compile=True)
         rows.extend(adaptive_rows(args, compiled, 'adaptive, compiled', 'parent, compiled'))
     if args.runtimes:
-        rows.extend(runtime_rows(parent, images, batch))
+        rows.extend(runtime_rows(args, adaptive, parent, images, batch))
     return rows
 
 
 def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
     """Context in which the row's gates answer as drawn for a batch."""
+    if isinstance(row.adaptive, RuntimeModel):  # batch 1; own gates are forced too, to what they answer in PyTorch
+        row.adaptive.offset = FORCED * (2 * gates[row.name][start].numpy() - 1)
+        return nullcontext()
     if row.rate is None or row.adaptive is None:
         return nullcontext()
     return timm_aig.force_gates(row.adaptive, gates[row.name][start:start + batch])
@@ -266,10 +286,10 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
 
 
 def print_table(results: List[Dict], memory: bool) -> None:
-    print(f"{'batch':>5}  {'':34} {'ms/img':>8}  {'ratio':>6} {'range':>13} {'MACs':>6} {'efficiency':>10}"
+    print(f"{'batch':>5}  {'':40} {'ms/img':>8}  {'ratio':>6} {'range':>13} {'MACs':>6} {'efficiency':>10}"
           + (f" {'peak MiB':>9}" if memory else ''))
     for r in results:
-        line = f"{r['batch_size']:>5}  {r['name']:34} {r['ms_per_image']:8.2f}  {r['ratio']:6.3f} " \
+        line = f"{r['batch_size']:>5}  {r['name']:40} {r['ms_per_image']:8.2f}  {r['ratio']:6.3f} " \
                f"{r['ratio_min']:6.3f}-{r['ratio_max']:<6.3f} {r['macs_share']:6.3f} {r['efficiency']:10.3f}"
         if memory:
             line += f" {r['peak_mib']:9.1f}" if r['peak_mib'] is not None else f" {'-':>9}"

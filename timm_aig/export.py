@@ -221,7 +221,7 @@ def _prepare(
         images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
     if images.ndim != 4 or not len(images):
         raise ValueError(f'images must be [N, C, H, W] with N at least 1, not {list(images.shape)}.')
-    return model, images.cpu().float()
+    return model, images.cpu().float().contiguous()
 
 
 @contextmanager

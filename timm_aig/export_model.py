@@ -122,7 +122,8 @@ class ExportModel(nn.Module):
             open: Which of its L gated blocks run, in mode 'path'.
         """
         super().__init__()
-        optimized: Any = optimize_for_inference(model).model
+        # contiguous, since both sides of a branch must have one layout
+        optimized: Any = optimize_for_inference(model).model.to(memory_format=torch.contiguous_format)
         blocks = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
         for module in optimized.modules():
             if hasattr(module, 'inplace'):

@@ -1,0 +1,57 @@
+"""scripts/export.py."""
+import json
+
+import pytest
+import timm
+
+import timm_aig
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """local-dir: name of an adaptive model of 3 classes at 8 x 8 pixels."""
+    path = tmp_path_factory.mktemp('model')
+    model = timm.create_model(
+        'cifar_resnet20_aig', num_classes=3, target_rates=[1.] * 7 + [.5, .5],
+        pretrained_cfg_overlay=dict(input_size=(3, 8, 8)))
+    timm_aig.save_pretrained(model, path)
+    return f'local-dir:{path}'
+
+
+def test_it_writes_checks_and_times(run_script, folder, images, tmp_path, capsys):
+    path = tmp_path / 'm.onnx'
+    args = ['--model', folder, '--images', images / 'validation', '--output', path, '--rounds', 2, '--json']
+    assert run_script('export.py', *args) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['export']['gates_changed'] == 0 and result['export']['images'] == 8
+    assert [row['name'] for row in result['times']] == [
+        'static parent', 'portable, own gates', 'portable, all open', 'optimized, own gates', 'optimized, all open']
+    assert path.is_file() and (tmp_path / 'm.optimized.onnx').is_file()
+
+
+@pytest.mark.parametrize('args', [
+    ['--format', 'openvino'], ['--mode', 'path'], ['--mode', 'masked'], ['--precision', 'int8'],
+    ['--format', 'program']])
+def test_other_forms(run_script, folder, tmp_path, monkeypatch, capsys, args):
+    monkeypatch.chdir(tmp_path)
+    assert run_script('export.py', '--model', folder, '--rounds', 1, '--num-images', 2, *args) == 0
+    out = capsys.readouterr().out
+    assert 'Checked on 2 images' in out and 'sha256' in out
+    assert not any('optimized' in file.name for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('args, match', [
+    (['--model', 'resnet9000_aig'], '--model resnet9000_aig'),
+    (['--model', 'cifar_resnet20'], 'no gated blocks'),
+    (['--model', 'cifar_resnet20_aig', '--images', '/nowhere'], '--images /nowhere'),
+    (['--model', 'cifar_resnet20_aig', '--output', '/nowhere/m.onnx'], 'no folder /nowhere'),
+    (['--model', 'cifar_resnet20_aig', '--precision', 'bfloat16'], 'precision must be one of'),
+    (['--model', 'cifar_resnet20_aig', '--format', 'program', '--mode', 'path'], '--format program'),
+    (['--model', 'cifar_resnet20_aig', '--num-images', '0'], '--num-images must be at least 1'),
+])
+def test_bad_input_is_named(run_script, tmp_path, monkeypatch, capsys, args, match):
+    monkeypatch.chdir(tmp_path)
+    assert run_script('export.py', *args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and match in err and 'Traceback' not in err
+    assert not list(tmp_path.iterdir())
