@@ -109,9 +109,9 @@ def budget_offset(table: Sequence[BudgetPoint], budget: float) -> float:
         raise ValueError(f'budget must be in the range that was calibrated, {span}, not {budget!r}: '
                          f'timm_aig.calibrate_budget extends it.')
     for a, b in pairwise(table):
-        if budget <= b.budget:
+        if a.budget <= budget < b.budget:
             return a.gate_offset + (b.gate_offset - a.gate_offset) * (budget - a.budget) / (b.budget - a.budget)
-    return low.gate_offset
+    return high.gate_offset
 
 
 def set_budget(model: nn.Module, budget: float) -> float:
