@@ -31,7 +31,10 @@ TABLE = (BudgetPoint(.4, -2., .401, 50, 80.), BudgetPoint(.6, 0., .599, 50, 90.)
 
 @pytest.fixture
 def model(train_norms, train_gates):
-    return train_gates(train_norms(timm.create_model('cifar_resnet20_aig', num_classes=4))).eval()
+    model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig', num_classes=4)))
+    with torch.no_grad():
+        model.fc.weight.normal_(std=2.)  # predictions that differ
+    return model.eval()
 
 
 @pytest.fixture
@@ -65,8 +68,8 @@ def same(a, b):
 
 
 def test_each_budget_is_met_on_the_calibration_images_and_the_table_says_what_was_measured(model, batches):
-    result = calibrate_budget(model, batches, budgets=(.8, .3, .5, 1., .5))
-    assert {.3, .5, .8, 1.} <= {point.budget for point in result.table} and result.table == budget_table(model)
+    result = calibrate_budget(model, batches, budgets=(.6, .4, .4))
+    assert {.4, .6} <= {point.budget for point in result.table} and result.table == budget_table(model)
     for point in result.table:
         assert set_budget(model, point.budget) == point.gate_offset
         share, top1 = measure(model, batches)
@@ -78,10 +81,10 @@ def test_each_budget_is_met_on_the_calibration_images_and_the_table_says_what_wa
 
 
 def test_interpolation_between_budgets_meets_them_too(model, batches):
-    calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.02)
+    calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.03)
     for budget in np.linspace(.3, 1., 15):
         set_budget(model, budget)
-        assert measure(model, batches)[0] == pytest.approx(budget, abs=.04)
+        assert measure(model, batches)[0] == pytest.approx(budget, abs=.05)
 
 
 def test_budget_1_opens_every_gate(model, batches):
@@ -168,21 +171,22 @@ def test_images_labelled_minus_1_are_left_out_and_a_loader_is_read_once(model, b
 
 
 def test_the_smallest_budget_within_an_accuracy_drop_keeps_it(model, batches):
-    with torch.no_grad():  # labels that closing gates gets wrong, one after the other
+    with torch.no_grad():  # labels that are right with all gates open
         set_gate_offset(model, 1000.)
         batches = [(images, model(images).argmax(1)) for images, _ in batches]
-    result = calibrate_budget(model, batches, budgets=(.3, 1.), max_accuracy_drop=10.)
+    result = calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.02, max_accuracy_drop=5.)
     smallest = result.smallest
     assert smallest.point in result.table and smallest.reference == 100.
     set_budget(model, smallest.point.budget)
-    share, top1 = measure(model, batches)
-    assert smallest.drop == pytest.approx(100 - top1) and smallest.drop <= 10
+    top1 = measure(model, batches)[1]
+    assert smallest.drop == pytest.approx(100 - top1) and smallest.drop <= 5
     assert smallest.interval[0] < smallest.drop < smallest.interval[1]
-    below = max(p.budget for p in result.table if p.budget < smallest.point.budget)
-    set_budget(model, max(below, smallest.point.budget - .02))
-    assert measure(model, batches)[1] < 90 <= top1
-    only = calibrate_budget(model, batches, budgets=(), max_accuracy_drop=0.).smallest
-    assert only.drop <= 0 and only.point.budget > smallest.point.budget
+    assert smallest.point.budget > .32  # else nothing is searched for
+    set_gate_offset(model, smallest.point.gate_offset - 1.)
+    assert measure(model, batches)[1] < 95
+    strict = calibrate_budget(model, batches, budgets=(), tolerance=.02, max_accuracy_drop=0.)
+    assert strict.smallest.drop <= 0 and strict.smallest.point.budget > smallest.point.budget
+    assert strict.table == (strict.smallest.point,)
 
 
 @pytest.mark.parametrize('lost, won, images', [(85, 138, 10000), (3, 1, 90), (0, 0, 50), (40, 10, 200)])
@@ -300,3 +304,41 @@ def test_the_table_is_saved_and_loaded_and_gate_offset_moves_only_the_offset(mod
     set_budget_table(loaded, ())
     save_pretrained(loaded, tmp_path)
     assert 'gate_budgets' not in (tmp_path / 'config.json').read_text()
+
+
+RATES = tuple(round(.1 * i, 1) for i in range(1, 10))
+CAPPED = tuple(BudgetPoint(b, o, b, 50, None, tuple(min(1., r * b * 2) for r in RATES)) for b, o in (
+    (.3, -3.), (.6, 0.), (1., 9.)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2 ** 31), budget=st.floats(.3, 1.), cap=st.floats(.05, 1.1), scale=st.floats(.5, 30))
+def test_no_image_exceeds_a_cap_and_blocks_are_closed_only_for_its_sake(seed, budget, cap, scale):
+    torch.manual_seed(seed)
+    model = timm.create_model('cifar_resnet20_aig', input_size=None, channels=[4, 8, 4], num_classes=3).eval()
+    with torch.no_grad():
+        for block in gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=2.)
+            block.gate.fc2.weight.normal_(std=scale)
+            block.gate.fc2.bias.zero_()
+    set_budget_table(model, CAPPED)
+    images = torch.randn(12, 3, 8, 8) * torch.rand(12, 1, 1, 1) * 3
+    cost = compute_cost(model, (3, 8, 8))
+    with torch.no_grad():
+        set_budget(model, budget)
+        free = cost.executed(forward_gates(model, images)[1]) / (cost.total - cost.gates)
+        set_budget(model, budget, cap, (3, 8, 8))
+        capped = {mode: run_capped(model, images, mode) for mode in ('masked', 'sparse')}
+        fast = forward_gates(optimize_for_inference(model, micro_batch=5), images)[1]
+        alone = torch.cat([forward_gates(model, image[None])[1] for image in images])
+    gates = capped['masked']
+    shares = cost.executed(gates) / (cost.total - cost.gates)
+    assert shares.max() <= cap
+    assert torch.equal(gates, capped['sparse']) and torch.equal(gates, fast) and torch.equal(gates, alone)
+    if cap >= 1.01:
+        assert torch.equal(shares, free)
+
+
+def run_capped(model, images, mode):
+    timm_aig.set_execution(model, mode)
+    return forward_gates(model, images)[1]

@@ -176,25 +176,29 @@ def _cached(loader: Iterable[Any]) -> List[Batch]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Eval, and afterwards the modes and gate offsets of before."""
+    """Eval without a cap, and afterwards the modes, gate offsets and caps of before."""
     modes = [(module, module.training) for module in model.modules()]
-    offsets = [(block.gate, block.gate.offset) for block in gated_blocks(model).values()]
+    gates = [(block.gate, block.gate.offset, block.gate.cap) for block in gated_blocks(model).values()]
     model.eval()
+    for gate, _, _ in gates:
+        gate.cap = None
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for gate, offset in offsets:
-            gate.offset = offset
+        for gate, offset, cap in gates:
+            gate.offset, gate.cap = offset, cap
 
 
 class _Probe(NamedTuple):
-    """One pass through the N images: MACs share in the mean, right answers [N], open minus closed logits [N, L]."""
+    """One pass through the N images: MACs share in the mean, right answers [N], open minus closed logits [N, L],
+    execution rates [L]."""
     offset: float
     share: float
     right: Optional[torch.Tensor]
     margins: torch.Tensor
+    rates: torch.Tensor
 
 
 class _Search:
@@ -222,7 +226,8 @@ class _Search:
         device = next(self.model.parameters()).device
         gates = [block.gate for block in gated_blocks(self.model).values()]
         margins: List[List[torch.Tensor]] = [[] for _ in gates]
-        macs, right = 0., []
+        right: List[torch.Tensor] = []
+        ran = torch.zeros(len(gates), dtype=torch.float64)
 
         def note(gate: Any, args: Any, into: List[torch.Tensor]) -> None:
             logits = gate.logits(args[0]).float()
@@ -234,7 +239,7 @@ class _Search:
             for images, labels in self.batches:
                 output, answers = forward_gates(
                     self.model, images.to(device, memory_format=torch.channels_last))
-                macs += self.cost.executed(answers).sum().item()
+                ran += answers.double().sum(0).cpu()
                 if labels is not None:
                     right.append(output.argmax(1).cpu() == labels)
         finally:
@@ -243,7 +248,9 @@ class _Search:
         self.passes += 1
         self.bar.update()
         stacked = torch.stack([torch.cat(parts) for parts in margins], 1)
-        probe = _Probe(offset, macs / self.all_macs / len(stacked), torch.cat(right) if right else None, stacked)
+        rates = ran / len(stacked)
+        share = self.cost.executed(rates[None]).item() / self.all_macs
+        probe = _Probe(offset, share, torch.cat(right) if right else None, stacked, rates)
         self.probes = sorted([*self.probes, probe], key=lambda p: p.offset)
         return probe
 
@@ -277,13 +284,15 @@ class _Search:
         high = next(p for p in self.probes if p.share > budget and (low is None or p.offset > low.offset))
         for step in range(200):
             nearest = min((p for p in (low, high) if p is not None), key=lambda p: abs(p.share - budget))
-            if abs(nearest.share - budget) <= self.tolerance:
+            if abs(nearest.share - budget) <= self.tolerance / 2:  # the other half is for what lies between two budgets
                 return nearest
             floor = high.offset - 2. ** step if low is None else low.offset
             offset = self._expected_offset(nearest.margins, budget)
             if step % 3 == 2 or not (-inf if low is None else floor) < offset < high.offset:
                 offset = floor if low is None else round((floor + high.offset) / 2, DECIMALS)
             if offset in (high.offset, None if low is None else low.offset):
+                if abs(nearest.share - budget) <= self.tolerance:
+                    return nearest
                 break
             probe = self._probe(offset)
             low, high = (probe, high) if probe.share <= budget else (low, probe)
@@ -375,7 +384,9 @@ def _top1(probe: _Probe) -> float:
 
 def _point(budget: float, probe: _Probe) -> BudgetPoint:
     top1 = None if probe.right is None else round(_top1(probe), DECIMALS)
-    return BudgetPoint(budget, probe.offset, round(probe.share, DECIMALS), len(probe.margins), top1)
+    return BudgetPoint(
+        budget, probe.offset, round(probe.share, DECIMALS), len(probe.margins), top1,
+        tuple(round(rate, 4) for rate in probe.rates.tolist()))
 
 
 def _accuracy_drop(point: BudgetPoint, reference: _Probe, probe: _Probe, confidence: float) -> AccuracyDrop:

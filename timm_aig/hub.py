@@ -21,7 +21,7 @@ from timm.models import is_model
 from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 
-from .blocks import forward_gates, gated_blocks, set_execution
+from .blocks import forward_gates, gated_blocks
 from .budget import budget_table
 from .version import __version__
 
@@ -121,8 +121,8 @@ def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     except Exception as e:
         raise ValueError(f'timm cannot rebuild this model ({type(model).__name__}): {e}') from e
     saved = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
-    if gated_blocks(saved):
-        set_execution(saved, 'auto')
+    for block in gated_blocks(saved).values():
+        block.execution, block.gate.cap = 'auto', None  # how it runs here is not saved
     expected, weights = saved.state_dict(), reloaded.state_dict()
     differing = sorted(
         key for key in expected.keys() | weights.keys()
