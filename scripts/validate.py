@@ -68,12 +68,15 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     gates = parser.add_mutually_exclusive_group().add_argument
     gates('--gate-offset', type=float, nargs='+', metavar='X', help="one row for each (default: the model's own)")
     gates('--budget', type=float, nargs='+', metavar='X', help='one row for each, of a model that calibrate.py wrote')
+    arg('--cap', type=float, metavar='X', help='with --budget: the largest share of the MACs that any image may take')
     arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
     arg('--alternatives', nargs='+', metavar='NAME', default=[], help='static models to show beside it')
     arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs, alternatives beside the rows')
     arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
+    if args.cap is not None and not args.budget:
+        raise InputError('--cap needs --budget.')
     if args.batch_size < 1 or args.workers < 0:
         raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
                          f'not {args.batch_size} and {args.workers}.')
@@ -106,14 +109,19 @@ def create_model(args: argparse.Namespace, name: str) -> Any:
         raise InputError(f'model {name}: {e}') from e
 
 
-def gate_offsets(args: argparse.Namespace, name: str, model: nn.Module) -> List[Tuple[Optional[float], float]]:
-    """Budget, if one was asked for, and offset of each row."""
+def gate_offsets(
+        args: argparse.Namespace,
+        name: str,
+        model: nn.Module,
+        input_size: Tuple[int, int, int],
+) -> List[Tuple[Optional[float], float]]:
+    """Budget, if one was asked for, and offset of each row. Sets the cap."""
     gated = timm_aig.gated_blocks(model)
     if not gated:
         return [(None, 0.)]
     if args.budget:
         try:
-            return [(budget, timm_aig.set_budget(model, budget)) for budget in args.budget]
+            return [(budget, timm_aig.set_budget(model, budget, args.cap, input_size)) for budget in args.budget]
         except ValueError as e:
             raise InputError(f'--budget, model {name}: {e}') from e
     return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
@@ -135,7 +143,7 @@ def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[
     model = model.to(device, memory_format=torch.channels_last)
     gated = timm_aig.gated_blocks(model)
     rows = []
-    for budget, offset in gate_offsets(args, name, model):
+    for budget, offset in gate_offsets(args, name, model, config['input_size']):
         if gated:
             timm_aig.set_gate_offset(model, offset)
         timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device).eval()

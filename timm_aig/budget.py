@@ -1,7 +1,7 @@
 """set_budget: one checkpoint at many budgets. A table of gate offsets, measured by calibrate_budget, and its use."""
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from math import floor, inf, isfinite
+from math import floor, inf
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
@@ -51,8 +51,8 @@ class BudgetPoint:
             if name == 'top1' and value is None:
                 continue
             kinds = (int,) if name == 'images' else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not isfinite(value) \
-                    or not low <= value <= high or (name == 'budget' and value == 0):
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high \
+                    or (name == 'budget' and value == 0):
                 what = 'whole number' if name == 'images' else 'number'
                 raise ValueError(f'{name} must be a {what} {"above" if name == "budget" else "from"} {low:g} '
                                  f'to {high:g}, not {str(value)[:80]!r}.')
