@@ -171,8 +171,9 @@ def test_images_labelled_minus_1_are_left_out_and_a_loader_is_read_once(model, b
 
 
 def test_the_smallest_budget_within_an_accuracy_drop_keeps_it(model, batches):
-    with torch.no_grad():  # labels that are right with all gates open
+    with torch.no_grad():  # labels of all classes that are right with all gates open
         set_gate_offset(model, 1000.)
+        model.fc.bias -= torch.cat([model(images) for images, _ in batches]).mean(0)
         batches = [(images, model(images).argmax(1)) for images, _ in batches]
     result = calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.02, max_accuracy_drop=5.)
     smallest = result.smallest
@@ -182,8 +183,8 @@ def test_the_smallest_budget_within_an_accuracy_drop_keeps_it(model, batches):
     assert smallest.drop == pytest.approx(100 - top1) and smallest.drop <= 5
     assert smallest.interval[0] < smallest.drop < smallest.interval[1]
     assert smallest.point.budget > .32  # else nothing is searched for
-    set_gate_offset(model, smallest.point.gate_offset - 1.)
-    assert measure(model, batches)[1] < 95
+    lower = calibrate_budget(model, batches, budgets=(smallest.point.budget - .04,), tolerance=.02)
+    assert lower.table[0].top1 < 95 <= smallest.point.top1
     strict = calibrate_budget(model, batches, budgets=(), tolerance=.02, max_accuracy_drop=0.)
     assert strict.smallest.drop <= 0 and strict.smallest.point.budget > smallest.point.budget
     assert strict.table == (strict.smallest.point,)
@@ -311,8 +312,8 @@ CAPPED = tuple(BudgetPoint(b, o, b, 50, None, tuple(min(1., r * b * 2) for r in 
     (.3, -3.), (.6, 0.), (1., 9.)))
 
 
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2 ** 31), budget=st.floats(.3, 1.), cap=st.floats(.05, 1.1), scale=st.floats(.5, 30))
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2 ** 31), budget=st.floats(.3, 1.), cap=st.floats(.08, 1.1), scale=st.floats(.5, 30))
 def test_no_image_exceeds_a_cap_and_blocks_are_closed_only_for_its_sake(seed, budget, cap, scale):
     torch.manual_seed(seed)
     model = timm.create_model('cifar_resnet20_aig', input_size=None, channels=[4, 8, 4], num_classes=3).eval()
