@@ -190,7 +190,7 @@ def plot_budgets(
     axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
-    for text in figure.legend(loc='outside upper center', ncols=2, frameon=False).get_texts():
+    for text in figure.legend(loc='outside upper center', ncols=1, frameon=False).get_texts():
         text.set_parse_math(False)  # a name may hold a $
     return _save(figure, path)
 
