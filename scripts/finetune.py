@@ -42,6 +42,7 @@ from torch.optim.swa_utils import update_bn
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 import timm_aig
+from timm_aig.budget import set_budget_table
 from timm_aig.checkpoint import CheckpointError, Checkpoints, write_atomically
 from timm_aig.data import (
     DataError,
@@ -167,6 +168,8 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
             f'{model.num_classes}. Pass --num-classes {len(names)} for a new head.')
     arch = model.pretrained_cfg['architecture']
     adaptive = bool(timm_aig.gated_blocks(model))
+    if adaptive:
+        set_budget_table(model, ())  # of the weights as they were
     if args.static and adaptive:
         raise InputError(f'--static: --model {args.model} has gates.')
     trained = args.pretrained or args.initial_checkpoint or ':' in args.model

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -31,12 +31,15 @@ import timm_aig
 from timm_aig.checkpoint import write_atomically
 from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, open_dataset
 from timm_aig.evaluate import Evaluation, evaluate
+from timm_aig.figures import plot_budgets
 from timm_aig.recipe import InputError
 
 EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
   scripts/validate.py --model local-dir:output/finetune/r32 --dataset torch/fashion_mnist --data-dir data
   scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
+  scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \
+      --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot accuracy_macs.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet
 
@@ -62,11 +65,18 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
     arg('--amp', action='store_true', help='bfloat16 autocast')
     arg('--optimize', action='store_true', help='run what timm_aig.optimize_for_inference makes of the model')
-    arg('--gate-offset', type=float, nargs='+', metavar='X', help="one row for each (default: the model's own)")
+    gates = parser.add_mutually_exclusive_group().add_argument
+    gates('--gate-offset', type=float, nargs='+', metavar='X', help="one row for each (default: the model's own)")
+    gates('--budget', type=float, nargs='+', metavar='X', help='one row for each, of a model that calibrate.py wrote')
+    arg('--cap', type=float, metavar='X', help='with --budget: the largest share of the MACs that any image may take')
     arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
+    arg('--alternatives', nargs='+', metavar='NAME', default=[], help='static models to show beside it')
+    arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs, alternatives beside the rows')
     arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
+    if args.cap is not None and not args.budget:
+        raise InputError('--cap needs --budget.')
     if args.batch_size < 1 or args.workers < 0:
         raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
                          f'not {args.batch_size} and {args.workers}.')
@@ -99,8 +109,26 @@ def create_model(args: argparse.Namespace, name: str) -> Any:
         raise InputError(f'model {name}: {e}') from e
 
 
+def gate_offsets(
+        args: argparse.Namespace,
+        name: str,
+        model: nn.Module,
+        input_size: Tuple[int, int, int],
+) -> List[Tuple[Optional[float], float]]:
+    """Budget, if one was asked for, and offset of each row. Sets the cap."""
+    gated = timm_aig.gated_blocks(model)
+    if not gated:
+        return [(None, 0.)]
+    if args.budget:
+        try:
+            return [(budget, timm_aig.set_budget(model, budget, args.cap, input_size)) for budget in args.budget]
+        except ValueError as e:
+            raise InputError(f'--budget, model {name}: {e}') from e
+    return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
+
+
 def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[Dict[str, Any]]:
-    """One row for each gate offset, with its Evaluation under 'evaluation'."""
+    """One row for each gate offset or budget, with its Evaluation under 'evaluation'."""
     model = create_model(args, name)
     config = resolve_data_config(
         {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
@@ -114,9 +142,8 @@ def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[
     cost = timm_aig.compute_cost(model, config['input_size'])
     model = model.to(device, memory_format=torch.channels_last)
     gated = timm_aig.gated_blocks(model)
-    own = next(iter(gated.values())).gate.offset if gated else 0.
     rows = []
-    for offset in args.gate_offset if gated and args.gate_offset else [own]:
+    for budget, offset in gate_offsets(args, name, model, config['input_size']):
         if gated:
             timm_aig.set_gate_offset(model, offset)
         timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device).eval()
@@ -128,10 +155,12 @@ def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[
         rows.append({
             'model': name,
             'gate_offset': offset,
+            'budget': budget,
             'images': len(evaluation.labels),
             'unreadable': count_unreadable(dataset, device),
             'loss': evaluation.loss,
             **evaluation.metrics(cost),
+            'all_macs': cost.total - cost.gates,
             'macs': (cost.total - cost.gates) * shares.mean().item(),
             'macs_share_quantiles': {q: shares.quantile(q).item() for q in (0., .05, .5, .95, 1.)},
             'block_rates': dict(zip(gated, evaluation.block_rates.tolist())),
@@ -167,6 +196,16 @@ def print_table(rows: List[Dict[str, Any]]) -> None:
     print(f'{rows[0]["images"]} images{skipped}.')
 
 
+def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) -> None:
+    """Accuracy against MACs, all over those of the first model's parent."""
+    points = [(row['model'].rpartition('/')[2], row['macs'] / rows[0]['all_macs'], row['top1'])
+              for row in sorted(rows, key=lambda row: row['macs']) + others]
+    try:
+        plot_budgets(points[:len(rows)], points[len(rows):], path)
+    except (ImportError, OSError) as e:
+        raise InputError(f'--plot {path}: {e}') from e
+
+
 def write_predictions(row: Dict[str, Any], path: str) -> None:
     e = row['evaluation']
     lines = [f'{label},{prediction},{share:.6f}' for label, prediction, share in
@@ -178,7 +217,7 @@ def write_predictions(row: Dict[str, Any], path: str) -> None:
 def run(args: argparse.Namespace) -> None:
     device = init_distributed_device(args)
     rows = validate(args, args.model, device)
-    comparison = None
+    comparison, other = None, []
     if args.against:
         other = validate(args, args.against, device)
         first, second = rows[0]['evaluation'], other[0]['evaluation']
@@ -186,8 +225,12 @@ def run(args: argparse.Namespace) -> None:
             raise InputError('--against: the two models did not see the same images in the same order.')
         comparison = mcnemar(first, second)
         rows += other
+    alternatives = [validate(args, name, device)[0] for name in args.alternatives]
     if args.rank != 0:
         return
+    if args.plot:
+        plot(rows[:len(rows) - len(other)], [*other, *alternatives], args.plot)
+    rows += alternatives
     if args.predictions:
         write_predictions(rows[0], args.predictions)
     if args.json:

@@ -123,6 +123,19 @@ def static_model(finetune, finetune_args, tmp_path_factory):
     return f'local-dir:{output}/x'
 
 
+@pytest.fixture(scope='session')
+def adaptive_model(static_model, tmp_path_factory):
+    """local-dir: name of that model with gates that open for some images."""
+    torch.manual_seed(0)
+    model = timm_aig.gate_(timm.create_model(static_model, pretrained=True))
+    with torch.no_grad():
+        for block in timm_aig.gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=4.)
+            block.gate.fc2.weight.normal_(std=1.)
+            block.gate.fc2.bias.zero_()
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
+
+
 @pytest.fixture
 def fork_main(finetune, tmp_path):
     """Starts finetune.main(args) in a process of its own, the leader of its group.

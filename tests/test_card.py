@@ -4,6 +4,7 @@ import timm
 import yaml
 from huggingface_hub import ModelCard
 
+from timm_aig import BudgetPoint
 from timm_aig.card import BEGIN, END, checked_results, make_card
 
 RESULTS = dict(
@@ -50,6 +51,15 @@ def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
     assert '```python\nimport timm_aig' in text and "create_model('hf-hub:user/name', pretrained=True)" in text
     assert "pipeline('image-classification', model='user/name')" in text
     assert "'hf-hub:user/name@v2'" in card(model, revision='v2') and "revision='v2'" in card(model, revision='v2')
+
+
+def test_a_table_of_budgets_is_shown_with_what_it_was_measured_on(model):
+    assert '## Budgets' not in card(model)
+    points = [BudgetPoint(.4, -1.5, .4012, 500, 81.25), BudgetPoint(1., 9., 1.0002, 500)]
+    calibrated = timm.create_model('cifar_resnet20_aig', gate_budgets=[point.to_dict() for point in points])
+    text = card(calibrated)
+    assert '| 0.4 | 0.4012 | 81.25 % | -1.5 |' in text and '| 1 | 1.0002 |  | 9 |' in text
+    assert 'from 0.4 to 1' in text and 'on 500 calibration images' in text and 'timm_aig.set_budget(model, 0.5)' in text
 
 
 def test_what_is_not_known_is_not_claimed(model):

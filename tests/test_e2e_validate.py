@@ -9,25 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy.stats import binomtest
 
 import timm_aig
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
-
-
-@pytest.fixture(scope='module')
-def adaptive_model(static_model, tmp_path_factory):
-    """local-dir: name of a model whose gates open for some images."""
-    torch.manual_seed(0)
-    model = timm.create_model(static_model, pretrained=True)
-    timm_aig.gate_(model)
-    with torch.no_grad():
-        for block in timm_aig.gated_blocks(model).values():
-            block.gate.fc1.weight.normal_(std=4.)
-            block.gate.fc2.weight.normal_(std=1.)
-            block.gate.fc2.bias.zero_()
-    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
 
 
 @pytest.fixture
@@ -75,6 +62,39 @@ def test_a_larger_offset_opens_more_gates_until_all_are_open(validate, adaptive_
     assert [row['gate_offset'] for row in rows] == [-1000, 0, 1000]
 
 
+@pytest.fixture(scope='module')
+def calibrated_model(adaptive_model, tmp_path_factory):
+    """The same with a table of budgets: not measured, but with offsets that differ."""
+    rows = [dict(budget=b, gate_offset=o, macs_share=b, images=9, block_rates=[b] * 9)
+            for b, o in ((.4, -4.), (.8, 4.))]
+    model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=rows)
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("calibrated"))}'
+
+
+def test_budgets_are_rows_at_the_offsets_of_the_models_table(validate, calibrated_model):
+    rows = validate('--model', calibrated_model, '--budget', .4, .6, .8)['rows']
+    offsets = validate('--model', calibrated_model, '--gate-offset', -4, 0, 4)['rows']
+    assert [row['budget'] for row in rows] == [.4, .6, .8] and offsets[0]['budget'] is None
+    for row, offset in zip(rows, offsets):
+        assert row['gate_offset'] == pytest.approx(offset['gate_offset'], abs=1e-9)
+        assert all(row[key] == offset[key] for key in ('top1', 'macs_share', 'block_rates'))
+    assert rows[0]['macs_share'] < rows[2]['macs_share']
+    plain, fast = (validate('--model', calibrated_model, '--budget', .8, '--cap', .5, *more)['rows'][0]
+                   for more in ([], ['--optimize']))
+    assert max(plain['macs_share_quantiles'].values()) <= .5 < max(rows[2]['macs_share_quantiles'].values())
+    assert plain['block_rates'] == fast['block_rates']
+
+
+def test_alternatives_are_rows_too_and_all_of_it_is_drawn(validate, calibrated_model, static_model, tmp_path):
+    result = validate(
+        '--model', calibrated_model, '--budget', .4, .8, '--alternatives', static_model, '--plot', tmp_path / 'a.png')
+    assert [row['model'] for row in result['rows']] == [calibrated_model] * 2 + [static_model]
+    assert result['rows'][2]['macs'] == result['rows'][0]['all_macs'] == result['rows'][2]['all_macs']
+    with Image.open(tmp_path / 'a.png') as image:
+        assert min(image.size) > 500 and len(set(image.convert('RGB').get_flattened_data())) > 100
+    assert [path.name for path in tmp_path.iterdir()] == ['a.png']
+
+
 def test_an_optimized_model_gives_the_same_figures(validate, adaptive_model):
     plain, optimized = (validate('--model', adaptive_model, *more)['rows'][0] for more in ([], ['--optimize']))
     assert all(plain[key] == pytest.approx(optimized[key]) for key in ('top1', 'execution_rate', 'macs_share', 'paths'))
@@ -110,6 +130,8 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--data-dir', '/nowhere'], '--data-dir'),
     (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
+    (['--model', 'cifar_resnet20_aig', '--budget', '0.5', '--workers', '0'], 'calibrate'),
+    (['--model', 'cifar_resnet20_aig', '--cap', '0.5'], '--cap needs --budget'),
 ])
 def test_bad_input_is_one_line_that_names_the_argument(run_script, images, capsys, args, error):
     assert run_script('validate.py', '--data-dir', images, *args) == 2

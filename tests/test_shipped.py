@@ -77,6 +77,25 @@ def test_shipped_weights_reproduce_their_published_figures(name, fashion_mnist, 
         assert row[key] == pytest.approx(published['metrics'][key], abs=tolerance), key
 
 
+@pytest.mark.parametrize('name', SHIPPED)
+def test_shipped_weights_take_budgets_and_caps(name):
+    published = json.loads((ROOT / 'hub_configs' / f'{name}.json').read_text())['gate_budgets']
+    model = timm.create_model(name, pretrained=True).eval()
+    assert [point.to_dict() for point in timm_aig.budget_table(model)] == published
+    assert {.4, .5, .6, .7, .8, .9, 1.} <= {row['budget'] for row in published}
+    assert all(abs(row['macs_share'] - row['budget']) <= .005 for row in published)
+    assert timm_aig.budget_table(timm.create_model(name)) == ()  # nothing is known of other weights
+    size = model.pretrained_cfg['input_size']
+    cost, images = timm_aig.compute_cost(model, size), torch.rand(32, *size)
+    shares = {}
+    for budget, cap in ((.4, None), (1., None), (1., .55)):
+        timm_aig.set_budget(model, budget, cap)
+        with torch.inference_mode():
+            gates = timm_aig.forward_gates(model, images)[1]
+        shares[budget, cap] = cost.executed(gates) / (cost.total - cost.gates)
+    assert shares[.4, None].mean() < .7 < shares[1., None].mean() and shares[1., .55].max() <= .55
+
+
 def test_shipped_weights_are_small():
     assert SHIPPED and sum((ROOT / 'hub_configs' / f'{name}.safetensors').stat().st_size for name in SHIPPED) < 8e6
 

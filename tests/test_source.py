@@ -82,6 +82,10 @@ def test_a_wrong_field_of_pretrained_cfg_is_named_with_its_file(folder, tmp_path
     (dict(target_rates=[0.5, 1, 1]), 'it has gates on 2 blocks'), (dict(gate_channels=8), 'Pass the gate_channels'),
     (dict(gate_norm='none'), 'Pass the gate_channels and gate_norm'), (dict(layers=[1, 1, 2]), 'target_rates has 3'),
     (dict(gate_offset='x'), 'could not convert'), (dict(channels=[]), 'describes no cifar_resnet20_aig: IndexError'),
+    (dict(gate_budgets=[{'budget': .5, 'gate_offset': 1e300, 'macs_share': .5, 'images': 9}]), 'gate_offset must be'),
+    (dict(gate_budgets={}), 'gate_budgets must be a list'), (dict(gate_budgets=[[.5, 0]]), 'must be an object of'),
+    (dict(gate_budgets=[{'budget': .5, 'gate_offset': 0, 'macs_share': .5, 'images': 9, 'block_rates': [.5]}]),
+     'has 1 block_rates, the model 9'),
     (dict(gate_offset=1e300), 'gate_offset must be at most'),
 ])
 def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
@@ -114,9 +118,10 @@ JSON = st.recursive(
 FIELDS = (
     'architecture', 'num_classes', 'num_features', 'global_pool', 'model_args', 'pretrained_cfg', 'label_names',
     'model_args.target_rate', 'model_args.target_rates', 'model_args.gate_channels', 'model_args.gate_norm',
-    'model_args.gate_offset', 'model_args.schedule', 'model_args.layers', 'model_args.in_chans',
-    'model_args.global_pool', 'model_args.block', 'model_args.norm_layer', 'model_args.act_layer',
-    'model_args.channels', 'model_args.features_only', 'model_args.pretrained', 'model_args.cache_dir',
+    'model_args.gate_offset', 'model_args.gate_budgets', 'model_args.schedule', 'model_args.layers',
+    'model_args.in_chans', 'model_args.global_pool', 'model_args.block', 'model_args.norm_layer',
+    'model_args.act_layer', 'model_args.channels', 'model_args.features_only', 'model_args.pretrained',
+    'model_args.cache_dir',
     'pretrained_cfg.input_size', 'pretrained_cfg.num_classes', 'pretrained_cfg.first_conv', 'pretrained_cfg.classifier',
     'pretrained_cfg.url', 'pretrained_cfg.file', 'pretrained_cfg.source', 'pretrained_cfg.hf_hub_id',
     'pretrained_cfg.hf_hub_filename', 'pretrained_cfg.custom_load', 'pretrained_cfg.state_dict',

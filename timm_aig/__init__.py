@@ -11,6 +11,7 @@ from .blocks import (
     set_execution,
     set_gate_offset,
 )
+from .budget import BudgetPoint, budget_table, set_budget
 from .config import AIGConfig
 from .convert import gate_, ungate_
 from .cost import Cost, compute_cost, summary
@@ -20,11 +21,11 @@ from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
 from .version import __version__ as __version__
 
 __all__ = [
-    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
-    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'export_aoti', 'export_onnx', 'export_openvino',
-    'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
-    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
-    'summary', 'ungate_',
+    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate',
+    'GatedBasicBlock', 'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'budget_table', 'calibrate_budget',
+    'compute_cost', 'export_aoti', 'export_onnx', 'export_openvino', 'export_program', 'force_gates',
+    'forward_gates', 'gate_', 'gated_blocks', 'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub',
+    'save_pretrained', 'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
 
@@ -32,6 +33,9 @@ def __getattr__(name: str) -> Any:
     if name == 'AIGTask':  # timm.task is slow to import and only training needs it
         from .task import AIGTask
         return AIGTask
+    if name == 'calibrate_budget':
+        from .calibrate import calibrate_budget
+        return calibrate_budget
     if name in ('push_to_hub', 'save_pretrained'):
         from . import hub
         return getattr(hub, name)

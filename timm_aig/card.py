@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, is_model
 
 from .blocks import gated_blocks
+from .budget import budget_table
 from .cost import compute_cost
 
 __all__ = ['checked_results', 'make_card']
@@ -179,6 +180,7 @@ def _body(
         _block(results.get('card') or ''),
         _about(model, config, results),
         *_results(results),
+        *_budgets(model),
         *(f'![{_text(name.partition(".")[0].replace("_", " "))}]({quote(name)})' for name in pictures),
         _usage(repo_id if revision in (None, 'main') else f'{repo_id}@{revision}', bool(gated_blocks(model))),
         CITATION,
@@ -237,6 +239,21 @@ def _results(results: Dict[str, Any]) -> List[str]:
     if results.get('recipe'):
         parts += ['## Training', _table({_text(k): _text(v) for k, v in results['recipe'].items()})]
     return parts
+
+
+def _budgets(model: nn.Module) -> List[str]:
+    table = budget_table(model)
+    if not table:
+        return []
+    rows = [
+        f'| {p.budget:.3g} | {p.macs_share:.4f} | {"" if p.top1 is None else f"{p.top1:.2f} %"} | {p.gate_offset:g} |'
+        for p in table]
+    about = (
+        f'`timm_aig.set_budget(model, 0.5)` makes this checkpoint spend half of the MACs of its static parent, in the '
+        f'mean over images; any share from {table[0].budget:g} to {table[-1].budget:g} will do. The rows were measured '
+        f'on {table[0].images} calibration images, others give somewhat other figures.')
+    lines = ['| Budget | MACs share | Top-1 accuracy | Gate offset |', '|---|---|---|---|', *rows]
+    return ['## Budgets', about, '\n'.join(lines)]
 
 
 def _usage(name: str, adaptive: bool) -> str:

@@ -8,7 +8,7 @@ import torch
 from .analysis import wilson_interval
 
 __all__ = [
-    'plot_accuracy_macs', 'plot_block_rates', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates',
+    'plot_accuracy_macs', 'plot_block_rates', 'plot_blocks_run', 'plot_budgets', 'plot_contact_sheet', 'plot_execution_rates',
     'plot_rates_over_epochs',
 ]
 
@@ -278,6 +278,38 @@ def plot_accuracy_macs(
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
+    return _save(figure, path)
+
+
+def plot_budgets(
+        points: Sequence[Tuple[str, float, float]],
+        others: Sequence[Tuple[str, float, float]],
+        path: Union[str, os.PathLike],
+) -> Path:
+    """Draw accuracy against MACs of one checkpoint at many budgets, and of other models beside it.
+
+    Args:
+        points: Name, MACs over those of the static parent and accuracy in percent, in the order of a curve.
+        others: The same of each other model, MACs over those of the same parent.
+        path: PNG to write, whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    names, shares, accuracies = zip(*points)
+    axes.plot(shares, accuracies, 'o-', color='#0072b2', label=f'{names[0]}, one checkpoint')
+    for (name, share, accuracy), marker in zip(others, 's^Dvp*hX' * len(others)):
+        axes.plot(share, accuracy, marker, color='#d55e00', markersize=8, label=name)
+    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.ticklabel_format(useOffset=False)
+    axes.grid(alpha=.3)
+    for text in figure.legend(loc='outside upper center', ncols=1, frameon=False).get_texts():
+        text.set_parse_math(False)  # a name may hold a $
     return _save(figure, path)
 
 

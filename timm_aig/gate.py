@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .cap import Cap
+
 __all__ = ['Gate', 'GATE_NORMS']
 
 GATE_NORMS = ('bn', 'none')
@@ -127,6 +129,8 @@ class Gate(nn.Module):
         self.tau = 1.  # temperature of the training gradient
         self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
         self.offset = 0.  # added to the open logit before the eval threshold
+        self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
+        self.cap: Optional[Cap] = None  # of set_budget
         self.init_weights()
 
     @torch.jit.ignore
@@ -166,8 +170,16 @@ class Gate(nn.Module):
         else:
             z = (logits[:, 1] + self.offset > logits[:, 0]).float()
         if not torch.jit.is_scripting():
+            if self.cap is not None and not self.training and not x.is_meta:
+                z = self._capped(z, x, logits)
             z = self._note(z)
         return z
+
+    def _capped(self, z: torch.Tensor, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not runs_eagerly(x):
+            raise RuntimeError('a cap on the MACs of each image is kept in Python: it cannot be compiled or traced.')
+        assert self.cap is not None
+        return z.new_tensor(self.cap.answers(z.tolist(), (logits[:, 1] - logits[:, 0]).tolist()))
 
     def _note(self, z: torch.Tensor) -> torch.Tensor:
         """Serve the force_gates and forward_gates of this thread."""

@@ -120,11 +120,16 @@ class InferenceGate(Gate):
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # in and out of each hidden unit
         self.score = self.bias2.item()
         self.offset = gate.offset
+        self.budgets = gate.budgets
+        self.cap = gate.cap
 
     def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
         """Which samples run, from their block inputs pooled by _pool."""
         threshold = -self.score - self.offset
-        answers = [score > threshold for score in self._scores(pooled, scale)]
+        scores = self._scores(pooled, scale)
+        answers = [score > threshold for score in scores]
+        if self.cap is not None:
+            answers = self.cap.answers(answers, [score + self.score for score in scores])
         if gate_pass.forced is not None:
             answers = gate_pass.forced_answers(self, len(answers)) or answers
         if gate_pass.record is not None:
@@ -267,7 +272,7 @@ def optimize_for_inference(
     Args:
         model: timm ResNet, adaptive or static, or any module that contains one, on the device it will run on.
         calibration: Batches of images [B, C, H, W]. Blocks that run for all of these images lose their gate, blocks
-            that run for none of them are removed.
+            that run for none of them are removed: at the model's budget, a later set_budget moves the gates left.
         compile: Compile the convolutions of each block with torch.compile, the branch outside. Needs a C++ compiler.
         micro_batch: Images to run through the network at a time. If None, on a CPU as many as have the pixels of one
             224 x 224 image, elsewhere the whole batch.
@@ -282,6 +287,8 @@ def optimize_for_inference(
         raise ValueError(f'micro_batch must be at least 1, not {micro_batch!r}.')
     if isinstance(model, InferenceModel):
         raise ValueError('model is optimized already.')
+    if calibration is not None and any(block.gate.cap is not None for block in gated_blocks(model).values()):
+        raise ValueError('calibration must be None for a model with a cap, which every gate has a part in.')
     model = copy.deepcopy(model).eval().requires_grad_(False)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
     if not blocks:

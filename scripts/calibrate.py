@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Find the gate offsets that give an adaptive model wanted budgets, on held-out training images.
+
+    budget      mean MACs over those of the static parent that was asked for
+    offset      of the gates, added to the open logit before the threshold
+    MACs, top1  what they gave on the calibration images; measure on others with scripts/validate.py --budget
+
+The model with its table goes to --output, where timm loads it; timm_aig.set_budget(model, 0.5) then interpolates.
+"""
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+# Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
+import timm
+import torch
+from timm.data import create_loader, resolve_data_config
+
+import timm_aig
+from timm_aig.calibrate import BUDGETS, Calibration
+from timm_aig.checkpoint import write_atomically
+from timm_aig.data import UNREADABLE, DataError, convert_images, hold_out, open_dataset
+from timm_aig.recipe import InputError
+
+EXAMPLES = """examples:
+  scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
+  scripts/calibrate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
+      --data-dir data --holdout 5000 --budgets 0.5 0.6 0.7 --max-accuracy-drop 0.5 --output output/fmnist
+  scripts/validate.py --model local-dir:output/fmnist --dataset torch/fashion_mnist --data-dir data --budget 0.5 0.6 0.7
+
+exit code: 0 done, 2 bad input or a budget out of reach, nothing is written then"""
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = parser.add_argument
+    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
+    arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
+    arg('--data-dir', metavar='DIR', help='root of the data set')
+    arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
+    arg('--split', default='train', metavar='NAME', help='default: %(default)s')
+    arg('--holdout', type=int, metavar='N', help='take N images of the split, drawn at random, the same that '
+        'finetune.py --holdout N leaves out of the training (default: all)')
+    arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
+    arg('--unreadable', choices=UNREADABLE, default='skip', help='images: leave out (default), or error')
+    arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
+    arg('--crop-pct', type=float, help="default: the model's")
+    arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
+    arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
+    arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    arg('--budgets', type=float, nargs='*', metavar='X', default=BUDGETS, help='default: 0.4 to 1 in steps of 0.1')
+    arg('--tolerance', type=float, default=0.005, metavar='X', help="of a budget's MACs, default: %(default)s")
+    arg('--max-accuracy-drop', type=float, metavar='POINTS', help='find the smallest budget that loses no more, '
+        'compared with all gates open')
+    arg('--confidence', type=float, default=0.95, metavar='X', help="of that drop's interval, default: %(default)s")
+    arg('--bn-recalibrate', type=int, default=0, metavar='N', help='measure the batch norms anew on N batches at the '
+        'budget, which must be one alone')
+    arg('--output', metavar='DIR', help='folder for model.safetensors and config.json, may be that of the model')
+    arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
+    arg('--json', action='store_true', help='print JSON rather than the table')
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0:
+        raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
+                         f'not {args.batch_size} and {args.workers}.')
+    if args.hub_config and not Path(args.hub_config).is_file():
+        raise InputError(f'--hub-config must be a file, {args.hub_config!r} is not.')
+    return args
+
+
+def create_model(args: argparse.Namespace) -> Any:
+    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    try:
+        return timm.create_model(args.model, pretrained=args.pretrained or ':' in args.model, **kwargs).eval()
+    except Exception as e:  # timm's, the Hub's and the files' own
+        raise InputError(f'--model {args.model}: {e}') from e
+
+
+def create_images(args: argparse.Namespace, model: Any) -> Any:
+    """Loader of the calibration images, as for a test: cropped in the middle, not augmented."""
+    config = resolve_data_config(
+        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
+
+    def open_split() -> Any:
+        return open_dataset(
+            args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+
+    dataset = open_split()
+    if args.holdout is not None:
+        dataset = hold_out(dataset, open_split(), args.holdout)[1]
+    loader = create_loader(
+        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, use_prefetcher=False,
+        persistent_workers=False)
+    convert_images(dataset, config['input_size'][0])
+    return loader
+
+
+def write_hub_config(model: Any, path: Path) -> None:
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['gate_budgets'] = [point.to_dict() for point in timm_aig.budget_table(model)]
+    text = json.dumps(config, indent=2) + '\n'
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def print_table(result: Calibration) -> None:
+    print(f'{"budget":>6}  {"offset":>9}  {"MACs":>7}  {"top1":>6}')
+    for p in result.table:
+        top1 = '' if p.top1 is None else f'{p.top1:5.2f}%'
+        print(f'{p.budget:6.4g}  {p.gate_offset:9.4f}  {p.macs_share:7.2%}  {top1:>6}')
+    print(f'{result.table[0].images} images, {result.passes} passes; with all gates closed {result.lowest:.1%} of the '
+          f'MACs run.')
+    if result.smallest:
+        s = result.smallest
+        print(f'Budget {s.point.budget:g} is the smallest that keeps the accuracy of all gates open, '
+              f'{s.reference:.2f}%: it loses {s.drop:.2f} points, {s.confidence:.0%} interval {s.interval[0]:.2f} to '
+              f'{s.interval[1]:.2f}.')
+
+
+def run(args: argparse.Namespace) -> None:
+    model = create_model(args)
+    loader = create_images(args, model)
+    model = model.to(torch.device(args.device), memory_format=torch.channels_last)
+    try:
+        result = timm_aig.calibrate_budget(
+            model, loader, args.budgets, tolerance=args.tolerance, max_accuracy_drop=args.max_accuracy_drop,
+            confidence=args.confidence, bn_recalibrate=args.bn_recalibrate, progress=True)
+        if args.output:
+            timm_aig.save_pretrained(model, args.output)
+    except ValueError as e:
+        raise InputError(str(e)) from e
+    if args.hub_config:
+        write_hub_config(model, Path(args.hub_config))
+    if args.json:
+        values: Dict[str, Any] = asdict(result)
+        print(json.dumps(values, indent=2))
+        return
+    print_table(result)
+    for path in filter(None, (args.output, args.hub_config)):
+        print(f'Wrote {path}.')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    try:
+        logging.basicConfig(level=logging.INFO, format='%(message)s')
+        run(parse_args(argv))
+    except (InputError, DataError) as e:
+        text = str(e).rsplit('DataError: ', 1)[-1]  # a loader worker puts its traceback in front
+        print(f'error: {" ".join(text.split())}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

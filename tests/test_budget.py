@@ -1,0 +1,345 @@
+"""Tests of timm_aig.budget and timm_aig.calibrate: tables, what they are found by, and what they are used for."""
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings, strategies as st
+from timm.utils import ModelEmaV3
+
+import timm_aig
+from timm_aig import (
+    BudgetPoint,
+    budget_table,
+    calibrate_budget,
+    compute_cost,
+    forward_gates,
+    gated_blocks,
+    optimize_for_inference,
+    save_pretrained,
+    set_budget,
+    set_gate_offset,
+    ungate_,
+)
+from timm_aig.budget import budget_offset, read_budget_table, set_budget_table
+from timm_aig.calibrate import drop_interval
+
+TABLE = (BudgetPoint(.4, -2., .401, 50, 80.), BudgetPoint(.6, 0., .599, 50, 90.), BudgetPoint(1., 9., 1.001, 50))
+
+
+@pytest.fixture
+def model(train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig', num_classes=4)))
+    with torch.no_grad():
+        model.fc.weight.normal_(std=2.)  # predictions that differ
+    return model.eval()
+
+
+@pytest.fixture
+def batches():
+    """90 images whose brightness and contrast vary, so that gates differ; the last batch is a smaller one."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(90, 3, 8, 8, generator=generator) * torch.rand(90, 1, 1, 1, generator=generator) * 2
+    images += torch.randn(90, 3, 1, 1, generator=generator)
+    return list(zip(images.split(32), torch.randint(4, (90,), generator=generator).split(32)))
+
+
+def measure(model, batches):
+    """Mean MACs share and accuracy, by a plain loop."""
+    cost = compute_cost(model, (3, 8, 8))
+    with torch.no_grad():
+        outputs, gates = zip(*(forward_gates(model, images) for images, _ in batches))
+    labels = torch.cat([labels for _, labels in batches])
+    share = cost.executed(torch.cat(gates)).mean().item() / (cost.total - cost.gates)
+    return share, 100 * (torch.cat(outputs).argmax(1) == labels).double().mean().item()
+
+
+def state(model):
+    """All that a failed calibration must leave alone."""
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+        [(b.gate.offset, b.gate.budgets) for b in gated_blocks(model).values()])
+
+
+def same(a, b):
+    return a[1:] == b[1:] and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+def test_each_budget_is_met_on_the_calibration_images_and_the_table_says_what_was_measured(model, batches):
+    result = calibrate_budget(model, batches, budgets=(.6, .4, .4))
+    assert {.4, .6} <= {point.budget for point in result.table} and result.table == budget_table(model)
+    for point in result.table:
+        assert set_budget(model, point.budget) == point.gate_offset
+        share, top1 = measure(model, batches)
+        assert abs(share - point.budget) <= .005
+        assert (share, top1) == pytest.approx((point.macs_share, point.top1), abs=1e-5) and point.images == 90
+    assert len({point.top1 for point in result.table}) > 1
+    offsets = [point.gate_offset for point in result.table]
+    assert offsets == sorted(offsets)
+
+
+def test_interpolation_between_budgets_meets_them_too(model, batches):
+    calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.03)
+    for budget in np.linspace(.3, 1., 15):
+        set_budget(model, budget)
+        assert measure(model, batches)[0] == pytest.approx(budget, abs=.05)
+
+
+def test_budget_1_opens_every_gate(model, batches):
+    calibrate_budget(model, batches, budgets=(1.,))
+    set_budget(model, 1.)
+    with torch.no_grad():
+        assert all(forward_gates(model, images)[1].all() for images, _ in batches)
+
+
+def test_the_model_is_as_before_but_for_its_table(model, batches):
+    set_gate_offset(model, .25)
+    model.train()
+    model.layer1.eval()
+    before = state(model)
+    calibrate_budget(model, batches, budgets=(.5,))
+    assert budget_table(model)
+    set_budget_table(model, ())
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize('budgets, kwargs, message', [
+    ((.5, .001), {}, r'budget 0.001 is out of reach: .* range is 0.0\d+ to 1'),
+    ((), {}, 'at least one'), ((0.,), {}, r'in \(0, 1\]'), ((1.2,), {}, r'in \(0, 1\]'), ((float('nan'),), {}, 'in'),
+    ((.5,), dict(tolerance=0), 'tolerance must be'), ((.5,), dict(max_accuracy_drop=-1), 'max_accuracy_drop must be'),
+    ((.5,), dict(max_accuracy_drop=1, confidence=95), 'confidence must be'),
+    ((.5, .6), dict(bn_recalibrate=2), 'bn_recalibrate must be'), ((.5,), dict(bn_recalibrate=-1), 'bn_recalibrate'),
+    ((.001,), dict(bn_recalibrate=2), 'out of reach'),
+])
+def test_a_wrong_argument_and_a_budget_out_of_reach_are_named_and_change_nothing(
+        model, batches, budgets, kwargs, message):
+    set_budget_table(model, TABLE)
+    set_gate_offset(model, .25)
+    model.train()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate_budget(model, batches, budgets=budgets, **kwargs)
+    assert same(state(model), before)
+
+
+def test_gates_that_all_tip_at_once_leave_budgets_out_of_reach(batches):
+    model = timm.create_model('cifar_resnet20_aig', num_classes=4)
+    with torch.no_grad():
+        for block in gated_blocks(model).values():
+            block.gate.fc2.weight.zero_()
+    with pytest.raises(ValueError, match=r'budget 0\.5 is out of reach: the nearest MACs shares are 0\.0\d+ and 1\.00'):
+        calibrate_budget(model, batches, budgets=(.5,))
+    assert budget_table(model) == ()
+
+
+def test_a_calibration_that_is_interrupted_changes_nothing(model, batches, monkeypatch):
+    before = state(model)
+    calls = []
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return forward_gates(*args)
+
+    monkeypatch.setattr('timm_aig.calibrate.forward_gates', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=1)
+    assert same(state(model), before)
+
+
+def test_images_without_labels_give_a_table_without_accuracies(model, batches):
+    plain = calibrate_budget(model, [images for images, _ in batches], budgets=(.5,)).table
+    labelled = calibrate_budget(model, batches, budgets=(.5,)).table
+    assert plain[0].top1 is None and 'top1' not in plain[0].to_dict()
+    assert plain[0].gate_offset == labelled[0].gate_offset
+    with pytest.raises(ValueError, match='max_accuracy_drop needs'):
+        calibrate_budget(model, [images for images, _ in batches], max_accuracy_drop=1)
+    with pytest.raises(ValueError, match='no images'):
+        calibrate_budget(model, [])
+    with pytest.raises(ValueError, match='one size'):
+        calibrate_budget(model, [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])
+
+
+def test_images_labelled_minus_1_are_left_out_and_a_loader_is_read_once(model, batches):
+    marked = [(torch.cat([images, images + 3]), torch.cat([labels, torch.full_like(labels, -1)]))
+              for images, labels in batches]
+    result = calibrate_budget(model, iter(marked), budgets=(.5,))  # a second reading would find nothing
+    assert result.table == calibrate_budget(model, batches, budgets=(.5,)).table and result.passes > 1
+
+
+def test_the_smallest_budget_within_an_accuracy_drop_keeps_it(model, batches):
+    with torch.no_grad():  # labels of all classes that are right with all gates open
+        set_gate_offset(model, 1000.)
+        model.fc.bias -= torch.cat([model(images) for images, _ in batches]).mean(0)
+        batches = [(images, model(images).argmax(1)) for images, _ in batches]
+    result = calibrate_budget(model, batches, budgets=(.3, 1.), tolerance=.02, max_accuracy_drop=5.)
+    smallest = result.smallest
+    assert smallest.point in result.table and smallest.reference == 100.
+    set_budget(model, smallest.point.budget)
+    top1 = measure(model, batches)[1]
+    assert smallest.drop == pytest.approx(100 - top1) and smallest.drop <= 5
+    assert smallest.interval[0] < smallest.drop < smallest.interval[1]
+    assert smallest.point.budget > .32  # else nothing is searched for
+    lower = calibrate_budget(model, batches, budgets=(smallest.point.budget - .04,), tolerance=.02)
+    assert lower.table[0].top1 < 95 <= smallest.point.top1
+    strict = calibrate_budget(model, batches, budgets=(), tolerance=.02, max_accuracy_drop=0.)
+    assert strict.smallest.drop <= 0 and strict.smallest.point.budget > smallest.point.budget
+    assert strict.table == (strict.smallest.point,)
+
+
+@pytest.mark.parametrize('lost, won, images', [(85, 138, 10000), (3, 1, 90), (0, 0, 50), (40, 10, 200)])
+def test_the_interval_of_a_drop_agrees_with_a_bootstrap(lost, won, images):
+    draws = np.random.default_rng(0).multinomial(
+        images + 2, np.array([lost + .5, won + .5, images - lost - won + 1]) / (images + 2), 200_000)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / (images + 2), (.025, .975)) * 100
+    result = drop_interval(lost, won, images, .95)
+    assert result == pytest.approx((low, high), abs=120 / images)
+    assert drop_interval(won, lost, images, .95) == pytest.approx((-result[1], -result[0]))
+    assert drop_interval(lost, won, images, .99)[1] > result[1]
+
+
+def test_batch_norms_measured_anew_are_those_of_the_samples_that_run(model, batches):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=3)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.endswith(('running_mean', 'running_var')) and '.gate.' not in k for k in changed)
+    assert {'bn1.running_mean', 'layer3.1.bn2.running_var'} <= changed
+    set_budget(model, .5)
+    assert measure(model, batches)[0] == pytest.approx(result.table[0].macs_share, abs=1e-5)
+    assert result.table[0].macs_share == pytest.approx(.5, abs=.005)
+    with torch.no_grad():
+        means = [model.conv1(images).mean((0, 2, 3)) for images, _ in batches]
+    assert torch.allclose(model.bn1.running_mean, torch.stack(means).mean(0), atol=1e-6)
+
+
+def test_a_batch_norm_that_no_sample_reaches_keeps_its_statistics(model, batches):
+    with torch.no_grad():
+        model.layer2[1].gate.fc2.bias[0] = 1e4  # closed whatever the offset
+    before = model.layer2[1].bn1.running_mean.clone()
+    calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=2)
+    assert torch.equal(model.layer2[1].bn1.running_mean, before)
+
+
+def test_static_and_optimized_models_cannot_be_calibrated(model, batches):
+    with pytest.raises(ValueError, match='no gated blocks'):
+        calibrate_budget(timm.create_model('cifar_resnet20'), batches)
+    with pytest.raises(ValueError, match='optimized'):
+        calibrate_budget(optimize_for_inference(model), batches)
+
+
+def test_set_budget_names_what_is_wrong_and_leaves_the_offset(model):
+    set_gate_offset(model, .25)
+    with pytest.raises(ValueError, match='calibrate_budget'):
+        set_budget(model, .5)
+    set_budget_table(model, TABLE)
+    for budget in (.39, 1.01, float('nan'), 0, -1):
+        with pytest.raises(ValueError, match=r'0\.4 to 1'):
+            set_budget(model, budget)
+    with pytest.raises(ValueError, match='no gated blocks'):
+        set_budget(timm.create_model('cifar_resnet20'), .5)
+    assert {b.gate.offset for b in gated_blocks(model).values()} == {.25}
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_interpolation_is_monotone_and_exact_at_the_rows(data):
+    n = data.draw(st.integers(1, 8))
+    budgets = sorted(data.draw(st.lists(st.floats(.01, 1), min_size=n, max_size=n, unique=True)))
+    offsets = sorted(data.draw(st.lists(st.floats(-50, 50), min_size=n, max_size=n)))
+    table = [BudgetPoint(b, o, b, 1) for b, o in zip(budgets, offsets)]
+    assert [budget_offset(table, b) for b in budgets] == pytest.approx(offsets)
+    at = sorted(data.draw(st.lists(st.floats(budgets[0], budgets[-1]), min_size=2, max_size=2)))
+    low, high = (budget_offset(table, b) for b in at)
+    assert offsets[0] <= low + 1e-9 and low <= high + 1e-9 and high <= offsets[-1] + 1e-9
+
+
+def test_an_optimized_model_takes_budgets_and_answers_like_the_original(model, batches):
+    calibrate_budget(model, batches, budgets=(.3, .6, 1.))
+    fast = optimize_for_inference(model)
+    assert budget_table(fast) == budget_table(model)
+    images = batches[0][0]
+    for budget in (.3, .45, 1.):
+        assert set_budget(fast, budget) == set_budget(model, budget)
+        with torch.no_grad():
+            assert torch.equal(forward_gates(fast, images)[1], forward_gates(model, images)[1])
+
+
+def test_the_table_goes_with_copies_and_is_dropped_by_ungate(model):
+    set_budget_table(model, TABLE)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ModelEmaV3(model).module):
+        assert budget_table(other) == TABLE
+    assert budget_table(ungate_(model)) == () == budget_table(timm_aig.gate_(model))
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda rows: 7, 'must be a list'), (lambda rows: rows * 200, 'at most 256'),
+    (lambda rows: rows[::-1], 'must ascend'), (lambda rows: [3], r'gate_budgets\[0\] must be an object'),
+    (lambda rows: [{**rows[0], 'evil': 1}], 'must be an object'), (lambda rows: [{'budget': .5}], 'must be an object'),
+    *((lambda rows, change=change: [rows[0], {**rows[1], **change}], message) for change, message in [
+        (dict(budget=0), 'budget must be'), (dict(budget=1.5), 'budget must be'), (dict(budget='1'), 'budget must be'),
+        (dict(gate_offset=float('inf')), 'gate_offset must be'), (dict(gate_offset=float('nan')), 'gate_offset'),
+        (dict(gate_offset=-3), 'must ascend'), (dict(gate_offset=None), 'gate_offset must be'),
+        (dict(macs_share=[.5]), 'macs_share must be'), (dict(images=0), 'images must be'),
+        (dict(images=1.5), 'images must be'), (dict(images=True), 'images must be'), (dict(top1=101), 'top1 must be'),
+    ]),
+])
+def test_a_wrong_table_is_refused(change, message):
+    rows = [point.to_dict() for point in TABLE]
+    assert read_budget_table(rows) == TABLE
+    with pytest.raises(ValueError, match=message):
+        read_budget_table(change(rows))
+
+
+def test_the_table_is_saved_and_loaded_and_gate_offset_moves_only_the_offset(model, tmp_path):
+    set_budget_table(model, TABLE)
+    set_budget(model, .5)
+    save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert budget_table(loaded) == TABLE and next(iter(gated_blocks(loaded).values())).gate.offset == -1
+    moved = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, gate_offset=.5)
+    assert budget_table(moved) == TABLE and next(iter(gated_blocks(moved).values())).gate.offset == .5
+    assert set_budget(timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True), .6) == 0
+    set_budget_table(loaded, ())
+    save_pretrained(loaded, tmp_path)
+    assert 'gate_budgets' not in (tmp_path / 'config.json').read_text()
+
+
+RATES = tuple(round(.1 * i, 1) for i in range(1, 10))
+CAPPED = tuple(BudgetPoint(b, o, b, 50, None, tuple(min(1., r * b * 2) for r in RATES)) for b, o in (
+    (.3, -3.), (.6, 0.), (1., 9.)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2 ** 31), budget=st.floats(.3, 1.), cap=st.floats(.08, 1.1), scale=st.floats(.5, 30))
+def test_no_image_exceeds_a_cap_and_blocks_are_closed_only_for_its_sake(seed, budget, cap, scale):
+    torch.manual_seed(seed)
+    model = timm.create_model('cifar_resnet20_aig', input_size=None, channels=[4, 8, 4], num_classes=3).eval()
+    with torch.no_grad():
+        for block in gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=2.)
+            block.gate.fc2.weight.normal_(std=scale)
+            block.gate.fc2.bias.zero_()
+    set_budget_table(model, CAPPED)
+    images = torch.randn(12, 3, 8, 8) * torch.rand(12, 1, 1, 1) * 3
+    cost = compute_cost(model, (3, 8, 8))
+    with torch.no_grad():
+        set_budget(model, budget)
+        free = cost.executed(forward_gates(model, images)[1]) / (cost.total - cost.gates)
+        set_budget(model, budget, cap, (3, 8, 8))
+        capped = {mode: run_capped(model, images, mode) for mode in ('masked', 'sparse')}
+        fast = forward_gates(optimize_for_inference(model, micro_batch=5), images)[1]
+        alone = torch.cat([forward_gates(model, image[None])[1] for image in images])
+    gates = capped['masked']
+    shares = cost.executed(gates) / (cost.total - cost.gates)
+    assert shares.max() <= cap
+    assert torch.equal(gates, capped['sparse']) and torch.equal(gates, fast) and torch.equal(gates, alone)
+    if cap >= 1.01:
+        assert torch.equal(shares, free)
+
+
+def run_capped(model, images, mode):
+    timm_aig.set_execution(model, mode)
+    return forward_gates(model, images)[1]

@@ -1,0 +1,203 @@
+"""set_budget: one checkpoint at many budgets. A table of gate offsets, measured by calibrate_budget, and its use."""
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from math import floor, inf
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch.nn as nn
+
+from .blocks import GatedBlock, _require_gated_blocks, gated_blocks, set_gate_offset
+from .cap import Cap
+from .cost import compute_cost
+
+__all__ = ['BudgetPoint', 'budget_offset', 'budget_table', 'read_budget_table', 'set_budget', 'set_budget_table']
+
+LARGEST_OFFSET = 65536.
+LONGEST_TABLE = 256
+MOST_BLOCKS = 4096
+# Of the expected MACs of later, more decisive gates, what a cap keeps for them. Chosen on training images of
+# Fashion-MNIST: with 1 the images at the cap lose their last blocks, and 2.5 points where 2 loses none.
+RESERVE = 2.
+OPTIONAL = ('top1', 'block_rates')
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One row of a table of budgets: what calibrate_budget measured.
+
+    Args:
+        budget: Wanted mean MACs over those of the static parent, in (0, 1].
+        gate_offset: Offset of the gates that gives it.
+        macs_share: Mean MACs share that it gave on the calibration images.
+        images: Number of calibration images.
+        top1: Accuracy on them, percent; None if they had no labels.
+        block_rates: Execution rate of each of the L gated blocks on them, in [0, 1]; a cap needs them.
+
+    Raises:
+        ValueError: A field has a value that is not allowed.
+    """
+    budget: float
+    gate_offset: float
+    macs_share: float
+    images: int
+    top1: Optional[float] = None
+    block_rates: Optional[Tuple[float, ...]] = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+                ('budget', 0, 1), ('gate_offset', -LARGEST_OFFSET, LARGEST_OFFSET), ('macs_share', 0, 2),
+                ('images', 1, 2 ** 53), ('top1', 0, 100)):
+            value = getattr(self, name)
+            if name == 'top1' and value is None:
+                continue
+            kinds = (int,) if name == 'images' else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high \
+                    or (name == 'budget' and value == 0):
+                what = 'whole number' if name == 'images' else 'number'
+                raise ValueError(f'{name} must be a {what} {"above" if name == "budget" else "from"} {low:g} '
+                                 f'to {high:g}, not {str(value)[:80]!r}.')
+        rates = self.block_rates
+        if rates is not None:
+            if not isinstance(rates, (list, tuple)) or len(rates) > MOST_BLOCKS or not all(
+                    isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1 for rate in rates):
+                raise ValueError(f'block_rates must be a list of rates from 0 to 1, not {str(rates)[:80]!r}.')
+            object.__setattr__(self, 'block_rates', tuple(rates))
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Fields that differ from None as plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+
+
+def read_budget_table(rows: Any) -> Tuple[BudgetPoint, ...]:
+    """A table from its JSON form, a list of objects with BudgetPoint's fields.
+
+    Raises:
+        ValueError: It has another form, or budgets or offsets that do not ascend.
+    """
+    if not isinstance(rows, (list, tuple)) or len(rows) > LONGEST_TABLE:
+        raise ValueError(f'gate_budgets must be a list of at most {LONGEST_TABLE} objects.')
+    known = [f.name for f in fields(BudgetPoint)]
+    points = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not set(known) - {*OPTIONAL} <= set(row) <= set(known):
+            raise ValueError(f'gate_budgets[{i}] must be an object of {", ".join(known)}, of which '
+                             f'{" and ".join(OPTIONAL)} may be missing.')
+        try:
+            points.append(BudgetPoint(**row))
+        except ValueError as e:
+            raise ValueError(f'gate_budgets[{i}]: {e}') from e
+    _require_ascending(points)
+    return tuple(points)
+
+
+def _require_ascending(points: Sequence[BudgetPoint]) -> None:
+    for a, b in pairwise(points):
+        if a.budget >= b.budget or a.gate_offset > b.gate_offset:
+            raise ValueError(f'gate_budgets must ascend, budget {b.budget:g} at offset {b.gate_offset:g} follows '
+                             f'{a.budget:g} at {a.gate_offset:g}.')
+
+
+def budget_table(model: nn.Module) -> Tuple[BudgetPoint, ...]:
+    """The calibrated budgets of a model, ascending; empty if it was not calibrated or is static."""
+    return next((block.gate.budgets for block in gated_blocks(model).values()), ())
+
+
+def set_budget_table(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
+    """Give a model a table of budgets, or with () take it away. Its gate offset stays.
+
+    Raises:
+        ValueError: The model is static, the points do not ascend, or they are of another number of blocks.
+    """
+    _require_ascending(points)
+    blocks = _require_gated_blocks(model)
+    for point in points:
+        if point.block_rates is not None and len(point.block_rates) != len(blocks):
+            raise ValueError(f'gate_budgets: budget {point.budget:g} has {len(point.block_rates)} block_rates, the '
+                             f'model {len(blocks)} gated blocks.')
+    for block in blocks.values():
+        block.gate.budgets = tuple(points)
+
+
+def budget_offset(table: Sequence[BudgetPoint], budget: float) -> float:
+    """Gate offset for a budget, by linear interpolation between the two budgets of a table next to it.
+
+    Raises:
+        ValueError: The budget is outside of the table.
+    """
+    low, high = table[0], table[-1]
+    if not low.budget <= budget <= high.budget:  # nor for nan
+        span = f'{low.budget:g}' if len(table) == 1 else f'{low.budget:g} to {high.budget:g}'
+        raise ValueError(f'budget must be in the range that was calibrated, {span}, not {budget!r}: '
+                         f'timm_aig.calibrate_budget extends it.')
+    for a, b in pairwise(table):
+        if a.budget <= budget < b.budget:
+            return a.gate_offset + (b.gate_offset - a.gate_offset) * (budget - a.budget) / (b.budget - a.budget)
+    return high.gate_offset
+
+
+def set_budget(
+        model: nn.Module,
+        budget: float,
+        cap: Optional[float] = None,
+        input_size: Optional[Tuple[int, int, int]] = None,
+) -> float:
+    """Let a calibrated model spend a share of the MACs of its static parent, in the mean over images like those it was
+    calibrated on. What optimize_for_inference makes of it takes budgets too, and keeps a cap that was set before.
+
+    Args:
+        model: Model with a table of calibrate_budget, its own or loaded.
+        budget: Mean MACs over those of the static parent.
+        cap: Largest share of these MACs that any one image may take, None for no cap. In eval, each open gate is closed
+            whose block would take what more decisive ones are expected to need (see Cap): the mean falls below the
+            budget, and single images that stay under the cap by themselves may lose a block. It costs some Python at
+            each gate, no second pass, cannot be compiled or traced, and is not saved. force_gates overrules it.
+        input_size: Of the images (C, H, W), to count a cap's MACs by; the pretrained_cfg's by default.
+
+    Returns:
+        The gate offset that was set.
+
+    Raises:
+        ValueError: The model is static, was not calibrated, or budget or cap are out of range. The model is unchanged
+            then.
+    """
+    blocks = _require_gated_blocks(model)
+    table = budget_table(model)
+    if not table:
+        raise ValueError('model has no calibrated budgets, call timm_aig.calibrate_budget on held-out images first.')
+    offset = budget_offset(table, budget)
+    caps = [None] * len(blocks) if cap is None else _caps(model, table, cap, input_size)
+    set_gate_offset(model, offset)
+    for block, part in zip(blocks.values(), caps):
+        block.gate.cap = part
+    return offset
+
+
+def _caps(
+        model: nn.Module,
+        table: Sequence[BudgetPoint],
+        cap: float,
+        input_size: Optional[Tuple[int, int, int]],
+) -> List[Any]:
+    """Each gate's part in a cap."""
+    if not all(isinstance(block, GatedBlock) for block in gated_blocks(model).values()):
+        raise ValueError('cap: model is optimized for inference, set the cap on the original and optimize it again.')
+    points = [point for point in table if point.block_rates is not None]
+    if not points:
+        raise ValueError('cap: the table of budgets has no block_rates, calibrate the model anew.')
+    size = input_size or getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if size is None:
+        raise ValueError('cap: the model does not know its input_size, pass it.')
+    cost = compute_cost(model, tuple(size))
+    all_macs = cost.total - cost.gates
+    lowest = cost.fixed / all_macs
+    if not lowest <= cap < inf:
+        raise ValueError(f'cap must be at least {lowest:.4f}, the MACs share that always runs, not {cap!r}.')
+    budget = floor(cap * all_macs) - cost.fixed
+    at = {-point.gate_offset: point.block_rates for point in points}  # of those with one offset, the last
+    margins = sorted(at)
+    return [
+        Cap(macs, margins,
+            [sum(m * min(1., RESERVE * rate) for m, rate in zip(cost.blocks[i + 1:], (at[margin] or ())[i + 1:]))
+             for margin in margins],
+            None if i else budget)
+        for i, macs in enumerate(cost.blocks)]
