@@ -11,6 +11,7 @@ from .blocks import (
     set_execution,
     set_gate_offset,
 )
+from .budget import BudgetPoint, budget_table, set_budget
 from .config import AIGConfig
 from .convert import gate_, ungate_
 from .cost import Cost, compute_cost
@@ -20,10 +21,10 @@ from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
 from .version import __version__ as __version__
 
 __all__ = [
-    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
-    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'compute_cost', 'force_gates', 'forward_gates', 'gate_',
-    'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_execution', 'set_gate_offset',
-    'ungate_',
+    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
+    'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'force_gates',
+    'forward_gates', 'gate_', 'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_budget',
+    'set_execution', 'set_gate_offset', 'ungate_',
 ]
 
 
@@ -31,6 +32,9 @@ def __getattr__(name: str) -> Any:
     if name == 'AIGTask':  # timm.task is slow to import and only training needs it
         from .task import AIGTask
         return AIGTask
+    if name == 'calibrate_budget':
+        from .calibrate import calibrate_budget
+        return calibrate_budget
     if name in ('push_to_hub', 'save_pretrained'):
         from . import hub
         return getattr(hub, name)

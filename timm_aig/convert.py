@@ -138,7 +138,7 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
         return
     cfg['architecture'] = arch
     args: Dict[str, Any] = getattr(model, '_model_args', {})
-    args = {k: v for k, v in args.items() if k not in (*AIG_ARGS, 'gate_offset')}
+    args = {k: v for k, v in args.items() if k not in (*AIG_ARGS, 'gate_offset', 'gate_budgets')}
     if config:
         args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
     vars(model)['_model_args'] = args

@@ -127,6 +127,7 @@ class Gate(nn.Module):
         self.tau = 1.  # temperature of the training gradient
         self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
         self.offset = 0.  # added to the open logit before the eval threshold
+        self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
         self.init_weights()
 
     @torch.jit.ignore

@@ -22,6 +22,7 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 
 from .blocks import forward_gates, gated_blocks, set_execution
+from .budget import budget_table
 from .version import __version__
 
 __all__ = ['Upload', 'push_to_hub', 'save_pretrained']
@@ -38,7 +39,8 @@ def save_pretrained(
     """Save a model so that `timm.create_model('local-dir:folder', pretrained=True)` rebuilds it.
 
     Writes `model.safetensors` and `config.json`, each whole or not at all, after timm has rebuilt the model from them
-    with the same weights, logits and gates. The offset of set_gate_offset is saved too.
+    with the same weights, logits and gates. The offset of set_gate_offset and the table of calibrate_budget are saved
+    too.
 
     Args:
         model: Model made by timm.create_model, or converted from one; may be wrapped by DDP, torch.compile or an EMA.
@@ -102,6 +104,9 @@ def _write_config(model: nn.Module, path: Path, model_config: Optional[Dict[str,
     args = config.setdefault('model_args', {})
     args.pop('num_classes', None)  # transformers passes it by itself, timm takes it from pretrained_cfg
     args.pop('gate_offset', None)
+    args.pop('gate_budgets', None)
+    if budget_table(model):
+        args['gate_budgets'] = [point.to_dict() for point in budget_table(model)]
     for block in gated_blocks(model).values():
         if block.gate.offset:
             args['gate_offset'] = block.gate.offset

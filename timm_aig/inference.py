@@ -120,6 +120,7 @@ class InferenceGate(Gate):
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # in and out of each hidden unit
         self.score = self.bias2.item()
         self.offset = gate.offset
+        self.budgets = gate.budgets
 
     def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
         """Which samples run, from their block inputs pooled by _pool."""

@@ -3,11 +3,12 @@
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503
 
 Each of them is the parent arch, converted with gate_. AIGConfig's fields are keyword arguments of the entry points,
-and so is gate_offset, the offset that set_gate_offset sets. A tag of the parent ('resnet50_aig.tv2_in1k') loads the
-parent's weights and leaves the gates open; the other tags come from hub_configs.
+and so are gate_offset, the offset that set_gate_offset sets, and gate_budgets, the table that set_budget reads. A tag
+of the parent ('resnet50_aig.tv2_in1k') loads the parent's weights and leaves the gates open; the other tags come from
+hub_configs.
 """
 from functools import partial
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from safetensors import SafetensorError
 from timm.models import (
@@ -22,6 +23,7 @@ from timm.models.resnet import ResNet
 
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .blocks import set_gate_offset
+from .budget import BudgetPoint, read_budget_table, set_budget_table
 from .config import AIG_ARGS, AIGConfig, load_hub_configs
 from .convert import checkpoint_filter_fn, gate_
 from .source import checked_source, config_file
@@ -53,29 +55,49 @@ def _default_cfgs() -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-def _adaptive_resnet(parent: str, aig_args: Dict[str, Any], gate_offset: float, **kwargs) -> ResNet:
+def _adaptive_resnet(
+        parent: str,
+        aig_args: Dict[str, Any],
+        gate_offset: float,
+        gate_budgets: Sequence[BudgetPoint],
+        **kwargs,
+) -> ResNet:
     model = gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
     if gate_offset:
         set_gate_offset(model, gate_offset)
+    if gate_budgets:
+        set_budget_table(model, gate_budgets)
     return model
+
+
+def _hub_config(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    tag = kwargs.get('pretrained_cfg')
+    return _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
 
 
 def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """AIGConfig fields and other arguments; fields not given come from the tag's hub config, if it has one."""
-    tag = kwargs.get('pretrained_cfg')
-    known = _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
-    aig_args = {k: v for k, v in known.get('aig', {}).items() if k in AIG_ARGS}
+    aig_args = {k: v for k, v in _hub_config(variant, kwargs).get('aig', {}).items() if k in AIG_ARGS}
     aig_args.update((k, kwargs[k]) for k in AIG_ARGS if k in kwargs)
     return aig_args, {k: v for k, v in kwargs.items() if k not in AIG_ARGS}
 
 
-def _create_resnet_aig(variant: str, pretrained: bool = False, gate_offset: float = 0., **kwargs) -> ResNet:
+def _create_resnet_aig(
+        variant: str,
+        pretrained: bool = False,
+        gate_offset: float = 0.,
+        gate_budgets: Optional[Sequence[Dict[str, Any]]] = None,
+        **kwargs,
+) -> ResNet:
     parent = variant.removesuffix('_aig')
     kwargs = checked_source(pretrained, kwargs)
+    if gate_budgets is None:
+        gate_budgets = _hub_config(variant, kwargs).get('gate_budgets', ()) if pretrained else ()
+    table = read_budget_table(gate_budgets)
     aig_args, kwargs = _split_args(variant, kwargs)
     try:
         return build_model_with_cfg(
-            partial(_adaptive_resnet, parent, aig_args, gate_offset),
+            partial(_adaptive_resnet, parent, aig_args, gate_offset, table),
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
@@ -97,7 +119,7 @@ def resnet50_aig(pretrained: bool = False, **kwargs) -> ResNet:
     Args:
         pretrained: Load weights: the tag's, ResNet-50's default weights with open gates if none is given.
         **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
-            and timm's ResNet arguments.
+            gate_budgets, and timm's ResNet arguments.
     """
     return _create_resnet_aig('resnet50_aig', pretrained, **kwargs)
 

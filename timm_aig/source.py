@@ -11,6 +11,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import hf_split
 from timm.models.resnet import ResNet
 
+from .budget import read_budget_table
 from .config import AIG_ARGS
 
 __all__ = ['check_model_args', 'check_pretrained_cfg', 'checked_source', 'config_file']
@@ -18,7 +19,8 @@ __all__ = ['check_model_args', 'check_pretrained_cfg', 'checked_source', 'config
 _logger = logging.getLogger(__name__)
 
 LARGEST = 65536  # of any number of channels, classes, blocks: beyond it a config asks for memory, not for a model
-MODEL_ARGS = {*AIG_ARGS, 'gate_offset', *list(inspect.signature(ResNet.__init__).parameters)[1:], 'channels'}
+MODEL_ARGS = {*AIG_ARGS, 'gate_offset', 'gate_budgets', 'channels'}
+MODEL_ARGS |= {*list(inspect.signature(ResNet.__init__).parameters)[1:]}
 MODEL_ARGS -= {'block', 'device', 'dtype'}  # what JSON cannot hold, and where the model is
 
 
@@ -105,6 +107,12 @@ def check_model_args(model_args: Any, where: Any) -> None:
     for name, value in model_args.items():
         if name not in MODEL_ARGS:
             raise ValueError(f'{where}: model_args has {_short(name)}, known are {", ".join(sorted(MODEL_ARGS))}.')
+        if name == 'gate_budgets':
+            try:
+                read_budget_table(value)
+            except ValueError as e:
+                raise ValueError(f'{where}: {e}') from e
+            continue
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
         if not all(isfinite(v) and abs(v) <= LARGEST for v in numbers):
             raise ValueError(f'{where}: {name} must be at most {LARGEST}, not {_short(value)}.')
