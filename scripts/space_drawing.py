@@ -14,28 +14,31 @@ from space_network import Network, Run, Timing
 __all__ = ['CSS', 'draw_cost', 'draw_heatmap', 'draw_images', 'draw_message', 'draw_network', 'draw_sample']
 
 CSS = """
+.html-container { padding: 0 !important }
+#message:not(:has(.aig)) { display: none }
 .aig { color: var(--body-text-color); overflow-wrap: break-word }
 .aig h3 { margin: 0 0 .4em; font-size: 1.05em }
 .aig p { margin: .3em 0 }
 .aig .note { color: var(--body-text-color-subdued); font-size: .9em }
+.aig table, .aig tr { border: 0 !important }
 .aig table { border-collapse: collapse; margin: 0 }
 .aig th, .aig td { padding: .25em .6em; text-align: right; border: 0 !important; white-space: nowrap }
-.aig th:first-child { text-align: left; font-weight: 600 }
+.aig th:first-child { text-align: left; font-weight: 600; padding-left: 0 }
 .aig tbody tr { border-top: 1px solid var(--border-color-primary) !important }
 .aig-message { border-left: 4px solid #d55e00; padding: .5em .8em; background: var(--block-background-fill);
   border-radius: 4px }
 .aig-message.note { border-color: #0072b2 }
 section.aig img { max-width: 100% }
 .aig-images { display: flex; gap: 1em; flex-wrap: wrap }
-.aig-images figure { margin: 0 }
+.aig-images figure { margin: 0; max-width: 150px }
 .aig-images img { height: 112px; max-width: 100%; border: 1px solid var(--border-color-primary); object-fit: contain }
 .aig-images img.pixels { image-rendering: pixelated }
 .aig-images figcaption { font-size: .85em; color: var(--body-text-color-subdued) }
 .aig-stage { margin: .5em 0 0 }
 .aig-stage > b { font-size: .9em }
 .aig-stage ol { display: flex; flex-wrap: wrap; gap: 6px 0; list-style: none; margin: .2em 0 0; padding: 0 }
-.aig-stage li { width: 92px; margin: 0; text-align: center; font-size: .8em; line-height: 1.35 }
-.aig-stage svg { display: block; width: 92px; height: 40px }
+.aig-stage li { width: 88px; margin: 0; text-align: center; font-size: .8em; line-height: 1.35 }
+.aig-stage svg { display: block; width: 88px; height: 38px }
 .aig-stage .wire { stroke: var(--body-text-color-subdued); stroke-width: 2; fill: none }
 .aig-stage .run rect { fill: #0072b2; stroke: #0072b2 }
 .aig-stage .always rect { fill: var(--body-text-color-subdued); stroke: var(--body-text-color-subdued) }
@@ -147,10 +150,10 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
         rows.append(('milliseconds', 'measuring', '', ''))
         note = 'Both are being timed on this image.'
     else:
-        rows.append(('milliseconds', f'{timing.adaptive:.2f}', f'{timing.parent:.2f}', f'{timing.ratio:.0%}'))
+        rows.append(('milliseconds', f'{timing.adaptive:.2f}', f'{timing.parent:.2f}', f'{timing.adaptive / timing.parent:.0%}'))
         note = (f'Time: medians of {timing.passes} passes of this image alone, both models optimised the same way and '
-                f'timed in turns on this computer, which may have other work to do; half of the ratios are between '
-                f'{timing.quartiles[0]:.0%} and {timing.quartiles[1]:.0%}. ')
+                f'timed in turns on this computer, which may have other work to do; half of the turns gave a ratio '
+                f'between {timing.quartiles[0]:.0%} and {timing.quartiles[1]:.0%}. ')
         if timing.quartiles[0] > 1:
             note += 'Here the gates take more time than the skipped blocks save.'
         elif timing.quartiles[0] > share:
@@ -158,8 +161,8 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
     body = ''.join(
         f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td><td>{c}</td></tr>' for name, a, b, c in rows)
     return (
-        '<section class="aig" aria-label="Cost of this image"><h3>Cost of this image</h3><div class="aig-scroll"><table>'
-        '<thead><tr><th></th><th scope="col">adaptive</th><th scope="col">static parent</th><th scope="col">ratio</th>'
+        '<section class="aig" aria-label="Cost of this image"><h3>Cost of this image in the network and in its static parent</h3><div class="aig-scroll"><table>'
+        '<thead><tr><th></th><th scope="col">adaptive</th><th scope="col">parent</th><th scope="col">ratio</th>'
         f'</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></section>')
 
 

@@ -98,10 +98,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one image, medians of so many passes in turns; adaptive over parent, its median and quartiles."""
+    """Milliseconds of one image, medians of so many passes in turns, and the quartiles of adaptive over parent."""
     adaptive: float
     parent: float
-    ratio: float
     quartiles: Tuple[float, float]
     passes: int
 
@@ -186,7 +185,8 @@ class Network:
                 for hook in hooks:
                     hook.remove()
         opens = [pair.softmax(0)[1].item() for pair in logits]
-        return Run(output[0].softmax(0), gates, opens, 1 / (1 + math.exp(offset)))
+        threshold = torch.tensor(-offset).sigmoid().item()
+        return Run(output[0].softmax(0), gates, opens, threshold)
 
     def measure(
             self,
@@ -217,8 +217,8 @@ class Network:
                 times.append(turn)
             time.sleep(.001)  # lets a tab that waits for its answer go first
         adaptive, parent = (statistics.median(column) for column in zip(*times))
-        low, middle, high = statistics.quantiles([a / p for a, p in times], n=4)
-        return Timing(adaptive, parent, middle, (low, high), len(times))
+        low, _, high = statistics.quantiles([a / p for a, p in times], n=4)
+        return Timing(adaptive, parent, (low, high), len(times))
 
     def class_name(self, index: int) -> str:
         names = self.model.pretrained_cfg.get('label_names')

@@ -363,12 +363,15 @@ class Hub:
         rid = f"{ns}/{d['name']}"
         if not self.may_write(u, ns):
             raise Fail(403, f"You don't have the rights to create a {t} under the namespace \"{ns}\"")
+        if t == "space" and d.get("sdk") not in ("gradio", "docker", "static"):
+            raise Fail(400, "A space needs an sdk: gradio, docker or static")
         async with self.s.lock:
             repo = self.s.load(t, rid)
             if repo is not None:      # create_repo(exist_ok=True) reads "url" from this 409 body
                 raise Fail(409, f"You already created this {t} repo", body=dict(error=f"You already created this {t} repo", url=self.url(repo)))
             private = d.get("visibility", "private" if d.get("private") else "public") == "private"
-            repo = dict(id=rid, type=t, private=private, gated=False, createdAt=now(), refs={}, commits={}, discussions=[])
+            repo = dict(id=rid, type=t, private=private, gated=False, createdAt=now(), refs={}, commits={}, discussions=[],
+                        **(dict(sdk=d["sdk"]) if t == "space" else {}))
             sha = self.s.put_bytes(GITATTRIBUTES)
             tree = {".gitattributes": dict(sha256=sha, size=len(GITATTRIBUTES), oid=git_sha1(GITATTRIBUTES), lfs=False)}
             self.s.commit(repo, "refs/heads/main", tree, "initial commit", "", u["name"])
