@@ -370,8 +370,7 @@ class Hub:
             if repo is not None:      # create_repo(exist_ok=True) reads "url" from this 409 body
                 raise Fail(409, f"You already created this {t} repo", body=dict(error=f"You already created this {t} repo", url=self.url(repo)))
             private = d.get("visibility", "private" if d.get("private") else "public") == "private"
-            repo = dict(id=rid, type=t, private=private, gated=False, createdAt=now(), refs={}, commits={}, discussions=[],
-                        **(dict(sdk=d["sdk"]) if t == "space" else {}))
+            repo = dict(id=rid, type=t, private=private, gated=False, createdAt=now(), refs={}, commits={}, discussions=[])
             sha = self.s.put_bytes(GITATTRIBUTES)
             tree = {".gitattributes": dict(sha256=sha, size=len(GITATTRIBUTES), oid=git_sha1(GITATTRIBUTES), lfs=False)}
             self.s.commit(repo, "refs/heads/main", tree, "initial commit", "", u["name"])
