@@ -20,8 +20,6 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-import timm_aig
-
 EXAMPLES = """examples:
   scripts/push_space.py user/adaptive-resnets --dry-run
   scripts/push_space.py user/adaptive-resnets --private
@@ -60,7 +58,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     if args.repo_id.count('/') != 1:
         raise InputError(f'SPACE must be user/name, not {args.repo_id!r}.')
     if args.package is not None and not re.match(r'timm[-_.]aig\b[^\r\n]*$', args.package):
-        raise InputError(f"--package must be a requirement of timm_aig, 'timm_aig==0.1.0' for one, not {args.package!r}.")
+        raise InputError(f"--package must be a requirement of timm_aig, such as 'timm_aig==0.1.0', not {args.package!r}.")
     return args
 
 
@@ -138,7 +136,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def push(args: argparse.Namespace) -> int:
-    api = HfApi(library_name='timm_aig', library_version=timm_aig.__version__)
+    api = HfApi(library_name='timm_aig', library_version=version('timm_aig'))
     exists, info, existing = look_up(api, args.repo_id, args.dry_run)
     if exists and args.private and not info.private:
         raise InputError(f'--private: {args.repo_id} exists and is public.')

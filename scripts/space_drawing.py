@@ -14,6 +14,8 @@ from space_network import Network, Run, Timing
 __all__ = ['CSS', 'draw_cost', 'draw_heatmap', 'draw_images', 'draw_message', 'draw_network', 'draw_sample']
 
 CSS = """
+:focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px }
+.dark :focus-visible { outline-color: #56b4e9 !important }
 .html-container { padding: 0 !important }
 #message:not(:has(.aig)) { display: none }
 .aig { color: var(--body-text-color); overflow-wrap: break-word }
@@ -23,7 +25,8 @@ CSS = """
 .aig table, .aig tr { border: 0 !important }
 .aig table { border-collapse: collapse; margin: 0 }
 .aig th, .aig td { padding: .25em .6em; text-align: right; border: 0 !important; white-space: nowrap }
-.aig th:first-child { text-align: left; font-weight: 600; padding-left: 0 }
+.aig th:first-child { text-align: left; font-weight: 600; padding-left: 0;
+  white-space: normal }
 .aig tbody tr { border-top: 1px solid var(--border-color-primary) !important }
 .aig-message { border-left: 4px solid #d55e00; padding: .5em .8em; background: var(--block-background-fill);
   border-radius: 4px }
@@ -150,7 +153,8 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
         rows.append(('milliseconds', 'measuring', '', ''))
         note = 'Both are being timed on this image.'
     else:
-        rows.append(('milliseconds', f'{timing.adaptive:.2f}', f'{timing.parent:.2f}', f'{timing.adaptive / timing.parent:.0%}'))
+        ratio = f'{timing.adaptive / timing.parent:.0%}'
+        rows.append(('milliseconds', f'{timing.adaptive:.2f}', f'{timing.parent:.2f}', ratio))
         note = (f'Time: medians of {timing.passes} passes of this image alone, both models optimised the same way and '
                 f'timed in turns on this computer, which may have other work to do; half of the turns gave a ratio '
                 f'between {timing.quartiles[0]:.0%} and {timing.quartiles[1]:.0%}. ')
@@ -161,13 +165,13 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
     body = ''.join(
         f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td><td>{c}</td></tr>' for name, a, b, c in rows)
     return (
-        '<section class="aig" aria-label="Cost of this image"><h3>Cost of this image in the network and in its static parent</h3><div class="aig-scroll"><table>'
-        '<thead><tr><th></th><th scope="col">adaptive</th><th scope="col">parent</th><th scope="col">ratio</th>'
+        '<section class="aig" aria-label="Cost of this image"><h3>Cost of this image in the network and in its static '
+        'parent</h3><div class="aig-scroll"><table><thead><tr><th></th><th scope="col">adaptive</th><th scope="col">parent</th><th scope="col">ratio</th>'
         f'</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></section>')
 
 
 def draw_heatmap(network: Network, run: Run) -> str:
-    """Execution rates by class as a table with the predicted class marked, else as a picture, else why there is none."""
+    """Execution rates by class: a table with the predicted class marked, else a picture, else why there is none."""
     if network.rates is not None:
         content = _heat_table(network, network.rates, run.probabilities.argsort(descending=True).tolist())
     elif network.picture is not None:
@@ -175,8 +179,8 @@ def draw_heatmap(network: Network, run: Run) -> str:
                   '<p class="note">The picture that was published with this model.</p>'
     else:
         content = '<p class="note">No execution rates come with this model: they are measured over a data set, which ' \
-                  'this page does not have. A model\'s folder or repository gives them as rates.csv (scripts/analyze.py) or ' \
-                  'execution_rates.png.</p>'
+                  'this page does not have. A model\'s folder or repository gives them as rates.csv ' \
+                  '(scripts/analyze.py) or execution_rates.png.</p>'
     return (f'<section class="aig" aria-label="Class heatmap"><h3>How often each block runs for images of each class'
             f'</h3>{content}</section>')
 

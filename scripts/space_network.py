@@ -270,8 +270,8 @@ def _load(name: str) -> Network:
             folder = '' if ON_A_SPACE else ' or local-dir:folder'
             raise ModelError(f'must be {", ".join(shipped_models())}, hf-hub:user/name{folder}, not {name[:80]!r}.')
         if not str(architecture).endswith('_aig'):
-            raise ModelError(f'{name} has the architecture {str(architecture)[:80]!r}; only adaptive models, <name>_aig, '
-                             'have gates to show.')
+            raise ModelError(f'{name} has the architecture {str(architecture)[:80]!r}; only adaptive models, '
+                             '<name>_aig, have gates to show.')
         return Network(name, timm.create_model(name, pretrained=True))
     except ModelError:
         raise
