@@ -35,9 +35,10 @@ except ImportError as e:
 import finetune
 
 import timm_aig
-from timm_aig.analysis import execution_rates, plot_execution_rates
+from timm_aig.analysis import block_kinds, execution_rates
 from timm_aig.data import DataError, check_same_classes, class_names, open_dataset
 from timm_aig.evaluate import evaluate
+from timm_aig.figures import plot_execution_rates
 from timm_aig.recipe import InputError, parse_args as parse_training
 from timm_aig.trainer import NonFiniteError
 
@@ -236,9 +237,9 @@ def save(model: nn.Module, trained: Path, loader: DataLoader, names: List[str], 
     for name in ('model.safetensors', 'config.json'):
         shutil.copy(trained / name, folder / name)
     rates, _ = execution_rates(model, loader, len(names))
-    blocks = timm_aig.gated_blocks(model)
-    downsampling = [name for name, block in blocks.items() if block.downsample is not None]
-    plot_execution_rates(rates, list(blocks), names, folder / 'execution_rates.png', downsampling)
+    plot_execution_rates(
+        rates, list(timm_aig.gated_blocks(model)), names, folder / 'execution_rates.png',
+        block_kinds(model)['downsampling'])
 
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(memory_format=torch.channels_last).eval()
     images = spread_images(loader, 64)

@@ -42,7 +42,6 @@ from torch.optim.swa_utils import update_bn
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 import timm_aig
-from timm_aig.analysis import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.checkpoint import CheckpointError, Checkpoints, write_atomically
 from timm_aig.data import (
     DataError,
@@ -55,6 +54,7 @@ from timm_aig.data import (
     start_worker,
 )
 from timm_aig.evaluate import METRICS, Evaluation, evaluate
+from timm_aig.figures import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.recipe import InputError, parse_args, recipe_of
 from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer

@@ -58,7 +58,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     if args.repo_id.count('/') != 1:
         raise InputError(f'SPACE must be user/name, not {args.repo_id!r}.')
     if args.package is not None and not re.match(r'timm[-_.]aig\b[^\r\n]*$', args.package):
-        raise InputError(f"--package must be a requirement of timm_aig, such as 'timm_aig==0.1.0', not {args.package!r}.")
+        raise InputError(f'--package must be a requirement of timm_aig, one line, not {args.package!r}.')
     return args
 
 

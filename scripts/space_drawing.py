@@ -166,7 +166,8 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
         f'<tr><th scope="row">{name}</th><td>{a}</td><td>{b}</td><td>{c}</td></tr>' for name, a, b, c in rows)
     return (
         '<section class="aig" aria-label="Cost of this image"><h3>Cost of this image in the network and in its static '
-        'parent</h3><div class="aig-scroll"><table><thead><tr><th></th><th scope="col">adaptive</th><th scope="col">parent</th><th scope="col">ratio</th>'
+        'parent</h3><div class="aig-scroll"><table><thead>'
+        '<tr><th></th><th scope="col">adaptive</th><th scope="col">parent</th><th scope="col">ratio</th>'
         f'</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></section>')
 
 

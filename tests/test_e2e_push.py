@@ -10,7 +10,7 @@ import timm
 import torch
 
 from timm_aig import gated_blocks, save_pretrained
-from timm_aig.analysis import plot_execution_rates
+from timm_aig.figures import plot_execution_rates
 
 SCRIPT = Path(__file__).parent.parent / 'scripts' / 'push_to_hub.py'
 RESULTS = dict(

@@ -14,7 +14,7 @@ from .blocks import (
 from .budget import BudgetPoint, budget_table, set_budget
 from .config import AIGConfig
 from .convert import gate_, ungate_
-from .cost import Cost, compute_cost
+from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
@@ -24,7 +24,7 @@ __all__ = [
     'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock',
     'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'force_gates',
     'forward_gates', 'gate_', 'gated_blocks', 'optimize_for_inference', 'push_to_hub', 'save_pretrained', 'set_budget',
-    'set_execution', 'set_gate_offset', 'ungate_',
+    'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
 

@@ -1,14 +1,15 @@
-"""MACs: of each block, of each sample."""
+"""MACs: of each block, of each sample, and a table of them."""
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import gated_blocks
 
-__all__ = ['Cost', 'compute_cost']
+__all__ = ['Cost', 'compute_cost', 'summary']
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,82 @@ def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
     Raises:
         ValueError: input_size is not three numbers above 0.
     """
+    macs = _count_macs(model, input_size)
+    names = list(gated_blocks(model))
+    gates = [macs(f'{name}.gate') for name in names]
+    blocks = [macs(name) - gate - macs(f'{name}.downsample') for name, gate in zip(names, gates)]
+    return Cost(fixed=macs() - sum(blocks), blocks=tuple(blocks), gates=sum(gates))
+
+
+def summary(
+        model: nn.Module,
+        input_size: Optional[Tuple[int, int, int]] = None,
+        rates: Union[torch.Tensor, Sequence[float], None] = None,
+) -> str:
+    """A table to print: the residual branch of each block, what else there is, and the totals.
+
+    Args:
+        model: A model with timm ResNet blocks, adaptive or static.
+        input_size: Of one image (C, H, W), by default that of the model's pretrained_cfg.
+        rates: What was measured of the L gated blocks: rates [L] in [0, 1], or gates [N, L] of N images.
+
+    Returns:
+        Lines of block, kind, target rate, measured rate, MACs and their share of all. With rates, the last line has
+        the MACs of the mean image over those of the static parent.
+
+    Raises:
+        ValueError: rates do not fit the model, or input_size is missing or not three numbers above 0.
+    """
+    gated = gated_blocks(model)
+    if rates is not None:
+        rates = torch.as_tensor(rates, dtype=torch.float64).cpu()
+        rates = rates.mean(0) if rates.ndim == 2 else rates
+        if tuple(rates.shape) != (len(gated),) or not ((rates >= 0) & (rates <= 1)).all():
+            raise ValueError(
+                f'rates must be {len(gated)} numbers in [0, 1] or gates [N, {len(gated)}] with N above 0, '
+                f'not {list(rates.shape)} from {rates.min() if rates.numel() else None} to '
+                f'{rates.max() if rates.numel() else None}.')
+    macs = _count_macs(model, input_size or _own_input_size(model))
+    blocks = {name: m for name, m in model.named_modules() if name in gated or isinstance(m, (BasicBlock, Bottleneck))}
+    total, rest, static, measured = macs(), macs(), macs(), float(macs())
+    rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
+    for name, block in blocks.items():
+        gate = macs(f'{name}.gate')
+        own = macs(name) - gate - macs(f'{name}.downsample')
+        rest, static = rest - own, static - gate
+        target = measured_rate = ''
+        if name in gated:
+            target = f'{block.target_rate:g}' if hasattr(block, 'target_rate') else ''
+            if rates is not None:
+                rate = rates[list(gated).index(name)].item()
+                measured -= (1 - rate) * own
+                measured_rate = f'{rate:.3f}'
+        rows.append((name, type(block).__name__.removeprefix('Gated'), 'gated' if name in gated else 'always on',
+                     target, measured_rate, f'{own:,}', f'{own / total:.1%}'))
+    rows.append(('other', 'stem, shortcuts, head, gates', 'always on', '', '', f'{rest:,}', f'{rest / total:.1%}'))
+    rows.append(('total', f'{len(gated)} of {len(blocks)} blocks gated', '', '',
+                 '' if rates is None or not len(rates) else f'{rates.mean():.3f}', f'{total:,}', '100.0%'))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    rule = ['-' * sum(widths, 2 * (len(widths) - 1))]
+    lines = [lines[0], *rule, *lines[1:-1], *rule, lines[-1]]
+    if rates is not None:
+        lines.append(f"mean image: {measured:,.0f} MACs, {measured / static:.1%} of the static parent's {static:,}")
+    return '\n'.join(lines)
+
+
+def _own_input_size(model: nn.Module) -> Tuple[int, int, int]:
+    """Of the pretrained_cfg, with the channels of the first convolution: timm leaves those of the weights there."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if not cfg.get('input_size') or channels is None:
+        raise ValueError(f'input_size: {type(model).__name__} does not say its own, give (C, H, W).')
+    return (channels, *cfg['input_size'][1:])
+
+
+def _count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> Callable[..., int]:
+    """Function of a module's name that gives its MACs for one sample, of the model without one."""
     if len(input_size) != 3 or any(size < 1 for size in input_size):
         raise ValueError(f'input_size must be (C, H, W), each above 0, not {tuple(input_size)}.')
     tensors = {k: v.to('meta') for k, v in [*model.named_parameters(), *model.named_buffers()]}
@@ -64,10 +141,7 @@ def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
             module.training = training
     counts = counter.get_flop_counts()
 
-    def macs(name: str) -> int:
+    def macs(name: str = '') -> int:
         return sum(counts.get(f'{type(model).__name__}.{name}' if name else 'Global', {}).values()) // 2
 
-    names = list(gated_blocks(model))
-    gates = [macs(f'{name}.gate') for name in names]
-    blocks = [macs(name) - gate - macs(f'{name}.downsample') for name, gate in zip(names, gates)]
-    return Cost(fixed=macs('') - sum(blocks), blocks=tuple(blocks), gates=sum(gates))
+    return macs

@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""See what the gates of a model do on a data set: which blocks run for which classes, groups of classes and images.
+
+Tests what the paper says of its gates (Veit and Belongie, 2018, section 4) and prints the figures, whichever way they
+fall. The output folder holds
+
+    analysis.json        all of this and the claims
+    rates.csv            execution rate by class and block
+    blocks_run.csv       images of each class by the number of blocks that ran
+    paths.csv            images of each class by path, that is by combination of blocks (1 ran, 0 did not)
+    likeness.csv         mean probability that the model gives a class (column) for images of a class (row)
+    execution_rates.png  rates.csv as a heatmap
+    block_rates.png      rate of each block over all images
+    blocks_run.png       histogram of the executed blocks by group of classes
+    contact_sheet_*.png  the images of each class that took the fewest and the most MACs
+
+The groups come from a file, or are classes that the model takes for one another.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+# Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
+try:
+    import matplotlib  # noqa: F401, better to hear that it is missing before the images are run
+    from tqdm import tqdm
+except ImportError as e:
+    print(f"error: {e}. The analysis needs the extra 'train': pip install 'timm_aig[train]'", file=sys.stderr)
+    sys.exit(2)
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import create_loader, resolve_data_config
+from torch.utils.data import IterableDataset
+
+import timm_aig
+from timm_aig.analysis import GateCounts, block_kinds, cluster_classes, path_statistics, wilson_interval
+from timm_aig.checkpoint import write_atomically
+from timm_aig.claims import check_claims
+from timm_aig.data import UNREADABLE, DataError, class_names, convert_images, count_unreadable, open_dataset
+from timm_aig.figures import (
+    MAX_GROUPS,
+    plot_block_rates,
+    plot_blocks_run,
+    plot_contact_sheet,
+    plot_execution_rates,
+)
+from timm_aig.recipe import InputError
+
+EXAMPLES = """examples:
+  scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
+      --groups hub_configs/cifar_resnet32_aig.fmnist_t06/groups.json
+  scripts/analyze.py --model local-dir:output/finetune/NAME --data-dir imagenet --output output/analysis/NAME
+  scripts/analyze.py --model local-dir:output/demo --data-dir photos --gate-offset -0.5 --json
+
+groups file: {"birds": ["robin", "jay"], "cats": ["lynx"]}, each class in one group
+
+exit code: 0 done, 2 bad input"""
+
+PAGE = 20  # classes on a contact sheet
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = parser.add_argument
+    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
+    arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
+    arg('--data-dir', metavar='DIR', help='root of the data set')
+    arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
+    arg('--split', default='validation', metavar='NAME', help='default: %(default)s')
+    arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
+    arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
+    arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
+    arg('--crop-pct', type=float, help="default: the model's")
+    arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
+    arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
+    arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    arg('--amp', action='store_true', help='bfloat16 autocast')
+    arg('--gate-offset', type=float, metavar='X', help="default: the model's own")
+    arg('--groups', metavar='FILE', help='JSON, names of the classes of each group; default: clusters of confused ones')
+    arg('--extremes', type=int, default=5, metavar='N', help='fastest and slowest images of a class, default: 5')
+    arg('--permutations', type=int, default=999, metavar='N', help='of each test, default: %(default)s')
+    arg('--seed', type=int, default=0, help='of the permutations, default: %(default)s')
+    arg('--width', type=int, default=1600, metavar='PX', help='of the pictures, default: %(default)s')
+    arg('--output', default='output/analysis', metavar='DIR', help='folder to write, default: %(default)s')
+    arg('--json', action='store_true', help='print analysis.json rather than the claims')
+    args = parser.parse_args(argv)
+    for name, low, high in (
+            ('batch_size', 1, 1 << 20), ('workers', 0, 1 << 10), ('extremes', 0, 10), ('permutations', 19, 1 << 20),
+            ('seed', 0, 2 ** 31 - 1), ('width', 400, 8000)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f'--{name.replace("_", "-")} must be from {low} to {high}, not {getattr(args, name)}.')
+    return args
+
+
+def create_model(args: argparse.Namespace) -> Any:
+    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    try:
+        model: Any = timm.create_model(args.model, pretrained=args.pretrained or ':' in args.model, **kwargs).eval()
+    except Exception as e:  # timm's, the Hub's and the files' own
+        raise InputError(f'model {args.model}: {e}') from e
+    if not timm_aig.gated_blocks(model):
+        raise InputError(f'--model must be adaptive, {args.model} has no gates.')
+    if args.gate_offset is not None:
+        timm_aig.set_gate_offset(model, args.gate_offset)
+    return model
+
+
+def names_of_classes(model: Any, dataset: Any) -> List[str]:
+    """The data set's names, else those in the model's config.json, else numbers."""
+    count = model.num_classes
+    for names in (class_names(dataset), model.pretrained_cfg.get('label_names') or ()):
+        if len(names) == count:
+            return list(map(str, names))
+    return [str(i) for i in range(count)]
+
+
+def read_groups(path: str, names: Sequence[str]) -> Dict[str, List[int]]:
+    """Classes of each group; each class is in one."""
+    try:
+        groups = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise InputError(f'--groups: cannot read {path}: {e}') from e
+    if not isinstance(groups, dict) or not all(isinstance(group, list) and group for group in groups.values()):
+        raise InputError(f'--groups: {path} must be an object of lists of class names, none of them empty.')
+    given = [str(name) for group in groups.values() for name in group]
+    wrong = {
+        'not classes of the data set': set(given) - set(names), 'in no group': set(names) - set(given),
+        'named twice': {name for name in given if given.count(name) > 1}}
+    for what, which in wrong.items():
+        if which:
+            raise InputError(f'--groups: {what}: {", ".join(sorted(which)[:5])}.')
+    if len(groups) > MAX_GROUPS:
+        raise InputError(f'--groups: at most {MAX_GROUPS} groups, not {len(groups)}.')
+    index = {name: i for i, name in enumerate(names)}
+    return {str(group): [index[str(name)] for name in members] for group, members in groups.items()}
+
+
+@torch.inference_mode()
+def count(model: nn.Module, loader: Iterable[Any], counts: GateCounts, args: argparse.Namespace) -> None:
+    """Run the model on all labelled images."""
+    device = torch.device(args.device)
+    model.to(device, memory_format=torch.channels_last)
+    seen = 0
+    for images, labels in tqdm(loader, desc='images', unit='batch', disable=None):
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            logits, gates = timm_aig.forward_gates(model, images)
+        keep = labels.cpu() >= 0
+        indices = torch.arange(seen, seen + len(labels))[keep].tolist()
+        seen += len(labels)
+        try:
+            counts.update(gates.cpu()[keep], labels.cpu()[keep], logits.float().cpu()[keep], indices)
+        except ValueError as e:
+            raise InputError(f'--model {args.model} does not fit the data set: {e}') from e
+
+
+def evaluate_counts(
+        counts: GateCounts,
+        model: nn.Module,
+        groups: Dict[str, List[int]],
+        names: Sequence[str],
+        cost: timm_aig.Cost,
+        args: argparse.Namespace,
+) -> Dict[str, Any]:
+    """Content of analysis.json."""
+    blocks = list(timm_aig.gated_blocks(model))
+    kinds = block_kinds(model)
+    n = int(counts.images.sum())
+    runs = (counts.rates.nan_to_num() * counts.images[:, None]).sum(0)
+    low, high = wilson_interval(runs, n)
+    paths = path_statistics(counts, args.permutations, args.seed)
+    claims = check_claims(
+        counts, {kind: [blocks.index(name) for name in members] for kind, members in kinds.items()}, groups,
+        args.groups is not None, paths, args.permutations, args.seed)
+    return {
+        'model': args.model, 'dataset': args.dataset, 'split': args.split,
+        'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset,
+        'images': n,
+        'top1': 100 * counts.right / n,
+        'execution_rate': runs.mean().item() / n,
+        'macs_share': cost.executed(runs[None] / n).item() / (cost.total - cost.gates),
+        'blocks': {
+            name: {'rate': rate, 'interval': interval, 'kinds': [kind for kind in kinds if name in kinds[kind]]}
+            for name, rate, interval in zip(blocks, (runs / n).tolist(), torch.stack([low, high], 1).tolist())},
+        'groups': {group: [names[i] for i in members] for group, members in groups.items()},
+        'groups_from': 'file' if args.groups else 'clusters of the classes that the model confuses',
+        'classes_without_images': [name for name, images in zip(names, counts.images.tolist()) if not images],
+        'paths': asdict(paths),
+        'permutations': args.permutations,
+        'seed': args.seed,
+        'claims': [asdict(claim) for claim in claims],
+    }
+
+
+def write_tables(
+        folder: Path,
+        counts: GateCounts,
+        blocks: Sequence[str],
+        groups: Dict[str, List[int]],
+        names: Sequence[str],
+) -> None:
+    group_of = {i: group for group, members in groups.items() for i in members}
+    images, rates, blocks_run, likeness = counts.images, counts.rates, counts.blocks_run, counts.likeness
+    classes = [(i, [names[i], group_of[i], int(images[i])]) for i in sorted(group_of)]
+    head = ['class', 'group', 'images']
+    write_csv(folder / 'rates.csv', [*head, *blocks], (
+        [*row, *(f'{rate:.6f}' for rate in rates[i].tolist())] for i, row in classes))
+    write_csv(folder / 'blocks_run.csv', [*head, *range(len(blocks) + 1)], (
+        [*row, *blocks_run[i].tolist()] for i, row in classes))
+    write_csv(folder / 'likeness.csv', ['class', *names], (
+        [names[i], *(f'{p:.3e}' for p in likeness[i].tolist())] for i, _ in classes))
+    write_csv(folder / 'paths.csv', ['class', 'path', 'images'], (
+        [names[label], ''.join('01'[ran] for ran in path.tolist()), n]
+        for path, label, n in zip(*(t if t.ndim > 1 else t.tolist() for t in counts.table()))))
+
+
+def write_csv(path: Path, head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    def write(file: Any) -> None:
+        text = io.TextIOWrapper(file, encoding='utf-8', newline='', write_through=True)
+        writer = csv.writer(text, lineterminator='\n')
+        writer.writerow(head)
+        writer.writerows(rows)
+        text.detach()  # leaves the file open
+
+    write_atomically(path, write)
+
+
+def draw(
+        folder: Path,
+        counts: GateCounts,
+        model: nn.Module,
+        groups: Dict[str, List[int]],
+        names: Sequence[str],
+        pixels: int,
+) -> None:
+    blocks, marked = list(timm_aig.gated_blocks(model)), block_kinds(model)['downsampling']
+    plot_execution_rates(counts.rates, blocks, names, folder / 'execution_rates.png', marked, groups, pixels)
+    plot_block_rates(counts.rates, counts.images, blocks, folder / 'block_rates.png', marked, pixels)
+    plot_blocks_run(counts.blocks_run, groups, folder / 'blocks_run.png', pixels)
+
+
+def draw_contact_sheets(
+        folder: Path,
+        counts: GateCounts,
+        dataset: Any,
+        groups: Dict[str, List[int]],
+        names: Sequence[str],
+        pixels: int,
+) -> None:
+    """Read the extreme images once more, page by page."""
+    dataset.transform = None  # gives the images as they are
+    classes = [i for members in groups.values() for i in members]
+    pages = [classes[start:start + PAGE] for start in range(0, len(classes), PAGE)]
+    written = [folder / f'contact_sheet_{n:0{len(str(len(pages)))}}.png' for n in range(1, len(pages) + 1)]
+
+    def read(extremes: Sequence[Tuple[int, int]]) -> List[Tuple[Any, int]]:
+        return [(dataset[index][0], run) for index, run in extremes]
+
+    for path, page in zip(written, tqdm(pages, desc='contact sheets', unit='page', disable=None)):
+        plot_contact_sheet([(names[i], read(counts.fastest(i)), read(counts.slowest(i))) for i in page], path, pixels)
+    for old in set(folder.glob('contact_sheet_*.png')) - set(written):
+        old.unlink()
+
+
+def format_results(results: Dict[str, Any]) -> str:
+    """What is printed, and stands in the README for the shipped weights."""
+    lines = [
+        f'{results["images"]:,} images of {results["dataset"]}, {results["split"]}: top-1 {results["top1"]:.2f} %, '
+        f'blocks run {results["execution_rate"]:.1%}, MACs {results["macs_share"]:.1%}', '']
+    for claim in results['claims']:
+        p = '' if claim['p_value'] is None else f'; p = {claim["p_value"]:.3g}'
+        lines += textwrap.wrap(
+            f'{claim["verdict"] + ":":16}{claim["claim"]}: {claim["finding"]}{p}.', 110, subsequent_indent=' ' * 16)
+    return '\n'.join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    model = create_model(args)
+    config = resolve_data_config(
+        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
+    dataset = open_dataset(
+        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+    names = names_of_classes(model, dataset)
+    groups = read_groups(args.groups, names) if args.groups else {}
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / '.probe').touch()
+        (folder / '.probe').unlink()
+    except OSError as e:
+        raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
+    loader = create_loader(
+        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, device=torch.device(args.device),
+        use_prefetcher=False, persistent_workers=False)
+    convert_images(dataset, config['input_size'][0])
+    cost = timm_aig.compute_cost(model, config['input_size'])
+    counts = GateCounts(model.num_classes, cost.blocks, args.extremes)
+    count(model, loader, counts, args)
+    images = counts.images
+    if not images.sum():
+        raise InputError('--data-dir: the data set has no labelled images.')
+    present = images.nonzero().flatten().tolist()
+    groups = groups or cluster_classes(counts.likeness, names, present)
+    groups = {group: [i for i in members if images[i]] for group, members in groups.items()}
+    groups = {group: members for group, members in groups.items() if members}
+    results = evaluate_counts(counts, model, groups, names, cost, args)
+    results['unreadable'] = count_unreadable(dataset, torch.device('cpu'))
+    write_tables(folder, counts, list(results['blocks']), groups, names)
+    draw(folder, counts, model, groups, names, args.width)
+    if isinstance(dataset, IterableDataset):
+        print(f'No contact sheets: images of {args.dataset} cannot be read again by their number.', file=sys.stderr)
+    elif args.extremes:
+        draw_contact_sheets(folder, counts, dataset, groups, names, args.width)
+    text = json.dumps(results, indent=2, ensure_ascii=False) + '\n'
+    write_atomically(folder / 'analysis.json', lambda file: file.write(text.encode()))
+    if args.json:
+        print(text, end='')
+    else:
+        print(f'{format_results(results)}\n\nWrote tables, pictures and analysis.json to {folder}.')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    try:
+        run(parse_args(argv))
+    except (InputError, DataError) as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
