@@ -204,5 +204,6 @@ def _heat_table(network: Network, rates: Sequence[Sequence[float]], order: Seque
 def _cell(rate: float) -> str:
     if rate != rate:
         return '<td>-</td>'
-    colour = VIRIDIS[round(rate * (len(VIRIDIS) - 1))]
-    return f'<td style="background:{colour};color:{"#fff" if rate < .55 else "#000"}">{rate * 100:.0f}</td>'
+    step = round(rate * (len(VIRIDIS) - 1))
+    text = '#fff' if step < len(VIRIDIS) // 2 else '#000'
+    return f'<td style="background:{VIRIDIS[step]};color:{text}">{rate * 100:.0f}</td>'
