@@ -71,8 +71,7 @@ def collect_files(package: Optional[str]) -> Dict[str, Any]:
     files.update((f'space_examples/{file.name}', file) for file in sorted(here))
     configs = CHECKOUT / 'hub_configs'
     of_package = [*(CHECKOUT / 'timm_aig').rglob('*.py'), *configs.glob('*.json'), *configs.glob('*.safetensors')]
-    heatmaps = [*configs.glob('*/rates.csv'), *configs.glob('*/execution_rates.png')]
-    for file in sorted([*([] if package else of_package), *heatmaps]):
+    for file in sorted([*([] if package else of_package), *configs.glob('*/rates.csv')]):
         files[str(file.relative_to(CHECKOUT))] = file
     files['requirements.txt'] = requirements(package)
     return files

@@ -59,8 +59,10 @@ section.aig img { max-width: 100% }
 .aig table.heat td { padding: .2em .3em; text-align: center; min-width: 2.3em }
 .aig table.heat th { padding: .2em .4em; font-weight: 400 }
 .aig table.heat thead th { vertical-align: bottom; text-align: center }
+.aig table.heat th:first-child { position: sticky; left: 0; background: var(--body-background-fill) }
 .aig table.heat tr.this th:first-child { font-weight: 700 }
 .aig table.heat tr.this td { outline: 2px solid var(--body-text-color); outline-offset: -1px }
+@media (max-width: 480px) { .aig th, .aig td { padding: .25em .35em; font-size: .9em } }
 """
 
 # viridis at 0, 0.1, ..., 1 (matplotlib, CC0): its lightness rises evenly, for every kind of colour vision
@@ -158,7 +160,9 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
         note = (f'Time: medians of {timing.passes} passes of this image alone, both models optimised the same way and '
                 f'timed in turns on this computer, which may have other work to do; half of the turns gave a ratio '
                 f'between {timing.quartiles[0]:.0%} and {timing.quartiles[1]:.0%}. ')
-        if timing.quartiles[0] > 1:
+        if timing.quartiles[1] > 1.3 * timing.quartiles[0]:
+            note += 'That is a wide range, so this timing says little.'
+        elif timing.quartiles[0] > 1:
             note += 'Here the gates take more time than the skipped blocks save.'
         elif timing.quartiles[0] > share:
             note += 'Less time is saved than MACs: the gates take some of it.'

@@ -45,7 +45,6 @@ TIMED_SECONDS, LEAST_TURNS, MOST_TURNS = .7, 5, 51
 
 # One at a time: the budget is state of a model that all tabs share, and passes side by side would disturb the timing.
 _computing = threading.Lock()
-_loading = threading.Lock()
 
 
 class ModelError(ValueError):
@@ -251,8 +250,7 @@ def load_network(name: str) -> Network:
     name = name.strip()
     if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', name):
         name = f'hf-hub:{name}'
-    with _loading:
-        return _load(name)
+    return _load(name)
 
 
 @lru_cache(maxsize=4)

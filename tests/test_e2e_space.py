@@ -1,7 +1,11 @@
 """scripts/space_app.py in a real Chromium without a screen.
 
-SPACE_SCREENSHOTS=folder keeps pictures of the page: light, dark and on a phone.
+SPACE_SCREENSHOTS=folder keeps pictures of the page, light, dark and on a phone; that of the README:
+    SPACE_SCREENSHOTS=shots pytest -n 0 tests/test_e2e_space.py -k opens
+    cp shots/space.png hub_configs/cifar_resnet32_aig.fmnist_t06/
 """
+import base64
+import io
 import json
 import os
 import re
@@ -158,7 +162,9 @@ class Page:
         folder = os.environ.get('SPACE_SCREENSHOTS')
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.browser.save_screenshot(str(Path(folder, name)))
+            whole = self.browser.execute_cdp_cmd('Page.captureScreenshot', dict(captureBeyondViewport=True))
+            with Image.open(io.BytesIO(base64.b64decode(whole['data']))) as image:
+                image.convert('RGB').quantize(dither=Image.Dither.NONE).save(Path(folder, name), optimize=True)
 
 
 @pytest.fixture
@@ -325,7 +331,6 @@ def test_on_a_phone_nothing_scrolls_sideways(page, width, tmp_path):
     assert page.script('return document.documentElement.scrollWidth') <= width
     page.pick(0)
     page.wait(lambda: 'sample' in page.get('#images') and page.timed)
-    page.size(width, page.script('return document.documentElement.scrollHeight'), mobile=True)
     page.keep_screenshot(f'space_{width}.png')
 
 
