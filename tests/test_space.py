@@ -365,7 +365,7 @@ def test_the_cost_is_that_of_the_gates(shipped, images):
     assert '<td>3.00</td><td>2.00</td><td>150%</td>' in drawn and 'more time than the skipped blocks save' in drawn
     assert 'medians of 9 passes' in drawn and 'between 140% and 160%' in drawn
     noisy = draw_cost(shipped, run, space_network.Timing(3., 2., (1.1, 1.6), 9))
-    assert 'gates take' not in noisy and 'a wide range' in noisy  # nothing is claimed that the measurement does not show
+    assert 'gates take' not in noisy and 'a wide range' in noisy  # nothing is claimed that was not measured
 
 
 def make_folder(folder, rates=None, picture=None, **config):
