@@ -363,6 +363,8 @@ class Hub:
         rid = f"{ns}/{d['name']}"
         if not self.may_write(u, ns):
             raise Fail(403, f"You don't have the rights to create a {t} under the namespace \"{ns}\"")
+        if t == "space" and d.get("sdk") not in ("gradio", "docker", "static"):
+            raise Fail(400, "A space needs an sdk: gradio, docker or static")
         async with self.s.lock:
             repo = self.s.load(t, rid)
             if repo is not None:      # create_repo(exist_ok=True) reads "url" from this 409 body

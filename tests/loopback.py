@@ -98,14 +98,14 @@ class Hub:
             stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().removeprefix('READY ').strip()
 
-    def repo(self, repo_id):
+    def repo(self, repo_id, repo_type='model'):
         """All that the server knows of a repository, None if there is none."""
-        file = self.root / 'repos' / 'models' / f'{repo_id}.json'
+        file = self.root / 'repos' / f'{repo_type}s' / f'{repo_id}.json'
         return json.loads(file.read_text()) if file.exists() else None
 
-    def files(self, repo_id, ref='refs/heads/main'):
+    def files(self, repo_id, ref='refs/heads/main', repo_type='model'):
         """Content of each file of a repository."""
-        repo = self.repo(repo_id)
+        repo = self.repo(repo_id, repo_type)
         tree = repo['commits'][repo['refs'][ref]]['tree']
         return {name: (self.root / 'objects' / f['sha256'][:2] / f['sha256']).read_bytes() for name, f in tree.items()}
 

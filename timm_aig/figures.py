@@ -8,8 +8,8 @@ import torch
 from .analysis import wilson_interval
 
 __all__ = [
-    'plot_accuracy_macs', 'plot_block_rates', 'plot_blocks_run', 'plot_budgets', 'plot_contact_sheet', 'plot_execution_rates',
-    'plot_rates_over_epochs',
+    'plot_accuracy_macs', 'plot_block_rates', 'plot_blocks_run', 'plot_budgets', 'plot_contact_sheet',
+    'plot_execution_rates', 'plot_rates_over_epochs',
 ]
 
 BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'  # Okabe and Ito's, told apart by all kinds of colour vision
