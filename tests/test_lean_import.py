@@ -1,12 +1,15 @@
 """Importing the package is cheap: nothing but timm comes along."""
+import os
 import subprocess
 import sys
 
 HEAVY = ('matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'sklearn', 'gradio', 'openvino', 'tensorboard', 'pandas')
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.strip()
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, '-c', code], check=True, capture_output=True, text=True, env={**os.environ, **env})
+    return done.stdout.strip()
 
 
 def test_importing_it_imports_no_heavy_or_optional_package():
@@ -16,10 +19,11 @@ def test_importing_it_imports_no_heavy_or_optional_package():
 
 
 def test_importing_it_costs_at_most_50_ms_over_timm():
-    # Processor time, the best of five: what other processes of the machine do does not count.
+    # Processor time, the best of five: what other processes of the machine do does not count, nor does compiling the
+    # source, which Python does once.
     code = ('import timm, time; start = time.process_time(); import timm_aig; '
             'print(time.process_time() - start)')
-    assert min(float(run(code)) for _ in range(5)) <= 0.05
+    assert min(float(run(code, PYTHONDONTWRITEBYTECODE='')) for _ in range(5)) <= 0.05
 
 
 def test_every_public_name_is_there():
