@@ -142,6 +142,8 @@ def test_the_file_says_what_its_user_needs(tmp_path):
     assert json.loads(values['input_size']) == [1, 28, 28] and json.loads(values['mean']) == [0.286]
     assert json.loads(values['gated_blocks']) == list(timm_aig.gated_blocks(model))
     assert values['architecture'] == 'cifar_resnet32_aig' and values['mode'] == 'masked'
+    budgets = dict(json.loads(values['budgets']))
+    assert budgets[.5] == timm_aig.set_budget(model, .5)
 
 
 def test_files_run_without_torch_and_timm(model, x, tmp_path):
@@ -278,6 +280,10 @@ def test_models_that_cannot_be_exported_are_refused(model, x, tmp_path):
         timm_aig.export_onnx(timm_aig.ungate_(model), path)
     with pytest.raises(ValueError, match=r'must end in \.xml'):
         timm_aig.export_openvino(model, path)
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True)
+    timm_aig.set_budget(model, .5, cap=.6)
+    with pytest.raises(ValueError, match='cap'):
+        timm_aig.export_onnx(model, path)
 
 
 def test_every_kind_of_block_is_exported_and_optimized(parent, train_norms, train_gates, tmp_path):

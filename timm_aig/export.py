@@ -19,6 +19,7 @@ from timm.data import resolve_data_config
 from timm.models.resnet import ResNet
 
 from .blocks import gated_blocks
+from .budget import budget_table
 from .checkpoint import write_atomically
 from .export_check import ExportError, Run, check_export, own_offsets, torch_run
 from .export_model import MODES, ExportModel
@@ -45,7 +46,8 @@ def export_onnx(
 
     Inputs are `x` [B, C, H, W], normalised as in training, and `gate_offset` [L], the logit offset of each of the L
     gates, which may be left out for the model's own. Outputs are `logits` and `gates` [B, L], 0. or 1. Batch norms are
-    folded. The file's metadata hold labels, mean, std, input size and the names of the gated blocks.
+    folded. The file's metadata hold labels, mean, std, input size, the names of the gated blocks and, of a calibrated
+    model, `budgets`: pairs of a MACs share and the gate offset that gives it, the same for all gates.
 
     Args:
         model: timm ResNet, adaptive, or static for mode 'masked'. It is not changed.
@@ -215,6 +217,8 @@ def _prepare(
     blocks = gated_blocks(model)
     if not blocks and mode != 'masked':
         raise ValueError("model has no gated blocks; mode 'masked' exports a static model.")
+    if any(block.gate.cap is not None for block in blocks.values()):
+        raise ValueError('model has a cap on the MACs of each image, which cannot be exported: set_budget without cap.')
     if (open is not None) != (mode == 'path') or (open is not None and len(open) != len(blocks)):
         raise ValueError(f"open, one value for each of the {len(blocks)} gated blocks, and mode 'path' go together.")
     model = copy.deepcopy(model).cpu().float().eval()
@@ -323,6 +327,7 @@ def _describe(
         'architecture': config.get('architecture'), 'mode': mode, 'precision': precision,
         'input_size': list(images.shape[1:]), 'mean': list(data['mean']), 'std': list(data['std']),
         'interpolation': data['interpolation'], 'crop_pct': data['crop_pct'],
+        'budgets': [[point.budget, point.gate_offset] for point in budget_table(model)] or None,
         'labels': config.get('label_names'), 'gated_blocks': list(gated_blocks(model)),
         'open': None if open is None else [bool(o) for o in open], 'license': config.get('license'),
     }
