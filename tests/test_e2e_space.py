@@ -128,6 +128,11 @@ class Page:
         return [word == 'run' for word in re.findall(r'<b>(run|skipped)</b>', self.get('#network'))]
 
     @property
+    def images(self):
+        """The pictures shown of the image."""
+        return re.findall(r'<img[^>]*>', self.get('#images'))
+
+    @property
     def classes(self):
         return self.script('return document.querySelector("#classes")?.innerText ?? ""')
 
@@ -214,7 +219,7 @@ def test_an_upload_is_shown_and_computed(page, tmp_path):
 
 
 def test_a_bad_upload_gets_a_message_and_changes_nothing(page, tmp_path):
-    before = page.gates, page.get('#images')
+    before = page.gates, page.images
     files = {'text.png': (b'not an image', 'no image that can be read'), 'none.jpg': (b'', 'empty'),
              'words.txt': (b'words', 'no image that can be read')}
     Image.new('1', (10_000, 10_000)).save(tmp_path / 'huge.png')
@@ -225,7 +230,7 @@ def test_a_bad_upload_gets_a_message_and_changes_nothing(page, tmp_path):
         page.wait(lambda name=name: page.message.startswith(name))
         assert message in page.message and 'role="alert"' in page.get('#message')
         assert 'Traceback' not in page.text and str(tmp_path) not in page.text
-    assert (page.gates, page.get('#images')) == before
+    assert (page.gates, page.images) == before
     page.pick(3)
     page.wait(lambda: 'Dress' in page.get('#images'))
     assert page.message == ''
@@ -250,7 +255,8 @@ def test_the_slider_acts_at_once(page):
 
 def test_other_models_come_from_a_folder_and_from_the_hub(page, budgeted, client):
     page.type_model(f'local-dir:{budgeted}')
-    page.wait(lambda: "percent of the static parent's MACs" in page.text)
+    page.wait(lambda: page.slider.get_attribute('min') == '30')
+    assert "percent of the static parent's MACs" in page.text
     page.slider.send_keys(Keys.HOME)
     page.wait(lambda: page.gates == expected_gates(f'local-dir:{budgeted}', sample(0), 30))
     assert 'No execution rates come with this model' in page.get('#heatmap')
