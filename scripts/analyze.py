@@ -37,17 +37,16 @@ except ImportError as e:
     print(f"error: {e}. The analysis needs the extra 'train': pip install 'timm_aig[train]'", file=sys.stderr)
     sys.exit(2)
 
-import timm
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_data_config
 from torch.utils.data import IterableDataset
+from validate import add_evaluation_args, create_model, create_test_loader, data_config, open_split
 
 import timm_aig
 from timm_aig.analysis import GateCounts, block_kinds, cluster_classes, path_statistics, wilson_interval
 from timm_aig.checkpoint import write_atomically
 from timm_aig.claims import check_claims
-from timm_aig.data import UNREADABLE, DataError, class_names, convert_images, count_unreadable, open_dataset
+from timm_aig.data import DataError, class_names, count_unreadable
 from timm_aig.figures import (
     MAX_GROUPS,
     plot_block_rates,
@@ -74,18 +73,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
-    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
-    arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
-    arg('--data-dir', metavar='DIR', help='root of the data set')
-    arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
-    arg('--split', default='validation', metavar='NAME', help='default: %(default)s')
-    arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
-    arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
-    arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
-    arg('--crop-pct', type=float, help="default: the model's")
-    arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
-    arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
-    arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    add_evaluation_args(arg)
     arg('--amp', action='store_true', help='bfloat16 autocast')
     arg('--gate-offset', type=float, metavar='X', help="default: the model's own")
     arg('--groups', metavar='FILE', help='JSON, names of the classes of each group; default: clusters of confused ones')
@@ -104,12 +92,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
-def create_model(args: argparse.Namespace) -> Any:
-    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
-    try:
-        model: Any = timm.create_model(args.model, pretrained=args.pretrained or ':' in args.model, **kwargs).eval()
-    except Exception as e:  # timm's, the Hub's and the files' own
-        raise InputError(f'model {args.model}: {e}') from e
+def create_adaptive_model(args: argparse.Namespace) -> Any:
+    model = create_model(args, args.model)
     if not timm_aig.gated_blocks(model):
         raise InputError(f'--model must be adaptive, {args.model} has no gates.')
     if args.gate_offset is not None:
@@ -290,11 +274,9 @@ def format_results(results: Dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = create_model(args)
-    config = resolve_data_config(
-        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
-    dataset = open_dataset(
-        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+    model = create_adaptive_model(args)
+    config = data_config(args, model)
+    dataset = open_split(args)
     names = names_of_classes(model, dataset)
     groups = read_groups(args.groups, names) if args.groups else {}
     folder = Path(args.output)
@@ -304,11 +286,7 @@ def run(args: argparse.Namespace) -> None:
         (folder / '.probe').unlink()
     except OSError as e:
         raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
-    loader = create_loader(
-        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, device=torch.device(args.device),
-        use_prefetcher=False, persistent_workers=False)
-    convert_images(dataset, config['input_size'][0])
+    loader = create_test_loader(args, dataset, config, device=torch.device(args.device), use_prefetcher=False)
     cost = timm_aig.compute_cost(model, config['input_size'])
     counts = GateCounts(model.num_classes, cost.blocks, args.extremes)
     count(model, loader, counts, args)

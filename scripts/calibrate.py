@@ -19,14 +19,13 @@ from typing import Any, Dict, List, Optional
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
-import timm
 import torch
-from timm.data import create_loader, resolve_data_config
+from validate import add_evaluation_args, create_model, create_test_loader, data_config, open_split
 
 import timm_aig
 from timm_aig.calibrate import BUDGETS, Calibration
 from timm_aig.checkpoint import write_atomically
-from timm_aig.data import UNREADABLE, DataError, convert_images, hold_out, open_dataset
+from timm_aig.data import DataError, hold_out
 from timm_aig.recipe import InputError
 
 EXAMPLES = """examples:
@@ -42,20 +41,9 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
-    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
-    arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
-    arg('--data-dir', metavar='DIR', help='root of the data set')
-    arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
-    arg('--split', default='train', metavar='NAME', help='default: %(default)s')
+    add_evaluation_args(arg, split='train')
     arg('--holdout', type=int, metavar='N', help='take N images of the split, drawn at random, the same that '
         'finetune.py --holdout N leaves out of the training (default: all)')
-    arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
-    arg('--unreadable', choices=UNREADABLE, default='skip', help='images: leave out (default), or error')
-    arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
-    arg('--crop-pct', type=float, help="default: the model's")
-    arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
-    arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
-    arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
     arg('--budgets', type=float, nargs='*', metavar='X', default=BUDGETS, help='default: 0.4 to 1 in steps of 0.1')
     arg('--tolerance', type=float, default=0.005, metavar='X', help="of a budget's MACs, default: %(default)s")
     arg('--max-accuracy-drop', type=float, metavar='POINTS', help='find the smallest budget that loses no more, '
@@ -75,32 +63,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
-def create_model(args: argparse.Namespace) -> Any:
-    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
-    try:
-        return timm.create_model(args.model, pretrained=args.pretrained or ':' in args.model, **kwargs).eval()
-    except Exception as e:  # timm's, the Hub's and the files' own
-        raise InputError(f'--model {args.model}: {e}') from e
-
-
 def create_images(args: argparse.Namespace, model: Any) -> Any:
-    """Loader of the calibration images, as for a test: cropped in the middle, not augmented."""
-    config = resolve_data_config(
-        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
-
-    def open_split() -> Any:
-        return open_dataset(
-            args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
-
-    dataset = open_split()
+    """Loader of the calibration images."""
+    dataset = open_split(args)
     if args.holdout is not None:
-        dataset = hold_out(dataset, open_split(), args.holdout)[1]
-    loader = create_loader(
-        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, use_prefetcher=False,
-        persistent_workers=False)
-    convert_images(dataset, config['input_size'][0])
-    return loader
+        dataset = hold_out(dataset, open_split(args), args.holdout)[1]
+    return create_test_loader(args, dataset, data_config(args, model), use_prefetcher=False)
 
 
 def write_hub_config(model: Any, path: Path) -> None:
@@ -125,7 +93,7 @@ def print_table(result: Calibration) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = create_model(args)
+    model = create_model(args, args.model)
     loader = create_images(args, model)
     model = model.to(torch.device(args.device), memory_format=torch.channels_last)
     try:

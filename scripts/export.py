@@ -26,7 +26,7 @@ import torch
 from timm.data import ImageDataset, create_transform, resolve_data_config
 
 import timm_aig
-from timm_aig.export_check import FORCED
+from timm_aig.export_check import FORCED, own_offsets
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
@@ -138,9 +138,8 @@ def time_files(
         args: argparse.Namespace, model: Any, images: torch.Tensor, files: Dict[str, Path],
 ) -> List[Dict[str, Any]]:
     """Milliseconds of each file at batch 1, in turns, and over the static parent in the same runtime."""
-    gated = timm_aig.gated_blocks(model)
-    own = np.array([block.gate.offset for block in gated.values()], np.float32)
-    everything = np.full(len(gated), FORCED, np.float32)
+    own = own_offsets(model)
+    everything = np.full_like(own, FORCED)
     with tempfile.TemporaryDirectory() as folder:
         static = timm_aig.ungate_(copy.deepcopy(model))
         parent = Path(folder, f'parent{SUFFIXES[args.format]}')

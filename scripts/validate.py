@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -46,16 +46,13 @@ EXAMPLES = """examples:
 exit code: 0 done, 2 bad input"""
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg = parser.add_argument
+def add_evaluation_args(arg: Callable[..., Any], split: str = 'validation') -> None:
+    """Arguments for a model and a data set; analyze.py and calibrate.py have them too."""
     arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
-    arg('--against', metavar='NAME', help='second model, compared image by image')
     arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
     arg('--data-dir', metavar='DIR', help='root of the data set')
     arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
-    arg('--split', default='validation', metavar='NAME', help='default: %(default)s')
+    arg('--split', default=split, metavar='NAME', help='default: %(default)s')
     arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
     arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
     arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
@@ -63,6 +60,14 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--batch-size', '-b', type=int, default=128, help='default: %(default)s')
     arg('--workers', '-j', type=int, default=4, metavar='N', help='loader processes, default: %(default)s')
     arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arg = parser.add_argument
+    add_evaluation_args(arg)
+    arg('--against', metavar='NAME', help='second model, compared image by image')
     arg('--amp', action='store_true', help='bfloat16 autocast')
     arg('--optimize', action='store_true', help='run what timm_aig.optimize_for_inference makes of the model')
     gates = parser.add_mutually_exclusive_group().add_argument
@@ -101,12 +106,34 @@ class Timed(nn.Module):
         return output
 
 
-def create_model(args: argparse.Namespace, name: str) -> Any:
+def create_model(args: argparse.Namespace, name: str, argument: str = '--model') -> Any:
+    """The model that an argument names."""
     kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
     try:
         return timm.create_model(name, pretrained=args.pretrained or ':' in name, **kwargs).eval()
     except Exception as e:  # timm's, the Hub's and the files' own
-        raise InputError(f'model {name}: {e}') from e
+        raise InputError(f'{argument} {name}: {e}') from e
+
+
+def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
+    """timm's data config of the model, with what the arguments say."""
+    return resolve_data_config(
+        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
+
+
+def open_split(args: argparse.Namespace) -> Any:
+    """The data set that the arguments name."""
+    return open_dataset(
+        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+
+
+def create_test_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], **kwargs: Any) -> Any:
+    """Loader of images cropped in the middle, not augmented."""
+    loader = create_loader(
+        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, persistent_workers=False, **kwargs)
+    convert_images(dataset, config['input_size'][0])
+    return loader
 
 
 def gate_offsets(
@@ -127,18 +154,15 @@ def gate_offsets(
     return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
 
 
-def validate(args: argparse.Namespace, name: str, device: torch.device) -> List[Dict[str, Any]]:
+def validate(
+        args: argparse.Namespace, name: str, device: torch.device, argument: str = '--model',
+) -> List[Dict[str, Any]]:
     """One row for each gate offset or budget, with its Evaluation under 'evaluation'."""
-    model = create_model(args, name)
-    config = resolve_data_config(
-        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
-    dataset = open_dataset(
-        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
-    loader = create_loader(
-        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, distributed=args.distributed,
-        device=device, use_prefetcher=device.type == 'cuda', persistent_workers=False)
-    convert_images(dataset, config['input_size'][0])
+    model = create_model(args, name, argument)
+    config = data_config(args, model)
+    dataset = open_split(args)
+    loader = create_test_loader(
+        args, dataset, config, distributed=args.distributed, device=device, use_prefetcher=device.type == 'cuda')
     cost = timm_aig.compute_cost(model, config['input_size'])
     model = model.to(device, memory_format=torch.channels_last)
     gated = timm_aig.gated_blocks(model)
@@ -219,13 +243,13 @@ def run(args: argparse.Namespace) -> None:
     rows = validate(args, args.model, device)
     comparison, other = None, []
     if args.against:
-        other = validate(args, args.against, device)
+        other = validate(args, args.against, device, '--against')
         first, second = rows[0]['evaluation'], other[0]['evaluation']
         if not torch.equal(first.labels, second.labels):
             raise InputError('--against: the two models did not see the same images in the same order.')
         comparison = mcnemar(first, second)
         rows += other
-    alternatives = [validate(args, name, device)[0] for name in args.alternatives]
+    alternatives = [validate(args, name, device, '--alternatives')[0] for name in args.alternatives]
     if args.rank != 0:
         return
     if args.plot:

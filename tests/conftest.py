@@ -136,6 +136,21 @@ def adaptive_model(static_model, tmp_path_factory):
     return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
 
 
+@pytest.fixture(scope='session')
+def plain_loop(images):
+    """Gives logits, gates and labels of the validation images by a model's name, image by image, and the model."""
+    def _plain_loop(name: str):
+        model = timm.create_model(name, pretrained=True).eval()
+        config = timm.data.resolve_data_config(model=model)
+        dataset = timm.data.ImageDataset(str(images / 'validation'), transform=timm.data.create_transform(**config))
+        with torch.no_grad():
+            outputs = [timm_aig.forward_gates(model, image[None]) for image, _ in dataset]
+        labels = torch.tensor([label for _, label in dataset])
+        return torch.cat([o for o, _ in outputs]), torch.cat([g for _, g in outputs]), labels, model
+
+    return _plain_loop
+
+
 @pytest.fixture
 def fork_main(finetune, tmp_path):
     """Starts finetune.main(args) in a process of its own, the leader of its group.

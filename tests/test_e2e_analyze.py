@@ -4,25 +4,9 @@ import json
 from collections import Counter
 
 import pytest
-import timm
-import torch
 from PIL import Image
 
 import timm_aig
-
-
-@pytest.fixture(scope='module')
-def adaptive_model(static_model, tmp_path_factory):
-    """local-dir: name of a model whose gates open for some images."""
-    torch.manual_seed(0)
-    model = timm.create_model(static_model, pretrained=True)
-    timm_aig.gate_(model)
-    with torch.no_grad():
-        for block in timm_aig.gated_blocks(model).values():
-            block.gate.fc1.weight.normal_(std=4.)
-            block.gate.fc2.weight.normal_(std=1.)
-            block.gate.fc2.bias.zero_()
-    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
 
 
 @pytest.fixture
@@ -42,18 +26,8 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def plain_loop(name, images):
-    model = timm.create_model(name, pretrained=True).eval()
-    config = timm.data.resolve_data_config(model=model)
-    dataset = timm.data.ImageDataset(str(images / 'validation'), transform=timm.data.create_transform(**config))
-    with torch.no_grad():
-        outputs = [timm_aig.forward_gates(model, image[None]) for image, _ in dataset]
-    labels = torch.tensor([label for _, label in dataset])
-    return torch.cat([o for o, _ in outputs]), torch.cat([g for _, g in outputs]), labels, model
-
-
-def test_the_tables_and_figures_are_those_of_a_plain_loop(analyze, adaptive_model, images):
-    logits, gates, labels, model = plain_loop(adaptive_model, images)
+def test_the_tables_and_figures_are_those_of_a_plain_loop(analyze, adaptive_model, plain_loop):
+    logits, gates, labels, model = plain_loop(adaptive_model)
     folder, out = analyze('--model', adaptive_model, '--json')
     results = json.loads(out)
     assert json.loads((folder / 'analysis.json').read_text()) == results

@@ -242,7 +242,7 @@ def _quietly() -> Iterator[None]:
 
 def _program(model: ExportModel, x: torch.Tensor, batch: bool = False) -> Any:
     shapes = {'x': {0: torch.export.Dim('batch')} if batch else None, 'gate_offset': None}
-    args = (x, model.offsets.clone() if model.takes_offset else None)
+    args = (x, torch.zeros_like(model.bias) if model.takes_offset else None)
     with _quietly(), torch.no_grad():
         return torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
 

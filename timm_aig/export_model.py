@@ -111,7 +111,6 @@ class ExportStage(nn.Module):
 class ExportModel(nn.Module):
     """A model with `x` and `gate_offset` for inputs, and `logits` and `gates` for outputs."""
     bias: torch.Tensor
-    offsets: torch.Tensor
     pattern: torch.Tensor
 
     def __init__(self, model: nn.Module, mode: str, open: Sequence[bool] = ()) -> None:
@@ -147,7 +146,6 @@ class ExportModel(nn.Module):
         self.mode = mode
         self.takes_offset = bool(gated) and mode != 'path'
         self.register_buffer('bias', torch.cat([torch.zeros(0), *(block.gate.bias2 for block in gated)]))
-        self.register_buffer('offsets', torch.tensor([float(block.gate.offset) for block in gated]))
         self.register_buffer('pattern', torch.tensor([bool(o) for o in open]).float())
 
     def forward(self, x: torch.Tensor, gate_offset: Optional[torch.Tensor] = None) -> Any:

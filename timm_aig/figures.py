@@ -267,16 +267,13 @@ def plot_accuracy_macs(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(6, 4)
-    axes = figure.add_subplot()
+    figure, axes = _accuracy_axes()
     _, shares, accuracies = zip(*points)
     axes.plot(shares, accuracies, color='#9a9a9a', marker='.', linewidth=1, label='after each epoch')
     axes.plot(shares[-1], accuracies[-1], 'o', color='#0072b2', markersize=9, label=points[-1][0])
     if parent is not None:
         axes.plot(parent[1], parent[2], 's', color='#d55e00', markersize=9, label=parent[0])
-    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %', xlim=(min(shares) - .05, 1.05))
-    axes.ticklabel_format(useOffset=False)
-    axes.grid(alpha=.3)
+    axes.set_xlim(min(shares) - .05, 1.05)
     figure.legend(loc='outside upper center', ncols=3, frameon=False)
     return _save(figure, path)
 
@@ -299,18 +296,24 @@ def plot_budgets(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(6, 4)
-    axes = figure.add_subplot()
+    figure, axes = _accuracy_axes()
     names, shares, accuracies = zip(*points)
     axes.plot(shares, accuracies, 'o-', color='#0072b2', label=f'{names[0]}, one checkpoint')
     for (name, share, accuracy), marker in zip(others, 's^Dvp*hX' * len(others)):
         axes.plot(share, accuracy, marker, color='#d55e00', markersize=8, label=name)
-    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
-    axes.ticklabel_format(useOffset=False)
-    axes.grid(alpha=.3)
     for text in figure.legend(loc='outside upper center', ncols=1, frameon=False).get_texts():
         text.set_parse_math(False)  # a name may hold a $
     return _save(figure, path)
+
+
+def _accuracy_axes() -> Tuple[Any, Any]:
+    """Figure and axes of accuracy against MACs."""
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.ticklabel_format(useOffset=False)
+    axes.grid(alpha=.3)
+    return figure, axes
 
 
 def _check_groups(groups: Mapping[str, Sequence[int]]) -> None:

@@ -51,6 +51,7 @@ def lift_last_convs(graph: Any, shapes: Dict[str, List[int]]) -> None:
         shapes: Shape of the output of each `If`, by name.
     """
     weights = {initializer.name: initializer for initializer in graph.initializer}
+    block = _block_size()
     nodes: List[Any] = []
     for node in graph.node:
         bodies = {a.name: a.g for a in node.attribute if a.HasField('g')}
@@ -60,7 +61,7 @@ def lift_last_convs(graph: Any, shapes: Dict[str, List[int]]) -> None:
             continue
         then = bodies['then_branch']
         height, width = shapes[node.name][2:]
-        channels, block = weights[conv.input[1]].dims[0], _block_size()
+        channels = weights[conv.input[1]].dims[0]
         inside: List[Any] = []
         outside: List[Any] = []
         for n in then.node:

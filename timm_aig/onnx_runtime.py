@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 
+from .checkpoint import write_atomically
 from .onnx_branches import NCHWC, inline_branches, restore_branches, subgraphs
 from .onnx_passes import create_session, guard_layout, lift_last_convs, shorten_gates
 
@@ -73,12 +74,7 @@ def optimize_onnx(path: Union[str, os.PathLike], output: Optional[Union[str, os.
     optimized.metadata_props.add(key='machine', value=json.dumps(machine))
     result = optimized.SerializeToString()
     _compare(create_session(content), create_session(result))
-    temporary = output.with_name(f'.{output.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_bytes(result)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(output, lambda file: file.write(result))
     return output
 
 
