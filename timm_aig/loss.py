@@ -7,7 +7,6 @@ from typing import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.nn.functional import all_reduce
 
 from .cost import Cost
 
@@ -31,8 +30,11 @@ def global_mean(gates: torch.Tensor) -> torch.Tensor:
     gates = gates if gates.dtype == torch.float64 else gates.float()
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return gates.mean(dim=0)
-    total = torch.cat([gates.sum(dim=0), gates.new_tensor([len(gates)])])
-    total = all_reduce(total)
+    own = torch.cat([gates.sum(dim=0), gates.new_tensor([len(gates)])])
+    total = own.detach().clone()
+    dist.all_reduce(total)
+    # every process has this same loss: the gradient that reaches `own` from all of them is that many times its own
+    total = total + dist.get_world_size() * (own - own.detach())
     return total[:-1] / total[-1]
 
 
