@@ -197,3 +197,9 @@ def run_script(monkeypatch):
         return 0
 
     return _run_script
+
+
+@pytest.fixture(params=['gathered', 'sliced'])
+def slices(request, monkeypatch):
+    """Run open samples gathered, which is for small ones, and as slices of the batch, which is for large ones."""
+    monkeypatch.setattr('timm_aig.blocks.SLICE_NUMEL', 2 ** 30 if request.param == 'gathered' else 1)

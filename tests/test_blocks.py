@@ -32,6 +32,7 @@ def tolerance(dtype, reference):
 
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures('slices')
 def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut_where_closed(
         parent, dtype, channels_last, train_norms):
     static = train_norms(timm.create_model(parent)).eval()
@@ -72,6 +73,7 @@ def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut
                         assert torch.equal(x, original), f'{what}: the input was modified'
 
 
+@pytest.mark.usefixtures('slices')
 def test_masked_equals_sparse_through_a_whole_network(parent, train_norms, train_gates):
     model = train_gates(gate_(train_norms(timm.create_model(parent)))).eval()
     for batch in (1, 5):
@@ -111,6 +113,7 @@ def test_sparse_counts_on_a_relu_only_where_there_is_one(train_norms):
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d', 'seresnet50', 'cifar_resnet20'])
+@pytest.mark.usefixtures('slices')
 def test_sparse_computes_the_residual_branches_of_open_samples_and_no_others(arch, train_norms):
     """Counted by torch where the convolutions are dispatched, and compared with timm's model."""
     static = timm.create_model(arch).eval()
@@ -150,6 +153,7 @@ def test_sparse_computes_the_residual_branches_of_open_samples_and_no_others(arc
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d', 'resnetblur18', 'ecaresnet26t'])
 @pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.usefixtures('slices')
 def test_neither_the_input_nor_a_collected_feature_is_modified(arch, batch, train_norms):
     model = gate_(train_norms(timm.create_model(arch))).eval()
     kept = []

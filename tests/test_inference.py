@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import timm_aig
 from timm_aig.inference import FusedConv, InferenceBlock
@@ -56,8 +56,9 @@ def models():
     return get
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.usefixtures('slices')
 def test_outputs_and_gates_are_the_models_for_any_pattern_batch_layout_and_micro_batch(models, data):
     arch = data.draw(st.sampled_from(ARCHS))
     batch = data.draw(st.integers(1, 9))
@@ -95,6 +96,7 @@ def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
     assert_same(actual, expected)
 
 
+@pytest.mark.usefixtures('slices')
 def test_an_activation_that_changes_closed_samples_is_applied_to_them():
     model = create('resnet18_aig', act_layer='silu')
     x = images(4)
@@ -130,6 +132,7 @@ def test_the_model_itself_is_untouched():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.usefixtures('slices')
 def test_collected_features_are_not_overwritten_by_later_blocks():
     for arch in ('resnet18_aig', 'resnet26d_aig', 'cifar_resnet20_aig'):
         model = create(arch, features_only=True)
@@ -173,14 +176,16 @@ def convolution_rows(optimized, x, open):
 
 
 @pytest.mark.parametrize('micro_batch', [1, 3, 8])
+@pytest.mark.usefixtures('slices')
 def test_a_branch_computes_the_open_samples_only(models, micro_batch):
     _, optimized = models('resnet18', micro_batch)
-    blocks = len(timm_aig.gated_blocks(optimized))
+    count = len(timm_aig.gated_blocks(optimized))
     for rate in (0., 0.5, 1.):
-        open = torch.rand(8, blocks, generator=torch.Generator().manual_seed(2)) < rate
+        open = torch.rand(8, count, generator=torch.Generator().manual_seed(2)) < rate
         assert convolution_rows(optimized, images(8), open) == open.sum(0).tolist()
 
 
+@pytest.mark.usefixtures('slices')
 def test_neither_order_nor_company_in_a_batch_changes_a_sample(models):
     for micro_batch in (1, 3, 8):
         _, optimized = models('resnet18', micro_batch)
@@ -191,6 +196,7 @@ def test_neither_order_nor_company_in_a_batch_changes_a_sample(models):
         assert_same(optimized(x[order]), expected[order])
 
 
+@pytest.mark.usefixtures('slices')
 def test_a_sample_of_nans_does_not_change_its_neighbours(models):
     for model in models('resnet18', 4):
         x = images(4)  # one micro-batch
@@ -220,20 +226,20 @@ def test_one_model_serves_many_threads(models):
 
 def test_blocks_that_calibration_images_never_or_always_run_lose_their_gate():
     model = create('cifar_resnet20_aig')
-    blocks = list(timm_aig.gated_blocks(model).values())
+    gated = list(timm_aig.gated_blocks(model).values())
     with torch.no_grad():
-        for block in blocks:
+        for block in gated:
             block.gate.fc2.weight.zero_()
-        for block in (blocks[1], blocks[3], blocks[8]):  # closed: identity, downsampling, last
+        for block in (gated[1], gated[3], gated[8]):  # closed: identity, downsampling, last
             block.gate.fc2.bias.copy_(torch.tensor([1., 0.]))
-        blocks[4].gate.fc2.weight.normal_()
+        gated[4].gate.fc2.weight.normal_()
         x = images(16, 'cifar')
         inputs = []
-        handle = blocks[4].gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0]))
+        handle = gated[4].gate.register_forward_pre_hook(lambda gate, args: inputs.append(args[0]))
         model(x)
         handle.remove()
-        closed, opened = blocks[4].gate.logits(inputs[0]).unbind(1)
-        blocks[4].gate.offset = (closed - opened).sort().values[7:9].mean().item()  # open for half of the images
+        closed, opened = gated[4].gate.logits(inputs[0]).unbind(1)
+        gated[4].gate.offset = (closed - opened).sort().values[7:9].mean().item()  # open for half of the images
         expected, gates = timm_aig.forward_gates(model, x)
         assert 0.3 < gates[:, 4].mean() < 0.7
         optimized = timm_aig.optimize_for_inference(model, calibration=[x[:10], x[10:]])
@@ -267,6 +273,18 @@ def test_another_image_size_and_dtype_give_the_models_outputs(models):
         actual = optimized(x)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
+
+
+def test_layouts_of_the_weights_that_several_batches_share_are_kept_once():
+    optimized = timm_aig.optimize_for_inference(create('resnet50'))
+    with torch.no_grad():
+        for batch in (1, 2, 3, 4, 5, 6):
+            x = images(batch)
+            assert_same(optimized(x), torch.cat([optimized(x[i:i + 1]) for i in range(batch)]))
+    convs = [m for m in optimized.modules() if isinstance(m, FusedConv)]
+    assert all(len(conv._packed) == 6 for conv in convs)
+    layouts = [len({id(weight) for weight in conv._packed.values()}) for conv in convs]
+    assert max(layouts) <= 4 and sum(layouts) < 2 * len(convs)
 
 
 def test_plain_convolutions_replace_the_fused_ones_where_there_are_none(models, monkeypatch):

@@ -5,10 +5,12 @@ What it rests on, each measured with scripts/benchmark.py:
       oneDNN call (CPU, float32), in channels_last.
     * A stage works in place on its first block's output, so a closed block behind an identity shortcut costs nothing
       but its gate.
-    * On a CPU a batch is run in micro-batches of about one 224 px image, through the whole network: then there is
-      nothing to gather and scatter, a block runs or not, and activations stay in the cache.
+    * On a CPU a batch is run in micro-batches of about four 224 px images, through the whole network: enough to share
+      the calls of a gate and the reading of weights, few enough for activations to stay in the cache.
+    * Open samples that are large are run where they lie, neighbours together, and only small ones are gathered.
 """
 import copy
+import ctypes
 from functools import partial
 from itertools import chain
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -24,11 +26,11 @@ from .gate import Gate, gate_pass, rows_of_batch
 
 __all__ = ['optimize_for_inference']
 
-MICRO_BATCH_PIXELS = 224 * 224
+MICRO_BATCH_PIXELS = 4 * 224 * 224
 
 _HAS_FUSED_OPS = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name)
-    for name in ('_convolution_pointwise', '_convolution_pointwise_', '_reorder_convolution_weight'))
+    hasattr(torch.ops.mkldnn, name) for name in (
+        '_convolution_pointwise', '_convolution_pointwise_', '_reorder_convolution_weight', 'data_ptr', '_nbytes'))
 
 
 class FusedConv(nn.Module):
@@ -46,10 +48,10 @@ class FusedConv(nn.Module):
         self.conv_args: Tuple[Any, ...] = (stride, padding, dilation, False, [0, 0], conv.groups)
         self.fused_args: Tuple[Any, ...] = (padding, stride, dilation, conv.groups)
         self.relu = relu
-        self._packed: Tuple[Any, Any] = (None, None)  # image size and the weights in oneDNN's layout for it
+        self._packed: Dict[torch.Size, torch.Tensor] = {}  # by input shape, weights in the layout oneDNN wants for it
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**vars(self), '_packed': (None, None)}  # they can neither be copied nor pickled
+        return {**vars(self), '_packed': {}}  # they can neither be copied nor pickled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._packed_weight(x)
@@ -74,11 +76,19 @@ class FusedConv(nn.Module):
             return None
         if x.device.type != 'cpu' or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return None
-        size, weight = self._packed
-        if size != x.shape[2:]:
+        weight = self._packed.get(x.shape)
+        if weight is None:
+            # With another layout oneDNN would convert the weights in every call. Which one it wants depends on the
+            # batch too, but few layouts serve all shapes: each is kept once.
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.fused_args, list(x.shape))
-            self._packed = (x.shape[2:], weight)
+            content, kept = _packed_bytes(weight), set(list(self._packed.values()))  # a list first: threads may add
+            weight = next((w for w in kept if _packed_bytes(w) == content), weight)
+            self._packed[x.shape] = weight
         return weight
+
+
+def _packed_bytes(weight: torch.Tensor) -> bytes:
+    return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
 
 
 def _fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
@@ -274,8 +284,8 @@ def optimize_for_inference(
         calibration: Batches of images [B, C, H, W]. Blocks that run for all of these images lose their gate, blocks
             that run for none of them are removed: at the model's budget, a later set_budget moves the gates left.
         compile: Compile the convolutions of each block with torch.compile, the branch outside. Needs a C++ compiler.
-        micro_batch: Images to run through the network at a time. If None, on a CPU as many as have the pixels of one
-            224 x 224 image, elsewhere the whole batch.
+        micro_batch: Images to run through the network at a time. If None, on a CPU as many as have the pixels of four
+            224 x 224 images, elsewhere the whole batch.
 
     Returns:
         An eval-only model that takes and returns what `model` does, but for NaNs, which oneDNN's ReLU takes for 0.
