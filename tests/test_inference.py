@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import timm_aig
+from timm_aig import inference
 from timm_aig.inference import FusedConv, InferenceBlock
 
 ARCHS = ['resnet18', 'resnet26d', 'ecaresnet26t', 'resnetblur18', 'seresnext26d_32x4d', 'resnet50_gn', 'cifar_resnet20']
@@ -30,6 +31,10 @@ def create(arch, **kwargs):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.8, 1.5)
+    for block in timm_aig.gated_blocks(model).values():
+        torch.nn.init.normal_(block.gate.fc1.weight, std=4 * block.gate.fc1.in_features ** -0.5)
+        torch.nn.init.normal_(block.gate.fc2.weight)
+        torch.nn.init.zeros_(block.gate.fc2.bias)
     return model
 
 
@@ -72,6 +77,7 @@ def test_outputs_and_gates_are_the_models_for_any_pattern_batch_layout_and_micro
     timm_aig.set_execution(model, 'masked')
     with torch.no_grad(), timm_aig.force_gates(model, open):
         expected = model(x)
+    timm_aig.set_execution(model, 'auto')
     with timm_aig.force_gates(optimized, open):
         actual, gates = timm_aig.forward_gates(optimized, x)
     assert_same(actual, expected)
@@ -81,12 +87,7 @@ def test_outputs_and_gates_are_the_models_for_any_pattern_batch_layout_and_micro
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
-    model = copy.deepcopy(models(arch)[0])
-    for block in timm_aig.gated_blocks(model).values():  # thresholds in the middle of what these images give
-        with torch.no_grad():
-            block.gate.fc2.weight.normal_(0, 1)
-            block.gate.fc2.bias.zero_()
-    optimized = timm_aig.optimize_for_inference(model)
+    model, optimized = models(arch)
     x = images(6, arch)
     with torch.no_grad():
         expected, gates = timm_aig.forward_gates(model, x)
@@ -100,10 +101,6 @@ def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
 def test_an_activation_that_changes_closed_samples_is_applied_to_them():
     model = create('resnet18_aig', act_layer='silu')
     x = images(4)
-    for block in timm_aig.gated_blocks(model).values():
-        torch.nn.init.normal_(block.gate.fc1.weight, std=4)
-        torch.nn.init.normal_(block.gate.fc2.weight)
-        torch.nn.init.zeros_(block.gate.fc2.bias)
     with torch.no_grad():
         expected, gates = timm_aig.forward_gates(model, x)
     assert 0 < gates.mean() < 1
@@ -191,6 +188,7 @@ def test_neither_order_nor_company_in_a_batch_changes_a_sample(models):
         _, optimized = models('resnet18', micro_batch)
         x = images(8)
         expected = torch.cat([optimized(x[i:i + 1]) for i in range(8)])
+        assert 0 < timm_aig.forward_gates(optimized, x)[1].mean() < 1
         order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
         assert_same(optimized(x), expected)
         assert_same(optimized(x[order]), expected[order])
@@ -213,8 +211,11 @@ def test_one_model_serves_many_threads(models):
         requests = [images(1 + i % 3, 'cifar_resnet20') + i / 100 for i in range(200)]
         with torch.no_grad():
             expected = [timm_aig.forward_gates(model, x) for x in requests]
+        assert 0 < torch.cat([gates for _, gates in expected]).mean() < 1
 
-        def serve(x, model=model):
+        cold = copy.deepcopy(model)  # lays out its weights as the requests come
+
+        def serve(x, model=cold):
             with torch.no_grad():
                 return timm_aig.forward_gates(model, x)
         with ThreadPoolExecutor(8) as pool:
@@ -275,16 +276,29 @@ def test_another_image_size_and_dtype_give_the_models_outputs(models):
     torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
 
 
-def test_layouts_of_the_weights_that_several_batches_share_are_kept_once():
+def test_each_layout_of_the_weights_is_kept_once_and_shapes_are_forgotten(monkeypatch):
+    monkeypatch.setattr(inference, 'MAX_SHAPES', 5)
     optimized = timm_aig.optimize_for_inference(create('resnet50'))
     with torch.no_grad():
         for batch in (1, 2, 3, 4, 5, 6):
             x = images(batch)
             assert_same(optimized(x), torch.cat([optimized(x[i:i + 1]) for i in range(batch)]))
-    convs = [m for m in optimized.modules() if isinstance(m, FusedConv)]
-    assert all(len(conv._packed) == 6 for conv in convs)
-    layouts = [len({id(weight) for weight in conv._packed.values()}) for conv in convs]
-    assert max(layouts) <= 4 and sum(layouts) < 2 * len(convs)
+    for conv in (m for m in optimized.modules() if isinstance(m, FusedConv)):
+        kept = {inference._content_hash(weight) for weight in conv._layouts.values()}
+        assert len(kept) == len(conv._layouts) and len(conv._packed) <= 5
+        assert {id(weight) for weight in conv._packed.values()} <= {id(weight) for weight in conv._layouts.values()}
+        assert bool(conv._packed) == inference._HAS_FUSED_OPS
+
+
+def test_weights_that_change_are_laid_out_anew(models):
+    optimized = copy.deepcopy(models('resnet18')[1])
+    x = images(2)
+    expected = optimized(x)
+    for conv in (m for m in optimized.modules() if isinstance(m, FusedConv)):
+        conv._apply(torch.zeros_like)
+    assert not torch.allclose(optimized(x), expected)
+    with pytest.raises(RuntimeError, match='takes no weights'):
+        optimized.load_state_dict({})
 
 
 def test_plain_convolutions_replace_the_fused_ones_where_there_are_none(models, monkeypatch):
@@ -295,6 +309,7 @@ def test_plain_convolutions_replace_the_fused_ones_where_there_are_none(models, 
         assert_same(optimized(x), model(x))
 
 
+@pytest.mark.usefixtures('slices')
 def test_compiled_blocks_keep_the_outputs_over_batch_sizes():
     model = create('cifar_resnet20_aig')
     timm_aig.ungate_(model)

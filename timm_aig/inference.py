@@ -11,6 +11,8 @@ What it rests on, each measured with scripts/benchmark.py:
 """
 import copy
 import ctypes
+import hashlib
+import inspect
 from functools import partial
 from itertools import chain
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -27,6 +29,7 @@ from .gate import Gate, gate_pass, rows_of_batch
 __all__ = ['optimize_for_inference']
 
 MICRO_BATCH_PIXELS = 4 * 224 * 224
+MAX_SHAPES = 1000  # input shapes a convolution remembers, against images of ever new sizes
 
 _HAS_FUSED_OPS = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in (
@@ -49,9 +52,14 @@ class FusedConv(nn.Module):
         self.fused_args: Tuple[Any, ...] = (padding, stride, dilation, conv.groups)
         self.relu = relu
         self._packed: Dict[torch.Size, torch.Tensor] = {}  # by input shape, weights in the layout oneDNN wants for it
+        self._layouts: Dict[bytes, torch.Tensor] = {}  # by the hash of their content: few layouts serve all shapes
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**vars(self), '_packed': {}}  # they can neither be copied nor pickled
+        return {**vars(self), '_packed': {}, '_layouts': {}}  # they can neither be copied nor pickled
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed, self._layouts = {}, {}
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._packed_weight(x)
@@ -79,16 +87,18 @@ class FusedConv(nn.Module):
         weight = self._packed.get(x.shape)
         if weight is None:
             # With another layout oneDNN would convert the weights in every call. Which one it wants depends on the
-            # batch too, but few layouts serve all shapes: each is kept once.
+            # batch too.
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.fused_args, list(x.shape))
-            content, kept = _packed_bytes(weight), set(list(self._packed.values()))  # a list first: threads may add
-            weight = next((w for w in kept if _packed_bytes(w) == content), weight)
+            weight = self._layouts.setdefault(_content_hash(weight), weight)  # atomic, threads may share the model
+            if len(self._packed) >= MAX_SHAPES:
+                self._packed.clear()
             self._packed[x.shape] = weight
         return weight
 
 
-def _packed_bytes(weight: torch.Tensor) -> bytes:
-    return ctypes.string_at(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
+def _content_hash(weight: torch.Tensor) -> bytes:
+    size: int = torch.ops.mkldnn._nbytes(weight)
+    return hashlib.sha256((ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(weight))).digest()
 
 
 def _fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
@@ -251,6 +261,9 @@ class InferenceModel(nn.Module):
             raise RuntimeError('a model optimized for inference cannot train, train the one it was made from.')
         return self
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError('a model optimized for inference takes no weights, load them into the one it was made from.')
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> Any:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -327,9 +340,10 @@ def _fold_stem(module: nn.Module) -> None:
 
 def _compile(model: nn.Module) -> None:
     """Compile stem, residual branches and downsampling shortcuts one by one, so that branches stay Python's."""
-    # Freezing lays out the weights for oneDNN. All blocks share the code of a method, and by default its few compiled
-    # versions too.
-    compiled: Any = partial(torch.compile, options={'freezing': True}, isolate_recompiles=True)
+    # Freezing lays out the weights for oneDNN. All blocks share the code of a method, and by default, or in a torch
+    # before 2.14, its few compiled versions too.
+    own = {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
+    compiled: Any = partial(torch.compile, options={'freezing': True}, **own)
     for module in list(model.modules()):
         if isinstance(module, InferenceBlock):
             vars(module)['add_residual'] = compiled(module.add_residual)
