@@ -169,7 +169,8 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
     arch = model.pretrained_cfg['architecture']
     adaptive = bool(timm_aig.gated_blocks(model))
     if adaptive:
-        set_budget_table(model, ())  # of the weights as they were
+        set_budget_table(model, ())  # of the weights as they were, and so is the offset
+        timm_aig.set_gate_offset(model, 0.)
     if args.static and adaptive:
         raise InputError(f'--static: --model {args.model} has gates.')
     trained = args.pretrained or args.initial_checkpoint or ':' in args.model

@@ -171,7 +171,10 @@ def validate(
         if gated:
             timm_aig.set_gate_offset(model, offset)
         timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device).eval()
-        evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
+        try:
+            evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
+        except ValueError as e:
+            raise DataError(f'--split {args.split}: {e}') from e
         seconds = torch.tensor(timed.seconds, dtype=torch.float64, device=device)
         if args.distributed:
             torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
@@ -235,7 +238,10 @@ def write_predictions(row: Dict[str, Any], path: str) -> None:
     lines = [f'{label},{prediction},{share:.6f}' for label, prediction, share in
              zip(e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
     text = '\n'.join(['label,prediction,macs_share', *lines, ''])
-    write_atomically(Path(path), lambda file: file.write(text.encode()))
+    try:
+        write_atomically(Path(path), lambda file: file.write(text.encode()))
+    except OSError as e:
+        raise InputError(f'--predictions {path}: {e}') from e
 
 
 def run(args: argparse.Namespace) -> None:
@@ -252,20 +258,20 @@ def run(args: argparse.Namespace) -> None:
     alternatives = [validate(args, name, device, '--alternatives')[0] for name in args.alternatives]
     if args.rank != 0:
         return
-    if args.plot:
-        plot(rows[:len(rows) - len(other)], [*other, *alternatives], args.plot)
-    rows += alternatives
-    if args.predictions:
-        write_predictions(rows[0], args.predictions)
+    # printed first: nothing that cannot be written loses it
     if args.json:
-        rows = [{k: v for k, v in row.items() if k not in ('evaluation', 'shares')} for row in rows]
-        print(json.dumps({'rows': rows, 'comparison': comparison}, indent=2))
-        return
-    print_table(rows)
-    if comparison:
+        shown = [{k: v for k, v in row.items() if k not in ('evaluation', 'shares')} for row in rows + alternatives]
+        print(json.dumps({'rows': shown, 'comparison': comparison}, indent=2))
+    else:
+        print_table(rows + alternatives)
+    if comparison and not args.json:
         print(f'{args.model} is right on {comparison["only_first_right"]} images where {args.against} is not, and the '
               f'other way round on {comparison["only_second_right"]}: {comparison["difference"]:+.2f} points, '
               f'p = {comparison["p_value"]:.3g} (exact McNemar test).')
+    if args.predictions:
+        write_predictions(rows[0], args.predictions)
+    if args.plot:
+        plot(rows[:len(rows) - len(other)], [*other, *alternatives], args.plot)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

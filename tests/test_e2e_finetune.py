@@ -401,10 +401,14 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
 
 def test_an_adaptive_model_goes_on_at_the_target_that_is_asked_for(run, tmp_path):
     assert run('--recipe', 'paper', '--target-rate', 0.7, '--epochs', 1, name='first')[0] == 0
+    first = timm.create_model(f'local-dir:{tmp_path}/first', pretrained=True)
+    timm_aig.set_gate_offset(first, -1)
+    timm_aig.save_pretrained(first, tmp_path / 'first')
     code, err = run('--recipe', 'paper', '--target-rate', 0.4, '--epochs', 1, model=f'local-dir:{tmp_path}/first')
     assert code == 0, err
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert config['model_args']['target_rate'] == 0.4
+    assert 'gate_offset' not in config['model_args']  # was of the weights before
 
 
 def test_help_has_examples_and_exit_codes(finetune, capsys):

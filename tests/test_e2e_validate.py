@@ -130,6 +130,20 @@ def test_bad_input_is_one_line_that_names_the_argument(run_script, images, capsy
     assert lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in ''.join(lines)
 
 
+def test_a_label_that_the_model_does_not_know_is_bad_input(run_script, images, tmp_path, capsys):
+    timm_aig.save_pretrained(timm.create_model('cifar_resnet20', num_classes=1), tmp_path)
+    assert run_script('validate.py', '--data-dir', images, '--model', f'local-dir:{tmp_path}', '--workers', 0) == 2
+    assert '--split validation: the model has 1 classes' in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_figures_are_printed_before_a_file_that_cannot_be_written(
+        run_script, images, static_model, tmp_path, capsys):
+    arguments = ['--data-dir', images, '--model', static_model, '--workers', 0]
+    assert run_script('validate.py', *arguments, '--predictions', tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert 'top1' in out and err.splitlines()[-1].startswith(f'error: --predictions {tmp_path}')
+
+
 def test_the_table_names_each_model(run_script, images, static_model, adaptive_model, capsys):
     assert run_script(
         'validate.py', '--data-dir', images, '--workers', 0, '--model', adaptive_model, '--against', static_model) == 0

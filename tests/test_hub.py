@@ -7,7 +7,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
@@ -105,6 +105,18 @@ def test_a_reset_head_and_pool_are_saved(tmp_path):
     other = reload(tmp_path)
     assert other.num_classes == 3 and other.global_pool.pool_type == 'catavgmax'
     assert torch.equal(other.fc.weight, model.fc.weight)
+
+
+def test_a_disk_that_is_full_is_an_oserror_and_what_was_there_stays(tmp_path, monkeypatch):
+    timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def save_file(*args, **kwargs):
+        raise SafetensorError('I/O error: No space left on device')
+    monkeypatch.setattr('timm_aig.hub.save_file', save_file)
+    with pytest.raises(OSError, match='No space left'):
+        timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_training_regularization_is_not_saved(tmp_path):

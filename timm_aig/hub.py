@@ -16,6 +16,7 @@ import torch.nn as nn
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import is_model
 from timm.models._hub import save_config_for_hf
@@ -52,13 +53,17 @@ def save_pretrained(
 
     Raises:
         ValueError: timm would not rebuild this model, or a weight is not finite.
+        OSError: The folder cannot be written to; what it held is untouched.
     """
     model = unwrap_model(model)
     _require_rebuildable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as saving:
-        save_file(_tensors(model), Path(saving, 'model.safetensors'), metadata={'format': 'pt'})
+        try:
+            save_file(_tensors(model), Path(saving, 'model.safetensors'), metadata={'format': 'pt'})
+        except SafetensorError as e:  # safetensors' own for a full disk too
+            raise OSError(f'cannot write to {folder}: {e}') from e
         _write_config(model, Path(saving, 'config.json'), model_config)
         _require_reload(model, saving)
         # safetensors makes files that only their owner may read
