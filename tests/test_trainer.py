@@ -102,13 +102,43 @@ def test_an_epoch_is_the_plain_loop_over_its_batches():
     assert result['macs_share'] == pytest.approx(share)
 
 
+@pytest.mark.parametrize('amp_dtype', [None, torch.float16])
 @pytest.mark.parametrize('value,detached', [(math.nan, False), (math.inf, False), (math.inf, True), (math.nan, True)])
-def test_stop_says_at_which_step_and_keeps_the_weights(value, detached):
-    trainer = make_trainer(criterion=NaNAt({8}, value, detached))
+def test_stop_says_at_which_step_and_keeps_the_weights(value, detached, amp_dtype):
+    trainer = make_trainer(criterion=NaNAt({8}, value, detached), amp_dtype=amp_dtype)
     with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: .* finite; the loss is not, the answers of all gat'):
         trainer.fit()
     assert trainer.step == 8
     assert all(v.isfinite().all() for k, v in weights(trainer).items() if 'running' not in k)
+
+
+def test_gradients_that_overflow_float16_lower_the_scale_and_are_no_reason_to_stop():
+    trainer = make_trainer(epochs=1, amp_dtype=torch.float16)
+    overflowing = [True]  # in the first step
+    trainer.model.fc.weight.register_hook(lambda grad: grad * math.inf if overflowing.pop() else grad)
+    before, scale = weights(trainer), trainer.scaler.get_scale()
+    update = trainer._update
+
+    def watched(results):
+        assert update(results)
+        if trainer.step == 1:
+            assert trainer.scaler.get_scale() == scale / 2
+            assert torch.equal(trainer.model.fc.weight, before['fc.weight'])
+        overflowing.append(False)
+        return True
+
+    trainer._update = watched
+    trainer.fit()
+    assert trainer.skipped == 0 and trainer.step == 6
+    assert not torch.equal(trainer.model.fc.weight, before['fc.weight'])
+
+
+def test_a_skipped_loss_in_float16_leaves_the_weights_and_statistics():
+    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=torch.float16)
+    before = weights(trainer)
+    trainer.fit()
+    assert trainer.skipped == 6
+    assert_equal(weights(trainer), before)
 
 
 def test_stop_names_the_first_gate_whose_answer_is_not_finite():

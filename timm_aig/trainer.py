@@ -247,7 +247,9 @@ class Trainer:
         parameters = [p for p in self.task.get_clip_parameters() if p.grad is not None]
         # after the reduction of gradients over processes, so that all of them decide alike
         finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
-        skipped = not finite and not self.scaler.is_enabled()
+        skipped = not finite
+        if skipped and self.scaler.is_enabled():  # gradients alone overflow until it has found its scale
+            skipped = self._is_any(not all(isfinite(result['loss']) for result in results))
         if skipped:
             self._meet_nonfinite(results)
         else:
@@ -256,7 +258,7 @@ class Trainer:
                 parameters = self.task.get_clip_parameters(exclude_head=True) if agc else parameters
                 dispatch_clip_grad(parameters, self.clip_grad, mode=self.clip_mode)
             self.scaler.step(self.optimizer)  # leaves out what overflowed float16
-            self.scaler.update()
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
@@ -264,6 +266,14 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         return not skipped
+
+    def _is_any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if not self.distributed:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flags)
+        return bool(flags)
 
     def _meet_nonfinite(self, results: List[Dict[str, float]]) -> None:
         gates = gated_blocks(self.model)
@@ -297,9 +307,7 @@ class Trainer:
         if self.distributed:  # the signal reaches processes at different steps, they agree before torchrun kills them
             terminated = False
             if self.device.type == 'cpu' or self.step % 10 == 0 or self.position == len(self.loader):
-                flag = torch.tensor(float(self._terminated), device=self.device)
-                dist.all_reduce(flag)
-                terminated = bool(flag)
+                terminated = self._is_any(self._terminated)
         if due or terminated:
             self.save()
         if terminated:
