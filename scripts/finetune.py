@@ -39,6 +39,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import init_distributed_device, random_seed
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DistributedSampler
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 import timm_aig
@@ -114,6 +115,8 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
         raise InputError(f'--aa {args.aa} or --interpolation {config["interpolation"]}: {type(e).__name__}: {e}') from e
     if len(train_loader) == 0:
         raise InputError(f'--batch-size {args.batch_size}: the {len(train)} training images do not fill one batch.')
+    if isinstance(train_loader.sampler, DistributedSampler):
+        train_loader.sampler.seed = args.seed  # of the order of the images
     if args.crop_padding is not None:
         steps = train.transform.transforms  # from timm's tensor on, random crop and colours come before
         first = next(i for i, step in enumerate(steps) if 'Tensor' in type(step).__name__)

@@ -411,6 +411,21 @@ def test_an_adaptive_model_goes_on_at_the_target_that_is_asked_for(run, tmp_path
     assert 'gate_offset' not in config['model_args']  # was of the weights before
 
 
+def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetune, finetune_args):
+    orders = []
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for seed in ('1', '2', '1'):
+            args = finetune.parse_args([*finetune_args, '--seed', seed])
+            args.distributed = True
+            model = timm.create_model('cifar_resnet20', num_classes=3)
+            data = finetune.create_loaders(args, *finetune.open_data(args), model)
+            orders.append(list(data.train.sampler))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
 def test_help_has_examples_and_exit_codes(finetune, capsys):
     with pytest.raises(SystemExit) as stop:
         finetune.main(['--help'])
