@@ -264,10 +264,10 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({'rows': shown, 'comparison': comparison}, indent=2))
     else:
         print_table(rows + alternatives)
-    if comparison and not args.json:
-        print(f'{args.model} is right on {comparison["only_first_right"]} images where {args.against} is not, and the '
-              f'other way round on {comparison["only_second_right"]}: {comparison["difference"]:+.2f} points, '
-              f'p = {comparison["p_value"]:.3g} (exact McNemar test).')
+        if comparison:
+            print(f'{args.model} is right on {comparison["only_first_right"]} images where {args.against} is not, and '
+                  f'the other way round on {comparison["only_second_right"]}: {comparison["difference"]:+.2f} points, '
+                  f'p = {comparison["p_value"]:.3g} (exact McNemar test).')
     if args.predictions:
         write_predictions(rows[0], args.predictions)
     if args.plot:
