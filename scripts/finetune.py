@@ -33,6 +33,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from timm.models import is_model, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -40,7 +41,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import init_distributed_device, random_seed
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DistributedSampler
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import timm_aig
 from timm_aig.budget import set_budget_table
@@ -120,9 +121,10 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
     if args.crop_padding is not None:
         steps = train.transform.transforms  # from timm's tensor on, random crop and colours come before
         first = next(i for i, step in enumerate(steps) if 'Tensor' in type(step).__name__)
+        size = config['input_size'][1:]
         train.transform = Compose([
-            RandomCrop(config['input_size'][1:], padding=args.crop_padding), RandomHorizontalFlip(args.hflip),
-            *steps[first:]])
+            Resize(size, str_to_interp_mode(config['interpolation'])), RandomCrop(size, padding=args.crop_padding),
+            RandomHorizontalFlip(args.hflip), *steps[first:]])
     for dataset in (train, val):
         convert_images(dataset, config['input_size'][0])
     return Data(train_loader, val_loader, class_names(train), config)

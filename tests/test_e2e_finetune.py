@@ -426,6 +426,18 @@ def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetu
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
+def test_crop_padding_keeps_the_whole_image_at_any_input_size(finetune, finetune_args, images):
+    args = finetune.parse_args([*finetune_args, '--crop-padding', '1', '--hflip', '0'])
+    args.distributed = False
+    model = timm.create_model('cifar_resnet20', num_classes=3)
+    data = finetune.create_loaders(args, *finetune.open_data(args), model)
+    image = Image.open(images / 'train' / 'ape' / '0.png').resize((160, 160))
+    image.paste((255, 255, 255), (0, 0, 80, 160))  # the left half; a crop of 8 px would be all of one half
+    crops = [data.train.dataset.transform(image)[0] for _ in range(20)]
+    white_columns = {((crop > 0.7 * crop.max()).sum(0) >= 6).sum().item() for crop in crops}
+    assert white_columns <= {3, 4, 5} and len(white_columns) > 1
+
+
 def test_help_has_examples_and_exit_codes(finetune, capsys):
     with pytest.raises(SystemExit) as stop:
         finetune.main(['--help'])

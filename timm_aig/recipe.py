@@ -133,7 +133,7 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--model-ema-decay', type=float, default=0.9998, help='default: %(default)s')
 
     arg = parser.add_argument_group('augmentation').add_argument
-    arg('--crop-padding', type=int, metavar='PX', help='pad, crop and flip only, as is usual for CIFAR-size images')
+    arg('--crop-padding', type=int, metavar='PX', help='resize, pad, crop and flip only, as for CIFAR')
     arg('--scale', type=float, nargs=2, default=[0.08, 1.], help='of random resized crops, default: %(default)s')
     arg('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='of random resized crops')
     arg('--hflip', type=float, default=0.5, help='default: %(default)s')
