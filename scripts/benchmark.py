@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images', metavar='DIR', help='folder of images; the gates decide instead of --rate')
     parser.add_argument('--num-images', type=int, default=32, help='images in a round (default: 32)')
     parser.add_argument('--rounds', type=int, default=7, help='default: 7')
-    parser.add_argument('--compile', action='store_true', help='rows with optimize_for_inference(compile=True) too')
+    parser.add_argument('--compile', action='store_true', help='compiled rows too, over the compiled parent')
     parser.add_argument('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (adaptive: batch 1)')
     parser.add_argument('--train', action='store_true', help='time training steps instead, without a teacher')
     parser.add_argument('--memory', action='store_true', help='peak memory of a pass too')
@@ -160,13 +160,15 @@ def adaptive_rows(args: argparse.Namespace, model: Any, label: str, reference: s
     return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
 
 
-def training_step(model: torch.nn.Module, device: str) -> Callable[[torch.Tensor], Any]:
+def training_step(model: torch.nn.Module, device: str, compile: bool) -> Callable[[torch.Tensor], Any]:
     """One step of SGD on random labels, for batches of images."""
     with torch.inference_mode(False):
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         task_cls = timm_aig.AIGTask if timm_aig.gated_blocks(model) else timm.task.ClassificationTask
         task = task_cls(model, torch.nn.CrossEntropyLoss(), device=torch.device(device), verbose=False).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        if compile:
+            task.compile()
 
     def step(x: torch.Tensor) -> None:
         with torch.inference_mode(False), torch.enable_grad():
@@ -180,9 +182,12 @@ def training_step(model: torch.nn.Module, device: str) -> Callable[[torch.Tensor
 
 def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
     if args.train:
-        name = 'parent, training step'
-        return [Row(name, training_step(parent, args.device), reference=name),
-                Row('adaptive, training step', training_step(adaptive, args.device), reference=name)]
+        rows = []
+        for step in ['training step'] + ['compiled training step'] * args.compile:
+            for name, model in (('parent', parent), ('adaptive', adaptive)):
+                run = training_step(model, args.device, step.startswith('compiled'))
+                rows.append(Row(f'{name}, {step}', run, reference=f'parent, {step}'))
+        return rows
     rows = [
         Row('parent, timm default', parent),
         Row('parent, optimized', timm_aig.optimize_for_inference(parent)),
