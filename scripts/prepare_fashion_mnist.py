@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import sys
+import zlib
 from pathlib import Path
 from typing import List, Optional
 
@@ -25,9 +26,13 @@ def prepare(root: Path, source: Path) -> None:
         FashionMNIST(str(root), download=True)
         return
     for name, _ in FashionMNIST.resources:  # Debian compresses them anew, so torchvision's checksums do not serve
-        with gzip.open(source / name) as file:
-            if int.from_bytes(file.read(4), 'big') != MAGIC[name.split('-')[1]]:
-                raise ValueError(f'--source: {source / name} is not a file of images or labels.')
+        try:
+            with gzip.open(source / name) as file:
+                content = file.read()
+        except (EOFError, zlib.error) as e:
+            raise ValueError(f'--source: {source / name} is torn: {e}') from e
+        if int.from_bytes(content[:4], 'big') != MAGIC[name.split('-')[1]]:
+            raise ValueError(f'--source: {source / name} is not a file of images or labels.')
     raw = root / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True, exist_ok=True)
     for name, _ in FashionMNIST.resources:

@@ -40,10 +40,13 @@ def test_torchvision_reads_what_it_lays_out(prepare, source, tmp_path, capsys):
     assert len(FashionMNIST(str(root), train=True)) == 2
 
 
-@pytest.mark.parametrize('fault', ['missing', 'other'])
-def test_a_missing_or_other_file_is_named_and_nothing_is_written(prepare, source, tmp_path, capsys, fault):
+@pytest.mark.parametrize('fault', ['missing', 'other', 'torn'])
+def test_a_missing_other_or_torn_file_is_named_and_nothing_is_written(prepare, source, tmp_path, capsys, fault):
     file = source / 'train-labels-idx1-ubyte.gz'
-    file.unlink() if fault == 'missing' else file.write_bytes(gzip.compress(b'other'))
+    whole = file.read_bytes()
+    file.unlink()
+    if fault != 'missing':
+        file.write_bytes(gzip.compress(b'other') if fault == 'other' else whole[:-9])
     assert prepare([str(tmp_path / 'data'), '--source', str(source)]) == 2
     assert str(file) in capsys.readouterr().err
     assert not list((tmp_path / 'data').iterdir())
