@@ -223,6 +223,13 @@ def test_a_batch_norm_that_no_sample_reaches_keeps_its_statistics(model, batches
     assert torch.equal(model.layer2[1].bn1.running_mean, before)
 
 
+def test_a_batch_norm_with_one_value_of_a_channel_is_named(model):
+    images = torch.randn(9, 3, 4, 4)  # 1 x 1 behind the last stage
+    model.fc = torch.nn.Sequential(torch.nn.Unflatten(1, (64, 1, 1)), torch.nn.BatchNorm2d(64), torch.nn.Flatten())
+    with pytest.raises(ValueError, match='one value of each channel'):
+        calibrate_budget(model, list(images.split(8)), budgets=(.5,), bn_recalibrate=2)
+
+
 def test_static_and_optimized_models_cannot_be_calibrated(model, batches):
     with pytest.raises(ValueError, match='no gated blocks'):
         calibrate_budget(timm.create_model('cifar_resnet20'), batches)
@@ -338,6 +345,15 @@ def test_no_image_exceeds_a_cap_and_blocks_are_closed_only_for_its_sake(seed, bu
     assert torch.equal(gates, capped['sparse']) and torch.equal(gates, fast) and torch.equal(gates, alone)
     if cap >= 1.01:
         assert torch.equal(shares, free)
+
+
+def test_a_cap_fits_a_model_with_other_channels_than_its_weights():
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, in_chans=3).eval()
+    assert set_budget(model, .5, cap=.5) < 0
+    cost = compute_cost(model, (3, 28, 28))
+    with torch.no_grad():
+        gates = forward_gates(model, torch.randn(4, 3, 28, 28))[1]
+    assert cost.executed(gates).max() <= .5 * (cost.total - cost.gates)
 
 
 def run_capped(model, images, mode):

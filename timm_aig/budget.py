@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from .blocks import GatedBlock, _require_gated_blocks, gated_blocks, set_gate_offset
 from .cap import Cap
-from .cost import compute_cost
+from .cost import compute_cost, own_input_size
 
 __all__ = ['BudgetPoint', 'budget_offset', 'budget_table', 'read_budget_table', 'set_budget', 'set_budget_table']
 
@@ -184,10 +184,7 @@ def _caps(
     points = [point for point in table if point.block_rates is not None]
     if not points:
         raise ValueError('cap: the table of budgets has no block_rates, calibrate the model anew.')
-    size = input_size or getattr(model, 'pretrained_cfg', {}).get('input_size')
-    if size is None:
-        raise ValueError('cap: the model does not know its input_size, pass it.')
-    cost = compute_cost(model, tuple(size))
+    cost = compute_cost(model, input_size or own_input_size(model))
     all_macs = cost.total - cost.gates
     lowest = cost.fixed / all_macs
     if not lowest <= cap < inf:

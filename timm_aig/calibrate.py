@@ -377,6 +377,11 @@ def _measure_norms(model: nn.Module, batches: List[torch.Tensor]) -> None:
         with torch.no_grad():
             for images in batches:
                 model(images.to(device, memory_format=torch.channels_last))
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):  # torch's, where a single sample's block is open
+            raise
+        raise ValueError('bn_recalibrate: a batch norm met one value of each channel, which has no variance. '
+                         'Give larger batches or images.') from e
     finally:
         for norm, (momentum, mean, var, tracked) in zip(norms, kept):
             norm.eval()

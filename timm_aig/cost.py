@@ -85,7 +85,7 @@ def summary(
                 f'rates must be {len(gated)} numbers in [0, 1] or gates [N, {len(gated)}] with N above 0, '
                 f'not {list(rates.shape)} from {rates.min() if rates.numel() else None} to '
                 f'{rates.max() if rates.numel() else None}.')
-    macs = _count_macs(model, input_size or _own_input_size(model))
+    macs = _count_macs(model, input_size or own_input_size(model))
     blocks = {name: m for name, m in model.named_modules() if name in gated or isinstance(m, (BasicBlock, Bottleneck))}
     total, rest, static, measured = macs(), macs(), macs(), float(macs())
     rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
@@ -115,7 +115,7 @@ def summary(
     return '\n'.join(lines)
 
 
-def _own_input_size(model: nn.Module) -> Tuple[int, int, int]:
+def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
     """Of the pretrained_cfg, with the channels of the first convolution: timm leaves those of the weights there."""
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
