@@ -40,7 +40,14 @@ except ImportError as e:
 import torch
 import torch.nn as nn
 from torch.utils.data import IterableDataset
-from validate import add_evaluation_args, create_model, create_test_loader, data_config, open_split
+from validate import (
+    add_evaluation_args,
+    check_evaluation_args,
+    create_model,
+    create_test_loader,
+    data_config,
+    open_split,
+)
 
 import timm_aig
 from timm_aig.analysis import GateCounts, block_kinds, cluster_classes, path_statistics, wilson_interval
@@ -54,7 +61,7 @@ from timm_aig.figures import (
     plot_contact_sheet,
     plot_execution_rates,
 )
-from timm_aig.recipe import InputError
+from timm_aig.recipe import InputError, error_text, open_device
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
@@ -85,10 +92,10 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--json', action='store_true', help='print analysis.json rather than the claims')
     args = parser.parse_args(argv)
     for name, low, high in (
-            ('batch_size', 1, 1 << 20), ('workers', 0, 1 << 10), ('extremes', 0, 10), ('permutations', 19, 1 << 20),
-            ('seed', 0, 2 ** 31 - 1), ('width', 400, 8000)):
+            ('extremes', 0, 10), ('permutations', 19, 1 << 20), ('seed', 0, 2 ** 31 - 1), ('width', 400, 8000)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f'--{name.replace("_", "-")} must be from {low} to {high}, not {getattr(args, name)}.')
+    check_evaluation_args(args)
     return args
 
 
@@ -135,9 +142,10 @@ def read_groups(path: str, names: Sequence[str]) -> Dict[str, List[int]]:
 
 
 @torch.inference_mode()
-def count(model: nn.Module, loader: Iterable[Any], counts: GateCounts, args: argparse.Namespace) -> None:
+def count(
+        model: nn.Module, loader: Iterable[Any], counts: GateCounts, device: torch.device, args: argparse.Namespace,
+) -> None:
     """Run the model on all labelled images."""
-    device = torch.device(args.device)
     model.to(device, memory_format=torch.channels_last)
     seen = 0
     for images, labels in tqdm(loader, desc='images', unit='batch', disable=None):
@@ -274,6 +282,7 @@ def format_results(results: Dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    device = open_device(args)
     model = create_adaptive_model(args)
     config = data_config(args, model)
     dataset = open_split(args)
@@ -286,10 +295,10 @@ def run(args: argparse.Namespace) -> None:
         (folder / '.probe').unlink()
     except OSError as e:
         raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
-    loader = create_test_loader(args, dataset, config, device=torch.device(args.device), use_prefetcher=False)
+    loader = create_test_loader(args, dataset, config, device=device, use_prefetcher=False)
     cost = timm_aig.compute_cost(model, config['input_size'])
     counts = GateCounts(model.num_classes, cost.blocks, args.extremes)
-    count(model, loader, counts, args)
+    count(model, loader, counts, device, args)
     images = counts.images
     if not images.sum():
         raise InputError('--data-dir: the data set has no labelled images.')
@@ -317,7 +326,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         run(parse_args(argv))
     except (InputError, DataError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     return 0
 

@@ -20,13 +20,20 @@ from typing import Any, Dict, List, Optional
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import torch
-from validate import add_evaluation_args, create_model, create_test_loader, data_config, open_split
+from validate import (
+    add_evaluation_args,
+    check_evaluation_args,
+    create_model,
+    create_test_loader,
+    data_config,
+    open_split,
+)
 
 import timm_aig
 from timm_aig.calibrate import BUDGETS, Calibration
 from timm_aig.checkpoint import write_atomically
 from timm_aig.data import DataError, hold_out
-from timm_aig.recipe import InputError
+from timm_aig.recipe import InputError, error_text, open_device
 
 EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
@@ -55,11 +62,11 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
-                         f'not {args.batch_size} and {args.workers}.')
-    if args.hub_config and not Path(args.hub_config).is_file():
-        raise InputError(f'--hub-config must be a file, {args.hub_config!r} is not.')
+    check_evaluation_args(args)
+    if args.bn_recalibrate and (args.hub_config or not args.output):
+        raise InputError('--bn-recalibrate changes the weights: it needs --output, and no --hub-config of other ones.')
+    if args.hub_config:
+        read_hub_config(args.hub_config)
     return args
 
 
@@ -71,11 +78,21 @@ def create_images(args: argparse.Namespace, model: Any) -> Any:
     return create_test_loader(args, dataset, data_config(args, model), use_prefetcher=False)
 
 
-def write_hub_config(model: Any, path: Path) -> None:
-    config = json.loads(path.read_text(encoding='utf-8'))
+def read_hub_config(path: str) -> Dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise InputError(f'--hub-config {path}: {e}') from e
+    if not isinstance(config, dict):
+        raise InputError(f'--hub-config {path} must be a file of hub_configs.')
+    return config
+
+
+def write_hub_config(model: Any, path: str) -> None:
+    config = read_hub_config(path)
     config['gate_budgets'] = [point.to_dict() for point in timm_aig.budget_table(model)]
     text = json.dumps(config, indent=2) + '\n'
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
 def print_table(result: Calibration) -> None:
@@ -93,26 +110,29 @@ def print_table(result: Calibration) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    device = open_device(args)
     model = create_model(args, args.model)
     loader = create_images(args, model)
-    model = model.to(torch.device(args.device), memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
     try:
         result = timm_aig.calibrate_budget(
             model, loader, args.budgets, tolerance=args.tolerance, max_accuracy_drop=args.max_accuracy_drop,
             confidence=args.confidence, bn_recalibrate=args.bn_recalibrate, progress=True)
-        if args.output:
-            timm_aig.save_pretrained(model, args.output)
     except ValueError as e:
         raise InputError(str(e)) from e
-    if args.hub_config:
-        write_hub_config(model, Path(args.hub_config))
+    # printed first: nothing that cannot be written loses it
     if args.json:
-        values: Dict[str, Any] = asdict(result)
-        print(json.dumps(values, indent=2))
-        return
-    print_table(result)
-    for path in filter(None, (args.output, args.hub_config)):
-        print(f'Wrote {path}.')
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        print_table(result)
+    for path, write in ((args.output, timm_aig.save_pretrained), (args.hub_config, write_hub_config)):
+        if path:
+            try:
+                write(model, path)
+            except (OSError, ValueError) as e:
+                raise InputError(f'cannot write {path}: {e}') from e
+            if not args.json:
+                print(f'Wrote {path}.')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -120,8 +140,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         run(parse_args(argv))
     except (InputError, DataError) as e:
-        text = str(e).rsplit('DataError: ', 1)[-1]  # a loader worker puts its traceback in front
-        print(f'error: {" ".join(text.split())}', file=sys.stderr)
+        print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     return 0
 

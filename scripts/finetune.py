@@ -13,6 +13,7 @@ timm.create_model('local-dir:...'), results.json, execution_rates.png and accura
 import argparse
 import copy
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -29,16 +30,17 @@ from typing import Any, Dict, List, NamedTuple, Optional
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
+import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data import Mixup, create_loader, resolve_input_data_config
 from timm.data.transforms import str_to_interp_mode
 from timm.models import is_model, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
-from timm.utils import init_distributed_device, random_seed
+from timm.utils import random_seed
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
@@ -46,6 +48,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Re
 import timm_aig
 from timm_aig.budget import set_budget_table
 from timm_aig.checkpoint import CheckpointError, Checkpoints, write_atomically
+from timm_aig.config import AIG_ARGS
 from timm_aig.data import (
     DataError,
     check_same_classes,
@@ -58,7 +61,7 @@ from timm_aig.data import (
 )
 from timm_aig.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.figures import plot_accuracy_macs, plot_rates_over_epochs
-from timm_aig.recipe import InputError, parse_args, recipe_of
+from timm_aig.recipe import InputError, error_text, open_device, parse_args, recipe_of
 from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer
 
@@ -85,7 +88,9 @@ class Data(NamedTuple):
 
 def open_data(args: argparse.Namespace) -> Any:
     """Training and validation split."""
-    common = dict(name=args.dataset, root=args.data_dir, download=args.dataset_download, unreadable=args.unreadable)
+    common = dict(
+        name=args.dataset, root=args.data_dir, download=args.dataset_download, unreadable=args.unreadable,
+        batch_size=args.batch_size, seed=args.seed)  # wds/, tfds/ and hfids/ share and shuffle images by these
     train = open_dataset(split=args.train_split, is_training=True, **common)
     if args.holdout:
         return hold_out(train, open_dataset(split=args.train_split, **common), args.holdout)
@@ -100,7 +105,7 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, channels):
             raise InputError(f'--{name} must be one number or one for each of {channels} channels.')
-    config = resolve_data_config({k: v for k, v in given.items() if v is not None}, model=model)
+    config = resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
     common = dict(
         input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
         num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,
@@ -178,6 +183,12 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         timm_aig.set_gate_offset(model, 0.)
     if args.static and adaptive:
         raise InputError(f'--static: --model {args.model} has gates.')
+    if adaptive and ':' in args.model:
+        # its gates are what they are, and the recipe says so
+        own = timm_aig.AIGConfig(**{k: v for k, v in model._model_args.items() if k in AIG_ARGS})
+        if own.target_rates and args.gate_loss == 'rate':
+            raise InputError(f'--gate-loss rate: --model {args.model} has target_rates of its own, one for each block.')
+        args.schedule, args.gate_channels, args.gate_norm = own.schedule, own.gate_channels, own.gate_norm
     trained = args.pretrained or args.initial_checkpoint or ':' in args.model
     parent = copy.deepcopy(model) if trained and not adaptive and not args.static else None
     if parent is not None and has_new_head(args, model):
@@ -258,9 +269,16 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
     return create_optimizer_v2(list(groups.values()), opt=args.opt, lr=args.lr, momentum=args.momentum)
 
 
+def fingerprint(model: Optional[nn.Module]) -> Optional[str]:
+    """Of a model's weights, wherever they came from."""
+    return model and hashlib.sha256(safetensors.torch.save(model.state_dict())).hexdigest()[:16]
+
+
 def create_trainer(
-        args: argparse.Namespace, model: nn.Module, teacher: Any, data: Data, cost: timm_aig.Cost, folder: Path,
+        args: argparse.Namespace, model: nn.Module, parent: Any, teacher: Any, data: Data, cost: timm_aig.Cost,
+        folder: Path,
 ) -> Trainer:
+    weights = {'parent_weights': fingerprint(parent), 'teacher_weights': fingerprint(teacher)}
     task, gate_schedule = create_task(args, model, teacher, cost)
     task.to(torch.device(args.device))
     model.to(memory_format=torch.channels_last)
@@ -290,7 +308,7 @@ def create_trainer(
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
     same = {k: v for k, v in recipe_of(args).items() if k not in MAY_CHANGE}
     identity = {
-        **same, 'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes,
+        **same, **weights, 'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes,
         'gates': list(timm_aig.gated_blocks(model)), 'input_size': list(data.config['input_size']),
         'updates': updates * epochs, 'world_size': args.world_size,
     }
@@ -468,11 +486,7 @@ def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, dat
 def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     """All of it; returns what results.json holds. datasets: training and validation split instead of args.dataset."""
     # setup
-    try:
-        device = init_distributed_device(args)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as e:
-        raise InputError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
+    device = open_device(args)
     random_seed(args.seed, 0)  # every process makes the same model
     train, val = datasets or open_data(args)
     model, parent, teacher = create_models(args, class_names(train))
@@ -483,7 +497,7 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     describe_data(model, data)
     cost = timm_aig.compute_cost(model, data.config['input_size'])
     folder = open_output(args)
-    trainer = create_trainer(args, model, teacher, data, cost, folder)
+    trainer = create_trainer(args, model, parent, teacher, data, cost, folder)
     if args.resume:
         try:
             trainer.resume()
@@ -491,6 +505,8 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
             raise InputError(f'--resume: {e}') from e
     # train
     trainer.fit(log_epoch(args, trainer, data, cost, folder))
+    if trainer.skipped == trainer.step:
+        raise NonFiniteError(f'loss or gradient was not finite in any of the {trainer.step} steps')
     model = timm.utils.unwrap_model(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
     if args.bn_recalibrate:
         recalibrate(args, model, data, device)
@@ -511,14 +527,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         results = run(args)
     except (InputError, DataError) as e:
-        text = str(e).rsplit('DataError: ', 1)[-1]  # a loader worker puts its traceback in front
-        print(f'error: {" ".join(text.split())}', file=sys.stderr)  # on one line, whatever a library said
+        print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     except NonFiniteError as e:
         print(f'error: {e}. --nonfinite skip leaves such steps out, a lower --lr may avoid them.', file=sys.stderr)
         return 1
     except (CheckpointError, OSError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'error: {error_text(e)}', file=sys.stderr)
         return 3
     except Stopped as e:
         print(f'{e} Go on with --resume auto.', file=sys.stderr)

@@ -24,15 +24,15 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_data_config
-from timm.utils import init_distributed_device
+from timm.data import create_loader, resolve_input_data_config
+from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig.checkpoint import write_atomically
 from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, open_dataset
 from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.figures import plot_budgets
-from timm_aig.recipe import InputError
+from timm_aig.recipe import InputError, error_text, open_device
 
 EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
@@ -62,6 +62,16 @@ def add_evaluation_args(arg: Callable[..., Any], split: str = 'validation') -> N
     arg('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
 
 
+def check_evaluation_args(args: argparse.Namespace) -> None:
+    """Raise InputError for what the arguments of add_evaluation_args must not be."""
+    for name, low in (('batch_size', 1), ('workers', 0), ('input_size', 1)):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < low:
+            raise InputError(f'--{name.replace("_", "-")} must be from {low}, not {value}.')
+    if args.crop_pct is not None and not 0 < args.crop_pct < math.inf:
+        raise InputError(f'--crop-pct must be above 0, not {args.crop_pct}.')
+
+
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,9 +92,9 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cap is not None and not args.budget:
         raise InputError('--cap needs --budget.')
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError(f'--batch-size must be at least 1 and --workers not below 0, '
-                         f'not {args.batch_size} and {args.workers}.')
+    if args.gate_offset and any(math.isnan(offset) for offset in args.gate_offset):
+        raise InputError('--gate-offset must be numbers, not nan.')
+    check_evaluation_args(args)
     return args
 
 
@@ -117,8 +127,8 @@ def create_model(args: argparse.Namespace, name: str, argument: str = '--model')
 
 def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
     """timm's data config of the model, with what the arguments say."""
-    return resolve_data_config(
-        {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}, model=model)
+    return resolve_input_data_config(
+        model, {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None})
 
 
 def open_split(args: argparse.Namespace) -> Any:
@@ -161,6 +171,8 @@ def validate(
     model = create_model(args, name, argument)
     config = data_config(args, model)
     dataset = open_split(args)
+    if args.distributed and isinstance(dataset, IterableDataset):
+        raise InputError(f'--dataset {args.dataset} has no exact shards, run it in one process.')
     loader = create_test_loader(
         args, dataset, config, distributed=args.distributed, device=device, use_prefetcher=device.type == 'cuda')
     cost = timm_aig.compute_cost(model, config['input_size'])
@@ -245,7 +257,7 @@ def write_predictions(row: Dict[str, Any], path: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = init_distributed_device(args)
+    device = open_device(args)
     rows = validate(args, args.model, device)
     comparison, other = None, []
     if args.against:
@@ -278,7 +290,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         run(parse_args(argv))
     except (InputError, DataError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_initialized():

@@ -60,6 +60,8 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
     (['--holdout', '48'], '--holdout'), (['--split', 'test'], 'test'), (['--batch-size', '0'], '--batch-size'),
     (['--hub-config', '/nowhere.json'], '--hub-config'), (['--model', 'cifar_resnet20'], 'no gated blocks'),
     (['--model', 'no_such_model'], '--model no_such_model'), (['--tolerance', '0'], 'tolerance'),
+    (['--device', 'abc'], '--device abc'), (['--hub-config', __file__], '--hub-config'),
+    (['--bn-recalibrate', '1', '--budgets', '.5', '--hub-config', __file__], '--bn-recalibrate changes the weights'),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(calibrate, adaptive_model, tmp_path, args, error):
     folder = tmp_path / 'model'
@@ -69,6 +71,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(calibrate, adaptive_model,
     lines = err.splitlines()
     assert code == 2 and lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_table_is_printed_before_a_folder_that_cannot_be_written(calibrate, adaptive_model):
+    code, out, err = calibrate('--model', adaptive_model, '--budgets', .5, '--tolerance', .05, '--output', '/proc/none')
+    assert code == 2 and ' 0.5  ' in out and err.splitlines()[-1].startswith('error: cannot write /proc/none')
 
 
 def test_training_drops_the_table_of_the_weights_it_started_from(finetune, finetune_args, adaptive_model, tmp_path):

@@ -334,7 +334,8 @@ def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refu
     assert '--val-split validation: the data set has no labelled images' in refused('--data-dir', data, name='blind')
 
 
-def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments(run, refused, tmp_path):
+def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weights(
+        run, refused, static_model, tmp_path):
     assert run('--epochs', 1)[0] == 0
     assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
     for args, differ in (
@@ -346,7 +347,14 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments(run, ref
             args = args[:-2]
         error = refused(*args)
         assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
-    assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip')[0] == 0
+    parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
+    assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0
+    other = timm.create_model(static_model, pretrained=True)
+    other.fc.bias.data += 1
+    timm_aig.save_pretrained(other, parent)
+    for args in (dict(model=f'local-dir:{parent}'), {}):
+        more = ['--teacher', f'local-dir:{parent}'] if not args else []
+        assert 'teacher_weights' in refused('--epochs', 1, '--resume', 'auto', *more, **args)
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
     assert 'holds a model but no checkpoints' in refused('--epochs', 1, '--resume', 'auto')
 
@@ -368,6 +376,9 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(run, tmp_path):
     code, err = run('--lr', '1e30', '--warmup-epochs', 0)
     assert code == 1 and 'error: epoch 1, step ' in err.splitlines()[-1] and '--nonfinite skip' in err
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
+    code, err = run('--gate-loss-weight', '1e300', '--nonfinite', 'skip', name='skipped')
+    assert code == 1 and 'not finite in any of the 12 steps' in err.splitlines()[-1]
+    assert not (tmp_path / 'skipped' / 'model.safetensors').exists()
 
 
 def test_the_recipe_of_a_result_given_back_is_the_same_training(run, finetune, images, tmp_path):
@@ -409,6 +420,26 @@ def test_an_adaptive_model_goes_on_at_the_target_that_is_asked_for(run, tmp_path
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert config['model_args']['target_rate'] == 0.4
     assert 'gate_offset' not in config['model_args']  # was of the weights before
+
+
+def test_an_adaptive_model_keeps_its_own_gates_and_the_recipe_says_so(run, refused, tmp_path):
+    model = timm.create_model(
+        'cifar_resnet20_aig', num_classes=3, target_rates=[.9] * 9, gate_channels=4, gate_norm='none')
+    name = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "own")}'
+    error = refused('--recipe', 'paper', '--gate-channels', 32, model=name)
+    assert '--gate-loss rate' in error and 'target_rates of its own' in error
+    assert run('--distill-weight', 0, '--gate-channels', 32, '--epochs', 1, model=name)[0] == 0
+    recipe = json.loads((tmp_path / 'run' / 'results.json').read_text())['recipe']
+    assert (recipe['gate_channels'], recipe['gate_norm'], recipe['schedule']) == (4, 'none', None)
+
+
+def test_readers_that_share_images_by_the_batch_know_its_size_and_the_seed(finetune, finetune_args, monkeypatch):
+    seen = []
+    create = timm_aig.data.create_dataset
+    monkeypatch.setattr(timm_aig.data, 'create_dataset', lambda *args, **kwargs: (
+        seen.append((kwargs['batch_size'], kwargs['seed'])), create(*args, **kwargs))[1])
+    finetune.open_data(finetune.parse_args([*finetune_args, '--seed', '3']))
+    assert seen == [(8, 3)] * 2
 
 
 def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetune, finetune_args):

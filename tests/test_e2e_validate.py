@@ -123,11 +123,32 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
     (['--model', 'cifar_resnet20_aig', '--budget', '0.5', '--workers', '0'], 'calibrate'),
     (['--model', 'cifar_resnet20_aig', '--cap', '0.5'], '--cap needs --budget'),
+    (['--model', 'cifar_resnet20', '--device', 'abc'], '--device abc'),
+    (['--model', 'cifar_resnet20', '--device', 'cuda:99'], '--device cuda:99'),
+    (['--model', 'cifar_resnet20', '--input-size', '3', '0', '8'], '--input-size must be from 1'),
+    (['--model', 'cifar_resnet20', '--crop-pct', '0'], '--crop-pct must be above 0'),
+    (['--model', 'cifar_resnet20_aig', '--gate-offset', '0', 'nan'], '--gate-offset must be numbers'),
 ])
 def test_bad_input_is_one_line_that_names_the_argument(run_script, images, capsys, args, error):
     assert run_script('validate.py', '--data-dir', images, *args) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in ''.join(lines)
+
+
+@pytest.mark.parametrize('script', ['validate.py', 'analyze.py'])
+def test_an_unreadable_image_in_a_loader_worker_is_one_short_line(
+        run_script, make_images, adaptive_model, tmp_path, capsys, script):
+    data = make_images(tmp_path / 'data')
+    (data / 'validation' / 'bee' / '2.png').write_bytes(b'no image')
+    more = ['--output', tmp_path] if script == 'analyze.py' else []
+    assert run_script(script, '--data-dir', data, '--model', adaptive_model, '--workers', 1, '--unreadable', 'error',
+                      *more) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: cannot read {data}/validation/bee/2.png')
+
+
+def test_a_model_is_run_on_grey_images_with_the_mean_of_its_norms(validate):
+    row = validate('--model', 'cifar_resnet20', '--input-size', 1, 8, 8)['rows'][0]
+    assert row['images'] == 21
 
 
 def test_a_label_that_the_model_does_not_know_is_bad_input(run_script, images, tmp_path, capsys):

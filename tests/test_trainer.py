@@ -259,6 +259,15 @@ def test_a_disk_that_cannot_be_written_is_met_before_the_first_update(tmp_path):
     assert trainer.step == 0
 
 
+def test_batches_that_do_not_come_are_not_passed_over():
+    class Short(list):
+        def __len__(self):
+            return 8
+
+    with pytest.raises(DataError, match='only 6 of the 8 batches'):
+        make_trainer(loader=Short(batches(6)), grad_accum_steps=4).fit()
+
+
 def test_a_label_without_a_class_is_refused():
     for label in (3, -1):
         loader = [(torch.randn(2, 3, 8, 8), torch.tensor([0, label]))]

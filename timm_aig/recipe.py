@@ -7,11 +7,12 @@ from typing import Any, Dict, List, NoReturn, Optional
 
 import torch
 import yaml
+from timm.utils import init_distributed_device
 
 from .data import UNREADABLE
 from .trainer import NONFINITE
 
-__all__ = ['InputError', 'RECIPES', 'parse_args', 'recipe_of']
+__all__ = ['InputError', 'RECIPES', 'error_text', 'open_device', 'parse_args', 'recipe_of']
 
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {
@@ -54,6 +55,11 @@ RANGES = (
 
 class InputError(ValueError):
     """An argument that cannot be used; the message names it and what is allowed."""
+
+
+def error_text(error: Exception) -> str:
+    """A message on one line, whatever a library wrote, without the traceback that a loader worker puts in front."""
+    return ' '.join(str(error).rsplit('DataError: ', 1)[-1].split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -237,6 +243,20 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f'--batch-size must be even for mixup, not {args.batch_size}.')
     if args.batch_size == 1 and not args.static and args.gate_norm == 'bn':
         raise InputError('--batch-size must be from 2 for gates with a batch norm; --gate-norm none does without.')
+
+
+def open_device(args: argparse.Namespace) -> torch.device:
+    """The --device, of this process under torchrun. Sets args.distributed, rank, world_size and local_rank.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    try:
+        device = init_distributed_device(args)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e:
+        raise InputError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
+    return device
 
 
 def recipe_of(args: argparse.Namespace) -> Dict[str, Any]:

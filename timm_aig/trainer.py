@@ -136,6 +136,7 @@ class Trainer:
         Raises:
             NonFiniteError: See `nonfinite`.
             CheckpointError: A checkpoint cannot be written.
+            DataError: The loader gives fewer batches than its length, or a label without a class.
             Stopped: SIGTERM came.
         """
         keep_freed_memory()
@@ -196,6 +197,8 @@ class Trainer:
                 bar.set_postfix(self._shown(), refresh=False)
                 if self.position < count:
                     self._save_if(bool(self.checkpoint_interval) and self.step % self.checkpoint_interval == 0)
+        if self.position < count:
+            raise DataError(f'--dataset: only {self.position} of the {count} batches of an epoch came.')
 
     def _update_is_due(self, position: int, count: int) -> bool:
         """Whether the batch before a position is the last of an update."""
