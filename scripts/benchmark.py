@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet50_aig', help='adaptive model (default: resnet50_aig)')
     parser.add_argument('--pretrained', action='store_true', help='load its weights, as local-dir: and hf-hub: do')
-    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 8, 32], help='default: 1 8 32')
+    parser.add_argument('--batch-size', type=int, nargs='+', help='default: 1 8 32, with --train 32')
     parser.add_argument('--rate', type=float, nargs='+', default=[1., .7, .5, .3], help='default: 1 .7 .5 .3')
     parser.add_argument('--img-size', type=int, help="default: the model's")
     parser.add_argument('--images', metavar='DIR', help='folder of images; the gates decide instead of --rate')
@@ -70,6 +70,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='default: 0')
     parser.add_argument('--json', metavar='FILE', help='write the result there too, - for standard output')
     args = parser.parse_args()
+    args.batch_size = args.batch_size or ([32] if args.train else [1, 8, 32])
+    if args.train and min(args.batch_size) == 1:
+        parser.error('--train needs --batch-size from 2, for the batch norms of the gates.')
     if min(args.batch_size) < 1 or args.num_images < 1 or args.rounds < 1:
         parser.error('--batch-size, --num-images and --rounds must be at least 1.')
     if not all(0 <= rate <= 1 for rate in args.rate):
@@ -100,7 +103,8 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
         return torch.randn(args.num_images, channels, height, width, generator=generator).to(args.device)
     transform = timm.data.create_transform(**{**config, 'input_size': (channels, height, width)})
     try:
-        dataset = timm.data.ImageDataset(args.images, transform=transform)
+        dataset = timm.data.ImageDataset(
+            args.images, transform=transform, input_img_mode='L' if channels == 1 else 'RGB')
         count = min(args.num_images, len(dataset))
         return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)]).to(args.device)
     except Exception as e:
@@ -259,6 +263,7 @@ def peak_mib(row: Row, x: torch.Tensor) -> Optional[float]:
 
 def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Dict]:
     """The table's rows for one batch size."""
+    images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
     parent_macs = timm_aig.compute_cost(parent, tuple(images.shape[1:])).total
     rows = make_rows(args, adaptive, parent, images, batch)

@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
   scripts/export.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --images shirts
   scripts/export.py --model resnet50_aig --format openvino --output r50.xml
-  scripts/export.py --model resnet50_aig --precision int8 --images photos            calibrated on the images
+  scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200      calibrated on 200
   scripts/export.py --model resnet50_aig --mode masked --no-optimize --json
 
 exit code: 0 done, 1 the exported model disagrees, 2 bad input"""
@@ -48,7 +48,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
-    arg('--model', required=True, metavar='NAME', help='adaptive model of timm, or local-dir: or hf-hub:')
+    arg('--model', required=True, metavar='NAME', help='of timm, or local-dir: or hf-hub:')
     arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
     arg('--format', choices=SUFFIXES, default='onnx', help='default: %(default)s; program and aoti are torch.export')
     arg('--mode', choices=('branch', 'masked', 'path'), default='branch', help='default: %(default)s')
@@ -67,6 +67,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     if args.num_images < 1 or args.rounds < 0:
         raise InputError(f'--num-images must be at least 1 and --rounds at least 0, '
                          f'not {args.num_images} and {args.rounds}.')
+    if args.precision == 'int8' and not args.images:
+        raise InputError('--precision int8 needs --images to calibrate on.')
     if args.format in ('program', 'aoti') and (args.mode, args.precision) != ('branch', 'float32'):
         raise InputError(f'--format {args.format} is for --mode branch and --precision float32.')
     return args
@@ -190,7 +192,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if branches and not args.no_optimize:
         files['optimized'] = timm_aig.optimize_onnx(path)
         result['optimized'] = {'path': str(files['optimized']), 'bytes': files['optimized'].stat().st_size}
-    if args.rounds and args.format in ('onnx', 'openvino'):
+    if args.rounds and args.format in ('onnx', 'openvino') and timm_aig.gated_blocks(model):
         result['times'] = time_files(args, model, images, files)
     return result
 

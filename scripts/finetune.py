@@ -8,7 +8,7 @@ noise) and `paper` (a target rate for each block, temperature 1, steps of the le
     setup -> train -> save
 
 The output folder holds summary.csv, checkpoints/ to resume from, and at the end model.safetensors and config.json for
-timm.create_model('local-dir:...'), results.json, execution_rates.png and accuracy_macs.png.
+timm.create_model('local-dir:...'), results.json, rates_over_epochs.png and accuracy_macs.png.
 """
 import argparse
 import copy
@@ -67,7 +67,8 @@ from timm_aig.trainer import NonFiniteError, Stopped, Trainer
 
 EXAMPLES = """examples:
   scripts/finetune.py --data-dir imagenet --model resnet50.tv2_in1k --pretrained --target-rate 0.5 --epochs 30
-  torchrun --nproc-per-node 8 scripts/finetune.py --config hub_configs/resnet50_aig.t05_paper.json --data-dir imagenet
+  torchrun --nproc-per-node 8 scripts/finetune.py --config hub_configs/resnet50_aig.t05_paper.json \\
+      --batch-size 32 --data-dir imagenet                    of each process: the recipes there are for 256 in all
   scripts/finetune.py --static --dataset torch/fashion_mnist --data-dir data --model cifar_resnet32 --experiment r32
   scripts/finetune.py ... --experiment r50 --resume auto     start, or go on after a crash, SIGKILL or SIGTERM
 
@@ -435,7 +436,7 @@ def save(args: argparse.Namespace, model: nn.Module, data: Data, results: Dict[s
         rows = list(csv.DictReader(file))
     names = list(timm_aig.gated_blocks(model))
     rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in names] for row in rows])
-    plot_rates_over_epochs(rates, names, folder / 'execution_rates.png')
+    plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png')
     points = [(f'epoch {int(row["epoch"]) + 1}', float(row['eval_macs_share']), float(row['eval_top1']))
               for row in rows if row['eval_top1']]
     points.append(('adaptive', results['metrics']['macs_share'], results['metrics']['top1']))

@@ -2,7 +2,7 @@
 """Publish an adaptive model on the Hugging Face Hub: weights, config.json, model card and pictures, in one commit.
 
 SOURCE is a folder with model.safetensors and config.json, such as an output folder of scripts/finetune.py or of
-scripts/import_convnet_aig.py; its results.json, execution_rates.png and accuracy_macs.png are published too, other
+scripts/import_convnet_aig.py; its results.json and the pictures of finetune.py and analyze.py are published too, other
 files are not. Or it is a checkpoint (.safetensors, .pth, .pth.tar), and --hub-config says what model it is of.
 
 The token is that of `hf auth login`, or HF_TOKEN. If a push fails, run it again: what has arrived is not sent again.
@@ -33,7 +33,7 @@ EXAMPLES = """examples:
 
 exit code: 0 done, 1 the model or the Hub refuses, 2 bad input"""
 
-PICTURES = ('execution_rates.png', 'accuracy_macs.png')
+PICTURES = ('execution_rates.png', 'rates_over_epochs.png', 'accuracy_macs.png')
 # What save_pretrained writes into config.json by itself.
 WRITTEN = (
     'architecture', 'num_classes', 'num_features', 'global_pool', 'model_args', 'pretrained_cfg', 'label_names',

@@ -53,13 +53,20 @@ def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
     assert "'hf-hub:user/name@v2'" in card(model, revision='v2') and "revision='v2'" in card(model, revision='v2')
 
 
+def test_the_code_to_use_it_makes_images_of_its_channels(model):
+    grey = {**CONFIG, 'pretrained_cfg': {**CONFIG['pretrained_cfg'], 'input_size': [1, 28, 28]}}
+    text = make_card(timm.create_model('cifar_resnet20_aig', in_chans=1), 'user/name', grey, {})
+    assert "Image.open('image.jpg').convert('L')" in text and 'pipeline(' not in text  # which makes RGB images
+    assert "Image.open('image.jpg').convert('RGB')" in card(model)
+
+
 def test_a_table_of_budgets_is_shown_with_what_it_was_measured_on(model):
     assert '## Budgets' not in card(model)
     points = [BudgetPoint(.4, -1.5, .4012, 500, 81.25), BudgetPoint(1., 9., 1.0002, 500)]
     calibrated = timm.create_model('cifar_resnet20_aig', gate_budgets=[point.to_dict() for point in points])
     text = card(calibrated)
     assert '| 0.4 | 0.4012 | 81.25 % | -1.5 |' in text and '| 1 | 1.0002 |  | 9 |' in text
-    assert 'from 0.4 to 1' in text and 'on 500 calibration images' in text and 'timm_aig.set_budget(model, 0.5)' in text
+    assert 'from 0.4 to 1' in text and 'on 500 calibration images' in text and 'timm_aig.set_budget(model, 0.4)' in text
 
 
 def test_what_is_not_known_is_not_claimed(model):

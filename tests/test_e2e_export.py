@@ -30,10 +30,11 @@ def test_it_writes_checks_and_times(run_script, folder, images, tmp_path, capsys
 
 
 @pytest.mark.parametrize('args', [
-    ['--format', 'openvino'], ['--mode', 'path'], ['--mode', 'masked'], ['--precision', 'int8'],
-    ['--format', 'program']])
-def test_other_forms(run_script, folder, tmp_path, monkeypatch, capsys, args):
+    ['--format', 'openvino'], ['--mode', 'path'], ['--mode', 'masked'], ['--precision', 'int8', '--images', 'IMAGES'],
+    ['--format', 'program'], ['--mode', 'masked', '--model', 'cifar_resnet20']])
+def test_other_forms(run_script, folder, images, tmp_path, monkeypatch, capsys, args):
     monkeypatch.chdir(tmp_path)
+    args = [images if arg == 'IMAGES' else arg for arg in args]
     assert run_script('export.py', '--model', folder, '--rounds', 1, '--num-images', 2, *args) == 0
     out = capsys.readouterr().out
     assert 'Checked on 2 images' in out and 'sha256' in out
@@ -47,6 +48,7 @@ def test_other_forms(run_script, folder, tmp_path, monkeypatch, capsys, args):
     (['--model', 'cifar_resnet20_aig', '--output', '/nowhere/m.onnx'], 'no folder /nowhere'),
     (['--model', 'cifar_resnet20_aig', '--precision', 'bfloat16'], 'precision must be one of'),
     (['--model', 'cifar_resnet20_aig', '--format', 'program', '--mode', 'path'], '--format program'),
+    (['--model', 'cifar_resnet20_aig', '--precision', 'int8'], '--precision int8 needs --images'),
     (['--model', 'cifar_resnet20_aig', '--num-images', '0'], '--num-images must be at least 1'),
 ])
 def test_bad_input_is_named(run_script, tmp_path, monkeypatch, capsys, args, match):

@@ -137,7 +137,7 @@ def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_we
     which = 'distill, average'
     uninterrupted(which)
     shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
-    for name in ('model.safetensors', 'config.json', 'results.json', 'execution_rates.png', 'accuracy_macs.png'):
+    for name in ('model.safetensors', 'config.json', 'results.json', 'rates_over_epochs.png', 'accuracy_macs.png'):
         (tmp_path / 'killed' / name).unlink()
     for count in range(7):  # summary.csv twice, model, config, results, two pictures
         assert wait(fork_main(training(which, 'killed'), KilledAt(count, 'before'))) == -signal.SIGKILL
@@ -400,7 +400,7 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
     assert results['images'] == 8 and results['split'] == 'train, 8 held out'
     assert results['unreadable'] == {'train': 0, 'val': 0}
     assert results['metrics'].keys() == results['parent_metrics'].keys()
-    for picture in ('execution_rates.png', 'accuracy_macs.png'):
+    for picture in ('rates_over_epochs.png', 'accuracy_macs.png'):
         with Image.open(folder / picture) as image:
             image.load()
     assert list((folder / 'tensorboard').iterdir())

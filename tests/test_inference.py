@@ -384,14 +384,21 @@ def test_the_benchmark_reports_every_row_with_its_share_of_macs(tmp_path):
 
 def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
     from PIL import Image
-    for i in range(4):
+    for i in range(5):  # the last one fills no batch
         Image.new('RGB', (40, 40), (i * 60, 0, 0)).save(tmp_path / f'{i}.png')
     done = run_benchmark(
-        '--model', 'cifar_resnet20_aig', '--batch-size', 2, '--images', tmp_path, '--rounds', 1, '--json', '-')
+        '--model', 'cifar_resnet32_aig.fmnist_t06', '--pretrained', '--batch-size', 2, '--images', tmp_path,
+        '--rounds', 1, '--json', '-')
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)['results'][-1]
     assert row['name'] == 'adaptive, own gates'
-    assert row['macs_share'] == pytest.approx(1, abs=0.01)  # new gates are open
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    grey = torch.stack([transform(Image.open(tmp_path / f'{i}.png').convert('L')) for i in range(4)])
+    cost = timm_aig.compute_cost(model, (1, 28, 28))
+    with torch.no_grad():
+        gates = timm_aig.forward_gates(model, grey)[1]
+    assert row['macs_share'] == pytest.approx(cost.executed(gates).mean().item() / (cost.total - cost.gates), abs=1e-3)
 
 
 @pytest.mark.parametrize('args, message', [
@@ -399,6 +406,7 @@ def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
     (['--model', 'resnet18'], '--model resnet18: model (ResNet) has no gated blocks'),
     (['--rate', '1.5'], '--rate must be in [0, 1]'),
     (['--batch-size', '0'], 'must be at least 1'),
+    (['--train', '--batch-size', '8', '1'], '--train needs --batch-size from 2'),
     (['--model', 'cifar_resnet20_aig', '--images', 'nosuchfolder'], '--images nosuchfolder'),
     (['--model', 'cifar_resnet20_aig', '--batch-size', '9', '--num-images', '2'], '--batch-size 9 needs'),
 ])

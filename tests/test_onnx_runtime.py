@@ -110,6 +110,13 @@ def test_load_makes_the_optimized_file_once(copied):
     assert np.allclose(answers[0], answers[1]) and np.allclose(answers[0], answers[2])
 
 
+def test_an_optimized_file_may_have_any_name(copied):
+    made = timm_aig.optimize_onnx(copied, copied.with_name('fast.onnx'))
+    before = made.read_bytes()
+    answer = timm_aig.load_onnx(made).run(None, {'x': X})[0]
+    assert np.allclose(answer, timm_aig.load_onnx(copied).run(None, {'x': X})[0]) and made.read_bytes() == before
+
+
 @pytest.mark.parametrize('key', ['cpu', 'onnxruntime', 'source'])
 def test_a_file_made_elsewhere_is_made_again_or_refused(copied, key):
     made = timm_aig.optimize_onnx(copied)

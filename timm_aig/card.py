@@ -182,7 +182,8 @@ def _body(
         *_results(results),
         *_budgets(model),
         *(f'![{_text(name.partition(".")[0].replace("_", " "))}]({quote(name)})' for name in pictures),
-        _usage(repo_id if revision in (None, 'main') else f'{repo_id}@{revision}', bool(gated_blocks(model))),
+        _usage(repo_id if revision in (None, 'main') else f'{repo_id}@{revision}', bool(gated_blocks(model)),
+               config['pretrained_cfg']['input_size'][0]),
         CITATION,
     ]
     return '\n\n'.join(part for part in parts if part)
@@ -249,19 +250,30 @@ def _budgets(model: nn.Module) -> List[str]:
         f'| {p.budget:.3g} | {p.macs_share:.4f} | {"" if p.top1 is None else f"{p.top1:.2f} %"} | {p.gate_offset:g} |'
         for p in table]
     about = (
-        f'`timm_aig.set_budget(model, 0.5)` makes this checkpoint spend half of the MACs of its static parent, in the '
-        f'mean over images; any share from {table[0].budget:g} to {table[-1].budget:g} will do. The rows were measured '
-        f'on {table[0].images} calibration images, others give somewhat other figures.')
+        f'`timm_aig.set_budget(model, {table[0].budget:g})` makes this checkpoint spend that share of the MACs of its '
+        f'static parent, in the mean over images; any from {table[0].budget:g} to {table[-1].budget:g} will do. The '
+        f'rows were measured on {table[0].images} calibration images, others give somewhat other figures.')
     lines = ['| Budget | MACs share | Top-1 accuracy | Gate offset |', '|---|---|---|---|', *rows]
     return ['## Budgets', about, '\n'.join(lines)]
 
 
-def _usage(name: str, adaptive: bool) -> str:
+def _usage(name: str, adaptive: bool, channels: int) -> str:
     run = 'logits, gates = timm_aig.forward_gates(model, images)  # gates: 1. where a block ran' if adaptive else \
         'logits = model(images)'
     static = '\n\ntimm_aig.ungate_(model)  # the static ResNet: every block runs for every image' if adaptive else ''
     repo_id, _, revision = name.partition('@')
     pinned = f', revision={revision!r}' if revision else ''
+    transformers = '' if channels != 3 else f'''
+
+With transformers:
+
+```python
+import timm_aig
+from transformers import pipeline
+
+classify = pipeline('image-classification', model='{repo_id}'{pinned})
+classify('image.jpg')
+```'''  # whose pipelines make RGB images only
     return f'''## Use
 
 ```python
@@ -272,20 +284,10 @@ from PIL import Image
 
 model = timm.create_model('hf-hub:{name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-images = transform(Image.open('image.jpg')).unsqueeze(0)
+images = transform(Image.open('image.jpg').convert('{"L" if channels == 1 else "RGB"}')).unsqueeze(0)
 with torch.inference_mode():
     {run}{static}
-```
-
-With transformers:
-
-```python
-import timm_aig
-from transformers import pipeline
-
-classify = pipeline('image-classification', model='{repo_id}'{pinned})
-classify('image.jpg')
-```'''
+```{transformers}'''
 
 
 CITATION = '''## Citation

@@ -103,7 +103,7 @@ def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spin
         if not portable.is_file() or portable == optimized:
             raise ValueError(
                 f'{path} was optimized for another CPU or ONNX Runtime, and the portable file that it was made from is '
-                f'not beside it: export it again or bring {portable.name}.')
+                f'not beside it: export it again, or load the portable file.')
         optimize_onnx(portable, optimized)
     return create_session(optimized.read_bytes(), threads, spinning)
 
@@ -145,7 +145,7 @@ def _fits(optimized: Path, portable: Path) -> bool:
         return False
     machine = _machine_of(_parse(optimized.read_bytes(), optimized)) or {}
     source = machine.pop('source', None)
-    if portable.is_file() and source != hashlib.sha256(portable.read_bytes()).hexdigest():
+    if portable != optimized and portable.is_file() and source != hashlib.sha256(portable.read_bytes()).hexdigest():
         return False
     return machine == _machine()
 

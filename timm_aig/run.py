@@ -4,7 +4,7 @@ timm's scripts import no plugin, so they do not know the adaptive models. They a
 package; take those of the installed version.
 
     python -m timm_aig.run validate.py data --model resnet50_aig --pretrained
-    torchrun --nproc_per_node=2 -m timm_aig.run train.py data --model resnet50_aig
+    torchrun --nproc_per_node=2 -m timm_aig.run train.py data --model cifar_resnet32
 """
 import runpy
 import sys
