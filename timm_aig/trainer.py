@@ -241,11 +241,11 @@ class Trainer:
     def _add_to_sums(self, results: List[Dict[str, float]]) -> None:
         self.counted += len(results)
         for result in results:
-            values = torch.tensor(list(result.values()), dtype=torch.float64, device=self.device)
             if self.distributed:
+                values = torch.tensor(list(result.values()), dtype=torch.float64, device=self.device)
                 dist.all_reduce(values)
-                values /= dist.get_world_size()
-            for name, value in zip(result, values.tolist()):
+                result = dict(zip(result, (values / dist.get_world_size()).tolist()))
+            for name, value in result.items():
                 self.sums[name] = self.sums.get(name, 0.) + value
 
     def _update(self, results: List[Dict[str, float]]) -> bool:
