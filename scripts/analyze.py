@@ -180,7 +180,8 @@ def evaluate_counts(
         counts, {kind: [blocks.index(name) for name in members] for kind, members in kinds.items()}, groups,
         args.groups is not None, paths, args.permutations, args.seed)
     return {
-        'model': args.model, 'dataset': args.dataset, 'split': args.split,
+        'model': args.model, 'dataset': args.dataset,
+        'split': args.split if args.holdout is None else f'{args.split}, {args.holdout} held out',
         'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset,
         'images': n,
         'top1': 100 * counts.right / n,

@@ -32,7 +32,7 @@ from validate import (
 import timm_aig
 from timm_aig.calibrate import BUDGETS, Calibration
 from timm_aig.checkpoint import write_atomically
-from timm_aig.data import DataError, hold_out
+from timm_aig.data import DataError
 from timm_aig.recipe import InputError, error_text, open_device
 
 EXAMPLES = """examples:
@@ -49,8 +49,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     arg = parser.add_argument
     add_evaluation_args(arg, split='train')
-    arg('--holdout', type=int, metavar='N', help='take N images of the split, drawn at random, the same that '
-        'finetune.py --holdout N leaves out of the training (default: all)')
     arg('--budgets', type=float, nargs='*', metavar='X', default=BUDGETS, help='default: 0.4 to 1 in steps of 0.1')
     arg('--tolerance', type=float, default=0.005, metavar='X', help="of a budget's MACs, default: %(default)s")
     arg('--max-accuracy-drop', type=float, metavar='POINTS', help='find the smallest budget that loses no more, '
@@ -72,10 +70,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def create_images(args: argparse.Namespace, model: Any) -> Any:
     """Loader of the calibration images."""
-    dataset = open_split(args)
-    if args.holdout is not None:
-        dataset = hold_out(dataset, open_split(args), args.holdout)[1]
-    return create_test_loader(args, dataset, data_config(args, model), use_prefetcher=False)
+    return create_test_loader(args, open_split(args), data_config(args, model), use_prefetcher=False)
 
 
 def read_hub_config(path: str) -> Dict[str, Any]:

@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig.checkpoint import write_atomically
-from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, open_dataset
+from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, hold_out, open_dataset
 from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.figures import plot_budgets
 from timm_aig.recipe import InputError, error_text, open_device
@@ -41,6 +41,7 @@ EXAMPLES = """examples:
   scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \
       --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot accuracy_macs.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
+  scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos --split train --holdout 5000
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet
 
 exit code: 0 done, 2 bad input"""
@@ -53,6 +54,8 @@ def add_evaluation_args(arg: Callable[..., Any], split: str = 'validation') -> N
     arg('--data-dir', metavar='DIR', help='root of the data set')
     arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
     arg('--split', default=split, metavar='NAME', help='default: %(default)s')
+    arg('--holdout', type=int, metavar='N', help='take N images of the split, drawn at random, the same that '
+        'finetune.py --holdout N leaves out of the training (default: all)')
     arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
     arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
     arg('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
@@ -133,8 +136,9 @@ def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
 
 def open_split(args: argparse.Namespace) -> Any:
     """The data set that the arguments name."""
-    return open_dataset(
+    dataset = open_dataset(
         args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+    return dataset if args.holdout is None else hold_out(dataset, dataset, args.holdout)[1]
 
 
 def create_test_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], **kwargs: Any) -> Any:

@@ -79,6 +79,12 @@ def test_a_smaller_offset_closes_gates_and_the_contact_sheets_of_before_are_gone
     assert [file.name for file in folder.glob('contact_sheet_*')] == ['contact_sheet_1.png']
 
 
+def test_held_out_training_images_are_named_as_such(analyze, adaptive_model):
+    _, out = analyze('--model', adaptive_model, '--split', 'train', '--holdout', 20, '--json')
+    results = json.loads(out)
+    assert (results['split'], results['images']) == ('train, 20 held out', 20)
+
+
 def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive_model, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=(('validation', 3),))
     (data / 'validation' / 'ape' / '0.png').write_bytes(b'broken')

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import timm_aig
+from timm_aig.data import hold_out, open_dataset
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'validate.py'
 
@@ -42,6 +43,16 @@ def test_the_figures_are_those_of_a_plain_loop(validate, adaptive_model, plain_l
         lines = list(csv.DictReader(file))
     assert [int(line['prediction']) for line in lines] == predictions.tolist()
     assert [float(line['macs_share']) for line in lines] == pytest.approx(shares.tolist(), abs=1e-6)
+
+
+def test_held_out_images_are_those_that_a_training_leaves_out(validate, adaptive_model, images, tmp_path):
+    whole, part = tmp_path / 'whole.csv', tmp_path / 'part.csv'
+    validate('--model', adaptive_model, '--split', 'train', '--predictions', whole)
+    row = validate('--model', adaptive_model, '--split', 'train', '--holdout', 20, '--predictions', part)['rows'][0]
+    held = hold_out(*(open_dataset('folder', str(images), 'train') for _ in range(2)), 20)[1]
+    lines = whole.read_text().splitlines()
+    assert part.read_text().splitlines() == [lines[0], *(lines[1 + index] for index in held.indices)] != lines[:21]
+    assert row['images'] == 20
 
 
 def test_a_larger_offset_opens_more_gates_until_all_are_open(validate, adaptive_model):
@@ -121,6 +132,7 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--data-dir', '/nowhere'], '--data-dir'),
     (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
+    (['--model', 'cifar_resnet20', '--holdout', '0'], '--holdout must leave'),
     (['--model', 'cifar_resnet20_aig', '--budget', '0.5', '--workers', '0'], 'calibrate'),
     (['--model', 'cifar_resnet20_aig', '--cap', '0.5'], '--cap needs --budget'),
     (['--model', 'cifar_resnet20', '--device', 'abc'], '--device abc'),
