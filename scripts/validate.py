@@ -90,7 +90,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
     arg('--alternatives', nargs='+', metavar='NAME', default=[], help='static models to show beside it')
     arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs, alternatives beside the rows')
-    arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image')
+    arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image, in '
+        'the order of the data set')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
     if args.cap is not None and not args.budget:

@@ -17,8 +17,8 @@ __all__ = ['InputError', 'RECIPES', 'error_text', 'open_device', 'parse_args', '
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {
     'distill': dict(
-        gate_loss='macs', gate_loss_weight=10., block_bounds=1., tau=[5., 0.5], anneal=1 / 3, noise_off=0.2,
-        distill_weight=0.5, gate_weight_decay=0., bn_recalibrate=100, lr=0.05, sched='cosine'),
+        gate_loss='macs', gate_loss_weight=10., block_bounds=0., tau=[5., 0.5], anneal=1 / 3, noise_off=0.6,
+        distill_weight=0.5, gate_weight_decay=0., bn_recalibrate=100, lr=0.1, sched='cosine'),
     'paper': dict(
         gate_loss='rate', gate_loss_weight=2., block_bounds=0., tau=[1., 1.], anneal=0., noise_off=0.,
         distill_weight=0., gate_weight_decay=None, bn_recalibrate=0, lr=0.1, sched='multistep', warmup_epochs=0),
