@@ -340,7 +340,7 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
     assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
     for args, differ in (
             (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
-            (['--lr', 0.01], 'lr 0.05 there and 0.01 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
+            (['--lr', 0.01], 'lr 0.1 there and 0.01 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
             (['--static', '--teacher', 'STATIC'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
         args = ['--epochs', 1, '--resume', 'auto', *args]
         if 'STATIC' in args:
