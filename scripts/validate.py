@@ -139,7 +139,9 @@ def open_split(args: argparse.Namespace) -> Any:
     """The data set that the arguments name."""
     dataset = open_dataset(
         args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
-    return dataset if args.holdout is None else hold_out(dataset, dataset, args.holdout)[1]
+    if args.holdout is None:
+        return dataset
+    return hold_out(dataset, dataset, args.holdout)[1]  # no second copy: the other part is not used
 
 
 def create_test_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], **kwargs: Any) -> Any:
