@@ -309,24 +309,24 @@ def run(args: argparse.Namespace) -> None:
     groups = {group: members for group, members in groups.items() if members}
     results = evaluate_counts(counts, model, groups, names, cost, args)
     results['unreadable'] = count_unreadable(dataset, torch.device('cpu'))
+    text = json.dumps(results, indent=2, ensure_ascii=False) + '\n'
+    # printed first: nothing that cannot be written loses it
+    print(text if args.json else f'{format_results(results)}\n', end='')
+    write_atomically(folder / 'analysis.json', lambda file: file.write(text.encode()))
     write_tables(folder, counts, list(results['blocks']), groups, names)
     draw(folder, counts, model, groups, names, args.width)
     if isinstance(dataset, IterableDataset):
         print(f'No contact sheets: images of {args.dataset} cannot be read again by their number.', file=sys.stderr)
     elif args.extremes:
         draw_contact_sheets(folder, counts, dataset, groups, names, args.width)
-    text = json.dumps(results, indent=2, ensure_ascii=False) + '\n'
-    write_atomically(folder / 'analysis.json', lambda file: file.write(text.encode()))
-    if args.json:
-        print(text, end='')
-    else:
-        print(f'{format_results(results)}\n\nWrote tables, pictures and analysis.json to {folder}.')
+    if not args.json:
+        print(f'\nWrote tables, pictures and analysis.json to {folder}.')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     try:
         run(parse_args(argv))
-    except (InputError, DataError) as e:
+    except (InputError, DataError, OSError) as e:
         print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     return 0

@@ -42,7 +42,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import random_seed
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import timm_aig
@@ -66,7 +66,7 @@ from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer
 
 EXAMPLES = """examples:
-  scripts/finetune.py --data-dir imagenet --model resnet50.tv2_in1k --pretrained --target-rate 0.5 --epochs 30
+  scripts/finetune.py --data-dir photos --model resnet50.tv2_in1k --pretrained --target-rate 0.5 --lr 0.02
   torchrun --nproc-per-node 8 scripts/finetune.py --config hub_configs/resnet50_aig.t05_paper.json \\
       --batch-size 32 --data-dir imagenet                    of each process: the recipes there are for 256 in all
   scripts/finetune.py --static --dataset torch/fashion_mnist --data-dir data --model cifar_resnet32 --experiment r32
@@ -76,7 +76,8 @@ exit code: 0 done, 1 the loss is no longer finite, 2 bad input, 3 output cannot 
 
 # What a resumed training may say otherwise: where things are, and what to do in case of need.
 MAY_CHANGE = (
-    'initial_checkpoint', 'model', 'nonfinite', 'pretrained', 'teacher', 'unreadable', 'validation_batch_size')
+    'crop_pct', 'initial_checkpoint', 'model', 'nonfinite', 'pretrained', 'teacher', 'unreadable', 'val_split',
+    'validation_batch_size')
 
 
 class Data(NamedTuple):
@@ -91,12 +92,16 @@ def open_data(args: argparse.Namespace) -> Any:
     """Training and validation split."""
     common = dict(
         name=args.dataset, root=args.data_dir, download=args.dataset_download, unreadable=args.unreadable,
+        input_key=args.input_key, target_key=args.target_key,
         batch_size=args.batch_size, seed=args.seed)  # wds/, tfds/ and hfids/ share and shuffle images by these
     train = open_dataset(split=args.train_split, is_training=True, **common)
     if args.holdout:
         return hold_out(train, open_dataset(split=args.train_split, **common), args.holdout)
     val = open_dataset(split=args.val_split, **common)
     check_same_classes(train, val)
+    if args.distributed and args.rank == 0 and isinstance(val, IterableDataset):
+        print(f'--dataset {args.dataset} has no exact shards: several processes may validate on some images twice and '
+              'miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     return train, val
 
 
@@ -225,7 +230,8 @@ def describe_data(model: nn.Module, data: Data) -> None:
         cfg.pop('pool_size', None)  # of the features at another size
     cfg.update({k: data.config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
     cfg['num_classes'] = model.num_classes
-    for key in ('tag', 'hf_hub_id', 'url', 'file', 'origin_url', 'test_input_size', 'label_names', 'paper_ids'):
+    for key in ('tag', 'hf_hub_id', 'url', 'file', 'origin_url', 'label_names', 'paper_ids', 'test_input_size',
+                'test_crop_pct', 'test_pool_size'):
         cfg.pop(key, None)  # of the parent's weights
 
 
@@ -415,11 +421,11 @@ def recalibrate(args: argparse.Namespace, model: nn.Module, data: Data, device: 
     model.eval()
 
 
-def environment(device: torch.device) -> Dict[str, Any]:
+def environment(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     return {
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_aig': timm_aig.__version__,
         'machine': platform.machine(), 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
-        'threads': torch.get_num_threads(),
+        'processes': args.world_size, 'threads': torch.get_num_threads(),
     }
 
 
@@ -480,7 +486,7 @@ def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, dat
         'seed': args.seed,
         'recipe': recipe_of(args),
         'command': args.command,
-        'environment': environment(trainer.device),
+        'environment': environment(args, trainer.device),
     }
 
 

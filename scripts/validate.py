@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -25,7 +25,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_input_data_config
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 import timm_aig
 from timm_aig.checkpoint import write_atomically
@@ -53,6 +53,8 @@ def add_evaluation_args(arg: Callable[..., Any], split: str = 'validation') -> N
     arg('--pretrained', action='store_true', help='load weights, as local-dir: and hf-hub: always do')
     arg('--data-dir', metavar='DIR', help='root of the data set')
     arg('--dataset', default='folder', metavar='NAME', help='folder, torch/..., hfds/..., hfids/..., tfds/..., wds/...')
+    arg('--input-key', metavar='NAME', help="of the images in hfds/, wds/ and the like, default: timm's")
+    arg('--target-key', metavar='NAME', help="of the labels there, default: timm's")
     arg('--split', default=split, metavar='NAME', help='default: %(default)s')
     arg('--holdout', type=int, metavar='N', help='take N images of the split, drawn at random, the same that '
         'finetune.py --holdout N leaves out of the training (default: all)')
@@ -90,8 +92,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
     arg('--alternatives', nargs='+', metavar='NAME', default=[], help='static models to show beside it')
     arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs, alternatives beside the rows')
-    arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image, in '
-        'the order of the data set')
+    arg('--predictions', metavar='FILE', help='write a CSV of label, prediction and MACs share of each image, and its '
+        'number in the split, from 0')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
     if args.cap is not None and not args.budget:
@@ -138,7 +140,8 @@ def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
 def open_split(args: argparse.Namespace) -> Any:
     """The data set that the arguments name."""
     dataset = open_dataset(
-        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable)
+        args.dataset, args.data_dir, args.split, download=args.dataset_download, unreadable=args.unreadable,
+        input_key=args.input_key, target_key=args.target_key)
     if args.holdout is None:
         return dataset
     return hold_out(dataset, dataset, args.holdout)[1]  # no second copy: the other part is not used
@@ -171,12 +174,23 @@ def gate_offsets(
     return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
 
 
-def validate(
-        args: argparse.Namespace, name: str, device: torch.device, argument: str = '--model',
-) -> List[Dict[str, Any]]:
-    """One row for each gate offset or budget, with its Evaluation under 'evaluation'."""
+class Opened(NamedTuple):
+    """A model to validate."""
+    name: str
+    model: Any
+    config: Dict[str, Any]  # of its data, as timm has it
+    offsets: List[Tuple[Optional[float], float]]  # of gate_offsets
+
+
+def open_model(args: argparse.Namespace, name: str, argument: str) -> Opened:
     model = create_model(args, name, argument)
     config = data_config(args, model)
+    return Opened(name, model, config, gate_offsets(args, name, model, config['input_size']))
+
+
+def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> List[Dict[str, Any]]:
+    """One row for each gate offset or budget, with its Evaluation under 'evaluation'."""
+    name, model, config, offsets = opened
     dataset = open_split(args)
     if args.distributed and isinstance(dataset, IterableDataset):
         raise InputError(f'--dataset {args.dataset} has no exact shards, run it in one process.')
@@ -186,7 +200,7 @@ def validate(
     model = model.to(device, memory_format=torch.channels_last)
     gated = timm_aig.gated_blocks(model)
     rows = []
-    for budget, offset in gate_offsets(args, name, model, config['input_size']):
+    for budget, offset in offsets:
         if gated:
             timm_aig.set_gate_offset(model, offset)
         timed = Timed(timm_aig.optimize_for_inference(model) if args.optimize else model, device).eval()
@@ -194,12 +208,14 @@ def validate(
             evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
         except ValueError as e:
             raise DataError(f'--split {args.split}: {e}') from e
-        seconds = torch.tensor(timed.seconds, dtype=torch.float64, device=device)
+        seconds = torch.tensor(timed.seconds)
         if args.distributed:
+            seconds = seconds.to(device)
             torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
         shares = evaluation.macs_shares(cost)
         rows.append({
             'model': name,
+            'architecture': model.pretrained_cfg['architecture'],
             'gate_offset': offset,
             'budget': budget,
             'images': len(evaluation.labels),
@@ -212,9 +228,15 @@ def validate(
             'block_rates': dict(zip(gated, evaluation.block_rates.tolist())),
             'images_per_second': len(evaluation.labels) / seconds.item(),
             'evaluation': evaluation,
+            'numbers': numbers_of(dataset, evaluation.positions),
             'shares': shares,
         })
     return rows
+
+
+def numbers_of(dataset: Any, positions: torch.Tensor) -> List[int]:
+    """Of the images in the split, where some of them are held out of it."""
+    return [dataset.indices[i] for i in positions] if isinstance(dataset, Subset) else positions.tolist()
 
 
 def mcnemar(a: Evaluation, b: Evaluation) -> Dict[str, Any]:
@@ -242,9 +264,14 @@ def print_table(rows: List[Dict[str, Any]]) -> None:
     print(f'{rows[0]["images"]} images{skipped}.')
 
 
+def label(row: Dict[str, Any]) -> str:
+    name = row['model'].rpartition('/')[2]
+    return name if name.startswith(row['architecture']) else f'{row["architecture"]} ({name})'
+
+
 def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) -> None:
     """Accuracy against MACs, all over those of the first model's parent."""
-    points = [(row['model'].rpartition('/')[2], row['macs'] / rows[0]['all_macs'], row['top1'])
+    points = [(label(row), row['macs'] / rows[0]['all_macs'], row['top1'])
               for row in sorted(rows, key=lambda row: row['macs']) + others]
     try:
         plot_budgets(points[:len(rows)], points[len(rows):], path)
@@ -254,9 +281,9 @@ def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) ->
 
 def write_predictions(row: Dict[str, Any], path: str) -> None:
     e = row['evaluation']
-    lines = [f'{label},{prediction},{share:.6f}' for label, prediction, share in
-             zip(e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
-    text = '\n'.join(['label,prediction,macs_share', *lines, ''])
+    lines = [f'{image},{label},{prediction},{share:.6f}' for image, label, prediction, share in
+             zip(row['numbers'], e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
+    text = '\n'.join(['image,label,prediction,macs_share', *lines, ''])
     try:
         write_atomically(Path(path), lambda file: file.write(text.encode()))
     except OSError as e:
@@ -265,21 +292,25 @@ def write_predictions(row: Dict[str, Any], path: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = open_device(args)
-    rows = validate(args, args.model, device)
+    model = open_model(args, args.model, '--model')  # all of them before hours are spent on the first
+    against = [open_model(args, name, '--against') for name in (args.against,) if name]
+    others = [open_model(args, name, '--alternatives') for name in args.alternatives]
+    rows = validate(args, model, device)
     comparison, other = None, []
-    if args.against:
-        other = validate(args, args.against, device, '--against')
+    if against:
+        other = validate(args, against[0], device)
         first, second = rows[0]['evaluation'], other[0]['evaluation']
         if not torch.equal(first.labels, second.labels):
             raise InputError('--against: the two models did not see the same images in the same order.')
         comparison = mcnemar(first, second)
         rows += other
-    alternatives = [validate(args, name, device, '--alternatives')[0] for name in args.alternatives]
+    alternatives = [validate(args, opened, device)[0] for opened in others]
     if args.rank != 0:
         return
     # printed first: nothing that cannot be written loses it
     if args.json:
-        shown = [{k: v for k, v in row.items() if k not in ('evaluation', 'shares')} for row in rows + alternatives]
+        shown = [{k: v for k, v in row.items() if k not in ('evaluation', 'numbers', 'shares')}
+                 for row in rows + alternatives]
         print(json.dumps({'rows': shown, 'comparison': comparison}, indent=2))
     else:
         print_table(rows + alternatives)

@@ -66,6 +66,14 @@ def test_an_unreadable_image_is_an_error_that_names_the_file_if_asked_for(broken
         dataset[5]
 
 
+def test_a_column_that_is_not_there_is_an_error_at_once_and_no_unreadable_image(images):
+    dataset = opened(images)
+    dataset.reader = {}
+    with pytest.raises(DataError, match='--input-key or --target-key'):
+        dataset[0]
+    assert not dataset.failed.any()
+
+
 def test_a_training_set_without_a_readable_image_is_an_error(broken):
     dataset = opened(broken, is_training=True)
     for file in (broken / 'train').rglob('*.png'):

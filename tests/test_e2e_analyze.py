@@ -132,6 +132,16 @@ def test_groups_that_do_not_fit_are_refused(run_script, images, adaptive_model, 
     assert not (tmp_path / 'out').exists()
 
 
+def test_the_figures_are_printed_before_a_file_that_cannot_be_written(
+        run_script, images, adaptive_model, tmp_path, capsys):
+    (tmp_path / 'analysis.json').mkdir()
+    assert run_script('analyze.py', '--data-dir', images, '--workers', 0, '--permutations', 19,
+                      '--model', adaptive_model, '--output', tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith('21 images of folder, validation: top-1') and 'Wrote' not in out
+    assert err.splitlines()[-1].startswith('error: ') and 'analysis.json' in err
+
+
 def test_a_data_set_with_more_classes_is_refused(run_script, make_images, adaptive_model, tmp_path, capsys):
     data = make_images(tmp_path / 'data', splits=(('validation', 2),), classes=('a', 'b', 'c', 'd'))
     assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', data, '--workers', 0, '--output',

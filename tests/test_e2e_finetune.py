@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -349,6 +350,7 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
         assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
     parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
     assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0
+    assert run('--epochs', 1, '--resume', 'auto', '--val-split', 'train', '--crop-pct', .9)[0] == 0
     other = timm.create_model(static_model, pretrained=True)
     other.fc.bias.data += 1
     timm_aig.save_pretrained(other, parent)
@@ -408,6 +410,15 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
     assert model.pretrained_cfg['input_size'] == (3, 8, 8) and model.pretrained_cfg['label_names'] == [
         'ape', 'bee', 'cat']
     assert list(results['block_rates']) == list(timm_aig.gated_blocks(model))
+
+
+def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):
+    model = timm.create_model('resnet50_aig.tv2_in1k', device='meta')
+    assert model.pretrained_cfg['test_crop_pct'] != .9
+    config = dict(input_size=(3, 224, 224), interpolation='bilinear', mean=(.5,) * 3, std=(.5,) * 3, crop_pct=.9)
+    finetune.describe_data(model, SimpleNamespace(config=config))
+    for use_test_size in (False, True):
+        assert config.items() <= timm.data.resolve_data_config(model=model, use_test_size=use_test_size).items()
 
 
 def test_an_adaptive_model_goes_on_at_the_target_that_is_asked_for(run, tmp_path):
@@ -494,6 +505,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
     assert whole.wait() == 0, whole.stderr.read()
     results = json.loads((tmp_path / 'two' / 'results.json').read_text())
     assert results['images'] == 21 and len(rows(tmp_path / 'two')) == 2
+    assert results['environment']['processes'] == 2
     os.rename(tmp_path / 'two', tmp_path / 'whole')
     killed = torchrun(args)
     while last_step(tmp_path / 'two' / 'checkpoints') < 4:

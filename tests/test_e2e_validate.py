@@ -41,6 +41,7 @@ def test_the_figures_are_those_of_a_plain_loop(validate, adaptive_model, plain_l
     assert row['paths'] == len(gates.unique(dim=0))
     with open(tmp_path / 'p.csv', newline='') as file:
         lines = list(csv.DictReader(file))
+    assert [int(line['image']) for line in lines] == [*range(len(labels))]
     assert [int(line['prediction']) for line in lines] == predictions.tolist()
     assert [float(line['macs_share']) for line in lines] == pytest.approx(shares.tolist(), abs=1e-6)
 
@@ -89,6 +90,7 @@ def test_alternatives_are_rows_too_and_all_of_it_is_drawn(validate, calibrated_m
     result = validate(
         '--model', calibrated_model, '--budget', .4, .8, '--alternatives', static_model, '--plot', tmp_path / 'a.png')
     assert [row['model'] for row in result['rows']] == [calibrated_model] * 2 + [static_model]
+    assert [row['architecture'] for row in result['rows']] == ['cifar_resnet20_aig'] * 2 + ['cifar_resnet20']
     assert result['rows'][2]['macs'] == result['rows'][0]['all_macs'] == result['rows'][2]['all_macs']
     with Image.open(tmp_path / 'a.png') as image:
         assert min(image.size) > 500 and len(set(image.convert('RGB').get_flattened_data())) > 100
@@ -167,6 +169,14 @@ def test_a_label_that_the_model_does_not_know_is_bad_input(run_script, images, t
     timm_aig.save_pretrained(timm.create_model('cifar_resnet20', num_classes=1), tmp_path)
     assert run_script('validate.py', '--data-dir', images, '--model', f'local-dir:{tmp_path}', '--workers', 0) == 2
     assert '--split validation: the model has 1 classes' in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_all_models_are_opened_before_the_first_is_run(run_script, images, static_model, capsys, monkeypatch):
+    monkeypatch.setattr('timm_aig.evaluate.forward_gates', None)
+    for argument in ('--against', '--alternatives'):
+        arguments = ['--data-dir', images, '--model', static_model, '--workers', 0, argument, 'no_such_model']
+        assert run_script('validate.py', *arguments) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: {argument} no_such_model')
 
 
 def test_the_figures_are_printed_before_a_file_that_cannot_be_written(

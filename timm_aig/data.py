@@ -60,9 +60,11 @@ class ReadableImages(Dataset):
         for offset in range(len(self.part) if self.is_training else 1):
             at = self.part[(first + offset) % len(self.part)] if offset else index
             try:
-                file, label = self.reader[at]
+                file, label = self._read(at)
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
                     image = opened.convert(self.mode or opened.mode)
+            except DataError:
+                raise
             except Exception as e:  # decoders raise all kinds
                 name = self.reader.filename(at, absolute=True)
                 if self.unreadable == 'error':
@@ -76,6 +78,13 @@ class ReadableImages(Dataset):
             raise DataError('none of the training images can be read.')
         image = Image.new(self.mode or 'RGB', (64, 64))
         return (self.transform(image) if self.transform else image), -1
+
+
+    def _read(self, index: int) -> Tuple[Any, Any]:
+        try:
+            return self.reader[index]
+        except (KeyError, TypeError) as e:  # no image's fault
+            raise DataError(f'--input-key or --target-key: {type(e).__name__}: {e}') from e
 
 
 class HeldOut(Subset):
@@ -126,7 +135,8 @@ def open_dataset(
         raise DataError(f'--dataset must start with one of {", ".join(SOURCES)}, not {name!r}.')
     if not root and not name.startswith(('hfds/', 'hfids/')):
         raise DataError(f'--data-dir: {name} needs one.')
-    if root and not Path(root).is_dir() and (name == 'folder' or not download):
+    local = name == 'folder' or (name.startswith('torch/') and not download)  # others read addresses too
+    if local and not Path(root or '').is_dir():
         raise DataError(f'--data-dir must be a folder, {root!r} is not.')
     try:
         dataset: Any = create_dataset(

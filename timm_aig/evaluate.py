@@ -27,6 +27,7 @@ class Evaluation:
         labels: [N].
         predictions: Class of the largest logit, [N].
         gates: Which of the L gated blocks ran, bool [N, L].
+        positions: Of the images in what the loader reads, ascending, [N].
     """
     loss: float
     top1: float
@@ -34,6 +35,7 @@ class Evaluation:
     labels: torch.Tensor
     predictions: torch.Tensor
     gates: torch.Tensor
+    positions: torch.Tensor
 
     @property
     def block_rates(self) -> torch.Tensor:
@@ -81,6 +83,8 @@ def evaluate(
     device = device or torch.device('cpu')
     evaluator = ClassificationEvaluator(device)
     limit, seen = evaluation_sample_limit(getattr(loader, 'loader', loader)), 0  # PrefetchLoader hides its loader
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     parts = []
     training = model.training
     model.eval()
@@ -92,20 +96,22 @@ def evaluate(
                 output, gates = forward_gates(unwrap_model(model), images, sample)
             if len(labels) and labels.max() >= output.shape[1]:
                 raise ValueError(f'the model has {output.shape[1]} classes, the data set has a label {labels.max()}.')
-            keep = labels >= 0
+            keep, own = labels >= 0, torch.arange(seen, seen + len(labels), device=device)
             if limit is not None:
-                keep &= torch.arange(seen, seen + len(labels), device=device) < limit
+                keep &= own < limit
             seen += len(labels)
             evaluator.update(output[keep], labels[keep])
-            parts.append((labels[keep].cpu(), output[keep].argmax(1).cpu(), gates[keep].bool().cpu()))
+            positions = own[keep] * world + rank  # timm's sampler deals them out in turn
+            parts.append([t.cpu() for t in (labels[keep], output[keep].argmax(1), gates[keep].bool(), positions)])
     finally:
         model.train(training)
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if distributed:
-        shards: list = [None] * dist.get_world_size()
+        shards: list = [None] * world
         dist.all_gather_object(shards, parts)
         parts = [part for shard in shards for part in shard]
-    if not sum(len(labels) for labels, _, _ in parts):
+    if not sum(len(labels) for labels, *_ in parts):
         raise ValueError('the data set has no labelled images.')
     figures = evaluator.compute(distributed)
-    return Evaluation(figures['loss'], figures['top1'], figures['top5'], *(torch.cat(part) for part in zip(*parts)))
+    columns = [torch.cat(part) for part in zip(*parts)]
+    order = columns[-1].argsort()
+    return Evaluation(figures['loss'], figures['top1'], figures['top5'], *(column[order] for column in columns))

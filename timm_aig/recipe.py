@@ -82,6 +82,8 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--train-split', default='train', metavar='NAME', help='default: %(default)s')
     arg('--val-split', default='validation', metavar='NAME', help='default: %(default)s')
     arg('--dataset-download', action='store_true', help='let timm download the data set to --data-dir')
+    arg('--input-key', metavar='NAME', help="of the images in hfds/, wds/ and the like, default: timm's")
+    arg('--target-key', metavar='NAME', help="of the labels there, default: timm's")
     arg('--holdout', type=int, default=0, metavar='N', help='validate on N training images instead of --val-split')
     arg('--unreadable', choices=UNREADABLE, default='skip', help='images: skip and count (default), or error')
 

@@ -231,7 +231,7 @@ class Trainer:
             'top1': 100 * (result['output'].argmax(1) == hard).float().mean().item(),
         }
         if 'block_rates' in result:
-            rates = result['block_rates'].double().cpu()
+            rates = result['block_rates'].cpu().double()
             shown['execution_rate'] = rates.mean().item()
             if self.cost is not None:
                 shown['macs_share'] = self.cost.executed(rates[None]).item() / (self.cost.total - self.cost.gates)
