@@ -10,6 +10,7 @@ The model with its table goes to --output, where timm loads it; timm_aig.set_bud
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from typing import Any, Dict, List, Optional
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import torch
+from torch.utils.data import IterableDataset
 from validate import (
     add_evaluation_args,
     check_evaluation_args,
@@ -34,6 +36,8 @@ from timm_aig.calibrate import BUDGETS, Calibration
 from timm_aig.checkpoint import write_atomically
 from timm_aig.data import DataError
 from timm_aig.recipe import InputError, error_text, open_device
+
+MOST_BYTES = 32 * 10 ** 9  # of calibration images
 
 EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
@@ -70,7 +74,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def create_images(args: argparse.Namespace, model: Any) -> Any:
     """Loader of the calibration images."""
-    return create_test_loader(args, open_split(args), data_config(args, model), use_prefetcher=False)
+    dataset, config = open_split(args), data_config(args, model)
+    size = 0 if isinstance(dataset, IterableDataset) else 4 * len(dataset) * math.prod(config['input_size'])
+    if size > MOST_BYTES:
+        raise InputError(f'--holdout: {len(dataset)} images take {size / 1e9:.0f} GB, and they are kept in memory; '
+                         f'{MOST_BYTES // (size // len(dataset))} are the most, 10000 are plenty.')
+    return create_test_loader(args, dataset, config, use_prefetcher=False)
 
 
 def read_hub_config(path: str) -> Dict[str, Any]:

@@ -211,8 +211,25 @@ def test_batch_norms_measured_anew_are_those_of_the_samples_that_run(model, batc
     assert measure(model, batches)[0] == pytest.approx(result.table[0].macs_share, abs=1e-5)
     assert result.table[0].macs_share == pytest.approx(.5, abs=.005)
     with torch.no_grad():
-        means = [model.conv1(images).mean((0, 2, 3)) for images, _ in batches]
+        images = torch.cat([images for images, _ in batches])
+        order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
+        means = [model.conv1(images[rows]).mean((0, 2, 3)) for rows in order.split(32)]
     assert torch.allclose(model.bn1.running_mean, torch.stack(means).mean(0), atol=1e-6)
+
+
+def test_a_model_in_half_precision_is_calibrated_on_the_images_as_they_are(model, batches):
+    result = calibrate_budget(model.bfloat16(), batches, budgets=(.5,), tolerance=.03)
+    assert result.table[0].macs_share == pytest.approx(.5, abs=.03)
+
+
+def test_batch_norms_are_measured_on_images_of_the_whole_though_they_come_class_by_class(model):
+    classes = torch.randn(96, 3, 8, 8) + torch.arange(4.).repeat_interleave(24)[:, None, None, None]
+    calibrate_budget(model, list(classes.split(24)), budgets=(.5,), tolerance=.05, bn_recalibrate=1)
+    with torch.no_grad():
+        features = model.conv1(classes)
+    mean, spread = features.mean((0, 2, 3)), features.var((0, 2, 3)).sqrt()
+    assert ((model.bn1.running_mean - mean).abs() < .3 * spread).all()
+    torch.testing.assert_close(model.bn1.running_var, spread ** 2, rtol=.3, atol=0)
 
 
 def test_a_batch_norm_that_no_sample_reaches_keeps_its_statistics(model, batches):
@@ -354,6 +371,29 @@ def test_a_cap_fits_a_model_with_other_channels_than_its_weights():
     with torch.no_grad():
         gates = forward_gates(model, torch.randn(4, 3, 28, 28))[1]
     assert cost.executed(gates).max() <= .5 * (cost.total - cost.gates)
+
+
+def test_an_optimized_model_keeps_its_cap_when_its_budget_moves(model):
+    set_budget_table(model, CAPPED)
+    set_budget(model, 1., cap=.5)
+    fast = optimize_for_inference(model.eval())
+    set_budget(fast, .9)
+    cost = compute_cost(model, (3, 8, 8))
+    with torch.no_grad():
+        gates = forward_gates(fast, torch.randn(4, 3, 8, 8))[1]
+    assert cost.executed(gates).max() <= .5 * (cost.total - cost.gates)
+
+
+def test_a_model_with_a_cap_is_not_scripted(model):
+    set_budget_table(model, CAPPED)
+    set_budget(model, 1., cap=.5)
+    with pytest.raises(RuntimeError, match='cannot be compiled, traced or scripted'):
+        torch.jit.script(model.eval())
+
+
+def test_other_gates_than_the_tags_do_not_take_its_budgets():
+    with pytest.raises(RuntimeError, match='Pass the target_rate'):
+        timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, schedule='paper')
 
 
 def run_capped(model, images, mode):

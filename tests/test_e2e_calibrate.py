@@ -57,7 +57,8 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
 
 @pytest.mark.parametrize('args, error', [
     (['--budgets', '.001'], 'out of reach'), (['--budgets', '2'], 'budgets must be'), (['--budgets'], 'at least one'),
-    (['--holdout', '48'], '--holdout'), (['--split', 'test'], 'test'), (['--batch-size', '0'], '--batch-size'),
+    (['--holdout', '48'], '--holdout'), (['--input-size', '3', '60000', '60000'], '--holdout: 48 images take 2074 GB'),
+    (['--split', 'test'], 'test'), (['--batch-size', '0'], '--batch-size'),
     (['--hub-config', '/nowhere.json'], '--hub-config'), (['--model', 'cifar_resnet20'], 'no gated blocks'),
     (['--model', 'no_such_model'], '--model no_such_model'), (['--tolerance', '0'], 'tolerance'),
     (['--device', 'abc'], '--device abc'), (['--hub-config', __file__], '--hub-config'),

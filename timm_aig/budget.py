@@ -168,7 +168,8 @@ def set_budget(
     caps = [None] * len(blocks) if cap is None else _caps(model, table, cap, input_size)
     set_gate_offset(model, offset)
     for block, part in zip(blocks.values(), caps):
-        block.gate.cap = part
+        if isinstance(block, GatedBlock):  # else optimized
+            block.gate.cap = part
     return offset
 
 

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .blocks import GatedBlock, _require_gated_blocks, forward_gates, gated_blocks, set_gate_offset
@@ -111,7 +112,7 @@ def calibrate_budget(
             passes = 0
             if bn_recalibrate:
                 set_gate_offset(model, search.find(wanted[0]).offset)
-                _measure_norms(model, [images for images, _ in batches[:bn_recalibrate]])
+                _measure_norms(model, _shuffled(batches)[:bn_recalibrate])
                 passes = search.passes
                 search = _Search(model, batches, cost, tolerance, bar)
             for budget in wanted:
@@ -223,7 +224,7 @@ class _Search:
     @torch.no_grad()
     def _probe(self, offset: float) -> _Probe:
         set_gate_offset(self.model, offset)
-        device = next(self.model.parameters()).device
+        like = next(self.model.parameters())
         gates = [block.gate for block in gated_blocks(self.model).values()]
         margins: List[List[torch.Tensor]] = [[] for _ in gates]
         right: List[torch.Tensor] = []
@@ -238,7 +239,7 @@ class _Search:
         try:
             for images, labels in self.batches:
                 output, answers = forward_gates(
-                    self.model, images.to(device, memory_format=torch.channels_last))
+                    self.model, images.to(like.device, like.dtype, memory_format=torch.channels_last))
                 ran += answers.double().sum(0).cpu()
                 if labels is not None:
                     right.append(output.argmax(1).cpu() == labels)
@@ -359,14 +360,21 @@ class _Search:
         return passes
 
 
+def _shuffled(batches: List[Any]) -> Any:
+    """Batches of the same images in another order: a loader that does not shuffle may give one class after another."""
+    images = [image for images, _ in batches for image in images]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return [torch.stack([images[i] for i in rows]) for rows in order.split(len(batches[0][0]))]
+
+
 def _measure_norms(model: nn.Module, batches: List[torch.Tensor]) -> None:
     """Statistics of the batch norms outside of the gates, over the samples that each sees, averaged over batches.
 
     A norm that no sample reaches keeps its own.
     """
     in_gates = {norm for block in gated_blocks(model).values() for norm in block.gate.modules()}
-    norms: List[Any] = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m not in in_gates]
-    device = next(model.parameters()).device
+    norms: List[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m not in in_gates]
+    like = next(model.parameters())
     kept = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone())
             for norm in norms]
     try:
@@ -376,7 +384,7 @@ def _measure_norms(model: nn.Module, batches: List[torch.Tensor]) -> None:
             norm.train()  # the blocks stay in eval, and so sparse
         with torch.no_grad():
             for images in batches:
-                model(images.to(device, memory_format=torch.channels_last))
+                model(images.to(like.device, like.dtype, memory_format=torch.channels_last))
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e):  # torch's, where a single sample's block is open
             raise

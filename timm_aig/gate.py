@@ -15,6 +15,7 @@ from .cap import Cap
 __all__ = ['Gate', 'GATE_NORMS']
 
 GATE_NORMS = ('bn', 'none')
+CAP_IN_PYTHON = 'a cap on the MACs of each image is kept in Python: it cannot be compiled, traced or scripted.'
 
 
 class _GatePass(threading.local):
@@ -175,9 +176,14 @@ class Gate(nn.Module):
             z = self._note(z)
         return z
 
+    def __prepare_scriptable__(self) -> 'Gate':
+        if self.cap is not None:
+            raise RuntimeError(CAP_IN_PYTHON)
+        return self
+
     def _capped(self, z: torch.Tensor, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if not runs_eagerly(x):
-            raise RuntimeError('a cap on the MACs of each image is kept in Python: it cannot be compiled or traced.')
+            raise RuntimeError(CAP_IN_PYTHON)
         assert self.cap is not None
         return z.new_tensor(self.cap.answers(z.tolist(), (logits[:, 1] - logits[:, 0]).tolist()))
 
