@@ -48,6 +48,7 @@ def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
     assert 'Measured on 500 images' in text and 'seed 3' in text
     assert "by `a / 'b'`" in text and 'EPYC' in text and '| top1_error | 23.0 |' in text
     assert '![execution rates](execution_rates.png)' in text and '## Mine\n\nText.' in text
+    assert text.index('Birds.') < text.index('| Architecture |') < text.index('## Results') < text.index('## Mine')
     assert '```python\nimport timm_aig' in text and "create_model('hf-hub:user/name', pretrained=True)" in text
     assert "pipeline('image-classification', model='user/name')" in text
     assert "'hf-hub:user/name@v2'" in card(model, revision='v2') and "revision='v2'" in card(model, revision='v2')

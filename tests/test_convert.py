@@ -13,7 +13,15 @@ from timm.layers import DropBlock2d
 from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_aig
-from timm_aig import AIGConfig, GatedBasicBlock, GatedBottleneck, gate_, gated_blocks, ungate_
+from timm_aig import (
+    AIGConfig,
+    GatedBasicBlock,
+    GatedBottleneck,
+    gate_,
+    gated_blocks,
+    optimize_for_inference,
+    ungate_,
+)
 
 
 def input_size(parent: str) -> int:
@@ -312,6 +320,13 @@ def test_a_bad_call_on_a_static_model_is_explained_and_changes_nothing(call, mes
         call(model)
     assert_unchanged(model, before)
     assert model.pretrained_cfg == cfg
+
+
+def test_an_optimized_model_is_not_ungated():
+    model = optimize_for_inference(timm.create_model('cifar_resnet20_aig').eval())
+    with pytest.raises(ValueError, match='ungate_ the original'):
+        ungate_(model)
+    assert model.pretrained_cfg['architecture'] == 'cifar_resnet20_aig'
 
 
 @pytest.mark.parametrize('config', [None, AIGConfig(0.3)])

@@ -1,4 +1,6 @@
 """MACs against known values, the paper's shares and a count by hand."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -116,6 +118,17 @@ def test_counting_leaves_the_model_as_it_was():
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_is_counted_while_another_thread_runs_it():
+    model = timm.create_model('cifar_resnet20_aig').eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        expected = model(x)
+        counting = other.submit(lambda: [compute_cost(model, (3, 8, 8)) for _ in range(5)])
+        while not counting.done():
+            assert torch.equal(model(x), expected)
+        counting.result()
 
 
 @pytest.mark.parametrize('make', [

@@ -69,7 +69,7 @@ def test_a_model_with_every_block_always_on_loads(tmp_path, train_norms):
 
 
 def test_the_folder_holds_safetensors_of_the_pt_format_and_json_and_no_pickle(tmp_path):
-    model = timm.create_model('resnet18_aig').to(memory_format=torch.channels_last)
+    model = timm.create_model('resnet18_aig', num_classes=2).to(memory_format=torch.channels_last)
     save_pretrained(model, tmp_path, model_config={'label_names': ['a', 'b']})
     assert {'model.safetensors', 'config.json'} <= {file.name for file in tmp_path.iterdir()}
     assert not [f for f in tmp_path.iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.pkl') or f.is_dir()]
@@ -257,6 +257,13 @@ def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, trai
     assert reload(tmp_path).pretrained_cfg['label_names'] == ['cat', 'dog', 'owl']
     again = save_pretrained(reload(tmp_path), tmp_path / 'again')
     assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
+
+
+def test_label_names_that_are_not_one_for_each_class_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='label_names has 2 names, the model 3 classes'):
+        save_pretrained(
+            timm.create_model('cifar_resnet20_aig', num_classes=3), tmp_path, model_config={'label_names': ['a', 'b']})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_pipeline_of_transformers_classifies_an_image_as_timm_does(tmp_path, train_norms):

@@ -98,6 +98,23 @@ def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
 
 
 @pytest.mark.usefixtures('slices')
+@pytest.mark.parametrize('arch', ['resnet18', 'cifar_resnet20'])
+def test_synchronized_batch_norms_are_folded_as_their_own_kind_is(models, arch):
+    adaptive, fast = models(arch)
+    synchronized = timm_aig.optimize_for_inference(timm.layers.convert_sync_batchnorm(copy.deepcopy(adaptive)))
+    with torch.no_grad():
+        expected, gates = timm_aig.forward_gates(fast, images(9, arch))
+        actual, own = timm_aig.forward_gates(synchronized, images(9, arch))
+    assert torch.equal(own, gates) and 0 < gates.mean() < 1
+    assert_same(actual, expected)
+
+
+def test_a_batch_without_images_gives_no_logits(models):
+    adaptive, fast = models('cifar_resnet20')
+    with torch.no_grad():
+        assert fast(images(3, 'cifar')[:0]).shape == adaptive(images(3, 'cifar')[:0]).shape == (0, 10)
+
+
 def test_an_activation_that_changes_closed_samples_is_applied_to_them():
     model = create('resnet18_aig', act_layer='silu')
     x = images(4)
@@ -408,7 +425,7 @@ def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
     (['--batch-size', '0'], 'must be at least 1'),
     (['--train', '--batch-size', '8', '1'], '--train needs --batch-size from 2'),
     (['--model', 'cifar_resnet20_aig', '--images', 'nosuchfolder'], '--images nosuchfolder'),
-    (['--model', 'cifar_resnet20_aig', '--batch-size', '9', '--num-images', '2'], '--batch-size 9 needs'),
+    (['--model', 'cifar_resnet20_aig', '--batch-size', '1', '9', '--num-images', '2'], '--batch-size 9 needs'),
 ])
 def test_the_benchmark_names_the_argument_that_is_wrong(args, message):
     done = run_benchmark(*args)

@@ -10,7 +10,15 @@ from safetensors.torch import save_file
 from timm.models import group_parameters
 
 import timm_aig
-from timm_aig import AIGConfig, GatedBasicBlock, GatedBottleneck, forward_gates, gate_, gated_blocks
+from timm_aig import (
+    AIGConfig,
+    GatedBasicBlock,
+    GatedBottleneck,
+    forward_gates,
+    gate_,
+    gated_blocks,
+    resnet_aig,
+)
 
 PARENTS = timm.list_models(module=('resnet', 'cifar_resnet'))
 PORTED = ['resnet18_aig', 'resnet50d_aig', 'ecaresnet50d_pruned_aig', 'cifar_resnet20_aig']  # timm's tests, by name
@@ -42,6 +50,16 @@ def test_each_pretrained_tag_of_a_parent_is_one_of_its_kin_with_the_parents_repo
         assert cfg.architecture == name.partition('.')[0]
         assert cfg.to_dict() == {**parent_cfg.to_dict(), 'architecture': cfg.architecture}
     assert timm.get_pretrained_cfg('resnet50_aig').tag == timm.get_pretrained_cfg('resnet50').tag
+
+
+def test_the_default_tag_stays_the_parents_when_hub_configs_have_weights(monkeypatch):
+    for name in ('resnet50_aig.t05_paper', 'cifar_resnet32_aig.fmnist_t06'):
+        config = resnet_aig._HUB_CONFIGS[name]
+        monkeypatch.setitem(resnet_aig._HUB_CONFIGS, name, {
+            **config, 'pretrained_cfg': {**config['pretrained_cfg'], 'hf_hub_id': 'user/x'}})
+    cfgs = timm.models.generate_default_cfgs(resnet_aig._default_cfgs())
+    assert cfgs['resnet50_aig'].default_with_tag[0] == timm.get_pretrained_cfg('resnet50').tag
+    assert cfgs['cifar_resnet32_aig'].default_with_tag[0] == 'untrained'
 
 
 def test_registering_the_kin_leaves_the_parents_alone():

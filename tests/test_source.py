@@ -94,6 +94,13 @@ def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
         load(new)
 
 
+def test_a_wrong_argument_of_a_static_cifar_model_is_named(tmp_path):
+    folder = save_pretrained(timm.create_model('cifar_resnet20', channels=[4, 4, 4]), tmp_path / 'static')
+    new = changed(folder, tmp_path / 'new', lambda config: config['model_args'].update(layers=[3, 3, 'x']))
+    with pytest.raises(ValueError, match='layers must be a list of whole numbers'):
+        load(new)
+
+
 def test_an_unknown_field_or_architecture_is_named(folder, tmp_path):
     new = changed(folder, tmp_path / 'new', lambda config: config['pretrained_cfg'].update(evil=1))
     with pytest.raises(ValueError, match="pretrained_cfg has no field 'evil'"):

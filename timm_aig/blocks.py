@@ -268,7 +268,8 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
     for gate, z in record:
         answers[id(gate)].append(z)  # several in a row from a model that takes its batch in parts
     if any(sum(len(z) for z in parts) != len(x) for parts in answers.values()):
-        raise RuntimeError('forward_gates needs a model whose forward runs each gated block exactly once.')
+        raise RuntimeError('forward_gates needs a model whose forward runs each gated block exactly once, in '
+                           'the thread that calls it: none that DataParallel wraps.')
     gates = torch.stack([torch.cat(parts) for parts in answers.values()], dim=1)
     if model.training and torch.is_grad_enabled() and not gates.requires_grad:
         if any(block.gate.fc2.weight.requires_grad for block in blocks.values()):
@@ -281,6 +282,8 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
 @contextmanager
 def force_gates(model: nn.Module, open: torch.Tensor) -> Iterator[None]:
     """Answer for the gates of a model, inside a `with` block and in this thread. The gates are still computed.
+
+    With gradient checkpointing, gradients are right only of a backward pass inside the block, in this thread.
 
     Args:
         model: Model with L gated blocks.

@@ -6,6 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class CheckpointError(RuntimeError):
 
 def write_atomically(path: Path, write: Any) -> None:
     """Call write(file) on a temporary file, flush it to the disk and give it its name. Nothing is left on failure."""
-    temporary = path.with_name(f'.{path.name}.tmp')  # one name, so that a killed process leaves no second file
+    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')  # not that of another process that writes it too
     try:
         with open(temporary, 'wb') as file:
             write(file)

@@ -16,6 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
 from .convert import checkpoint_filter_fn
+from .source import checked_source
 
 __all__ = ['CifarResNet']
 
@@ -144,7 +145,7 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive kin load too
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
-        **kwargs,
+        **checked_source(pretrained, kwargs),
     )
 
 

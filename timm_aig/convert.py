@@ -117,10 +117,12 @@ def ungate_(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: The model has no gated blocks.
+        ValueError: The model has no gated blocks, or is optimized for inference.
     """
     _require_gated_blocks(model)
     sites = _find_blocks(model, tuple(GATED.values()))
+    if not sites:
+        raise ValueError('model is optimized for inference, ungate_ the original and optimize that.')
     blocks = {site.block: site.block.ungated() for site in sites}  # by block, as in gate_
     for site in sites:
         setattr(site.parent, site.child, blocks[site.block])

@@ -1,4 +1,5 @@
 """MACs: of each block, of each sample, and a table of them."""
+import copy
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence, Tuple, Union
 
@@ -31,10 +32,11 @@ class Cost:
         return self.fixed + sum(self.blocks)
 
     def executed(self, gates: torch.Tensor) -> torch.Tensor:
-        """MACs [B] of samples with gates [B, L], differentiable, float64."""
+        """MACs [B] of samples with gates [B, L], differentiable, float64 (float32 on mps, which has no other)."""
         if gates.ndim != 2 or gates.shape[1] != len(self.blocks):
             raise ValueError(f'gates must be [batch, {len(self.blocks)}], not {list(gates.shape)}.')
-        return self.fixed + gates.double() @ gates.new_tensor(self.blocks, dtype=torch.float64)
+        dtype = torch.float32 if gates.device.type == 'mps' else torch.float64
+        return self.fixed + gates.to(dtype) @ gates.new_tensor(self.blocks, dtype=dtype)
 
 
 def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
@@ -128,22 +130,18 @@ def _count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> Callable[
     """Function of a module's name that gives its MACs for one sample, of the model without one."""
     if len(input_size) != 3 or any(size < 1 for size in input_size):
         raise ValueError(f'input_size must be (C, H, W), each above 0, not {tuple(input_size)}.')
-    tensors = {k: v.to('meta') for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    meta = {id(t): t.to('meta') for t in (*model.parameters(), *model.buffers())}
+    shapes = copy.deepcopy(model, meta).eval()  # the model itself may be running in another thread
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     x = torch.empty(1, *input_size, device='meta', dtype=dtype)
-    modes = [(module, module.training) for module in model.modules()]
     counter = FlopCounterMode(display=False)
-    model.eval()
     try:
         with torch.no_grad(), counter:
-            torch.func.functional_call(model, tensors, x)
+            shapes(x)
     except NotImplementedError as e:
         raise ValueError(
             f'model ({type(model).__name__}) does not run on the meta device. Take the original of an optimized one.'
         ) from e
-    finally:
-        for module, training in modes:
-            module.training = training
     counts = counter.get_flop_counts()
 
     def macs(name: str = '') -> int:

@@ -212,7 +212,8 @@ def plot_contact_sheet(
     axes.set_yticks(
         [row * height + tile / 2 for row in range(len(rows))], [_short(name, 16) for name, _, _ in rows],
         parse_math=False)
-    axes.set_xticks([most * step / 2, most * step * 1.5 + gap], ['fewest MACs', 'most MACs'])
+    axes.set_xticks(
+        [most * step / 2, most * step * 1.5 + gap], [f'{end} MACs (below: blocks run)' for end in ('fewest', 'most')])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -52,7 +52,7 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: timm would not rebuild this model, or a weight is not finite.
+        ValueError: timm would not rebuild this model, a weight is not finite, or label_names is not one for each class.
         OSError: The folder cannot be written to; what it held is untouched.
     """
     model = unwrap_model(model)
@@ -106,6 +106,9 @@ def _write_config(model: nn.Module, path: Path, model_config: Optional[Dict[str,
         labels = config['pretrained_cfg'].pop(name, None)
         if labels is not None:
             config.setdefault(name, labels)
+    labels = config.get('label_names')
+    if labels is not None and len(labels) != config['num_classes']:
+        raise ValueError(f'label_names has {len(labels)} names, the model {config["num_classes"]} classes.')
     args = config.setdefault('model_args', {})
     args.pop('num_classes', None)  # transformers passes it by itself, timm takes it from pretrained_cfg
     args.pop('gate_offset', None)

@@ -108,8 +108,8 @@ def _fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
         last = folded[-1] if folded else None
         if module is None or isinstance(module, (nn.Identity, DropBlock2d, DropPath)):
             continue
-        if type(module) is nn.BatchNorm2d and isinstance(last, nn.Conv2d):
-            folded[-1] = fuse_conv_bn_eval(last, module)
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and isinstance(last, nn.Conv2d):
+            folded[-1] = fuse_conv_bn_eval(last, module)  # type: ignore[arg-type]
         elif type(module) is nn.ReLU and _is_plain_conv(last):
             folded[-1] = FusedConv(last, relu=True)
         else:
@@ -132,7 +132,7 @@ class InferenceGate(Gate):
 
     def __init__(self, gate: Gate) -> None:
         nn.Module.__init__(self)
-        fc1 = fuse_linear_bn_eval(gate.fc1, gate.bn) if isinstance(gate.bn, nn.BatchNorm1d) else gate.fc1
+        fc1 = gate.fc1 if isinstance(gate.bn, nn.Identity) else fuse_linear_bn_eval(gate.fc1, gate.bn)
         self.weight1 = nn.Parameter(fc1.weight.detach(), False)
         self.bias1 = nn.Parameter(fc1.bias.detach(), False)
         self.weight2 = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
@@ -157,7 +157,7 @@ class InferenceGate(Gate):
         return [row for row, answer in enumerate(answers) if answer]
 
     def _scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
-        if len(pooled) > 1:
+        if len(pooled) != 1:
             hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu_()
             return (hidden @ self.weight2[0]).tolist()
         score = 0.

@@ -15,6 +15,7 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
     list_models,
     model_entrypoint,
     register_model,
@@ -37,17 +38,17 @@ _HUB_CONFIGS = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()
 def _default_cfgs() -> Dict[str, Any]:
     """Pretrained cfgs by 'arch_aig.tag': hub_configs', and the parents' (loading from the parents' repositories).
 
-    The default tag is the parent's: hub_configs come first, and where no parent has weights, which would make it the
-    default, a star does.
+    The default tag is the parent's: a star marks it.
     """
     cfgs: Dict[str, Any] = {}
     for name, config in _HUB_CONFIGS.items():  # timm's sizes, means and the like are tuples, which JSON has not
         cfgs[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
     for parent in _PARENTS:
         parent_cfgs = get_arch_pretrained_cfgs(parent)
-        star = '' if any(cfg.has_weights for cfg in parent_cfgs.values()) else '*'
+        default = get_pretrained_cfg(parent)
         for name, cfg in parent_cfgs.items():
             arch, dot, tag = name.partition('.')
+            star = '*' if default and tag == default.tag else ''
             cfgs[f'{arch}_aig.{tag}{star}' if dot else f'{arch}_aig'] = cfg
     return cfgs
 
@@ -91,10 +92,11 @@ def _create_resnet_aig(
 ) -> ResNet:
     parent = variant.removesuffix('_aig')
     kwargs = checked_source(pretrained, kwargs)
-    if gate_budgets is None:
-        gate_budgets = _hub_config(variant, kwargs).get('gate_budgets', ()) if pretrained else ()
-    table = read_budget_table(gate_budgets)
+    hub_config = _hub_config(variant, kwargs) if pretrained else {}
     aig_args, kwargs = _split_args(variant, kwargs)
+    if gate_budgets is None and hub_config and AIGConfig(**aig_args) == AIGConfig.from_dict(hub_config['aig']):
+        gate_budgets = hub_config.get('gate_budgets')  # other gates than the tag's have other budgets
+    table = read_budget_table(() if gate_budgets is None else gate_budgets)
     try:
         return build_model_with_cfg(
             partial(_adaptive_resnet, parent, aig_args, gate_offset, table),
