@@ -324,6 +324,9 @@ def main() -> None:
     adaptive, parent = load_models(args)
     with torch.inference_mode():
         images = load_images(args, adaptive)
+        if max(args.batch_size) > len(images):
+            sys.exit(f'benchmark: --batch-size {max(args.batch_size)} needs --num-images of at least that, '
+                     f'not {len(images)}.')
         setting = dict(
             model=args.model, input_size=list(images.shape[1:]), device=args.device, precision='float32',
             threads=torch.get_num_threads(), cpu=cpu_name(), cpu_capability=torch.backends.cpu.get_cpu_capability(),
@@ -333,8 +336,6 @@ def main() -> None:
         print(', '.join(f'{k} {v}' for k, v in setting.items()), file=sys.stderr if args.json == '-' else sys.stdout)
         results = []
         for batch in args.batch_size:
-            if batch > len(images):
-                sys.exit(f'benchmark: --batch-size {batch} needs --num-images of at least that, not {len(images)}.')
             results.extend(measure(args, adaptive, parent, images, batch))
     if args.json != '-':
         print_table(results, args.memory)

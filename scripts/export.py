@@ -186,6 +186,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     path = args.output or Path(args.model.rpartition('/')[2].rpartition(':')[2] + SUFFIXES[args.format])
     if not path.parent.is_dir():
         raise InputError(f'--output: there is no folder {path.parent}.')
+    if path.is_dir():
+        raise InputError(f'--output: {path} is a folder.')
     result = {'export': write(args, model, images, path)}
     files = {'portable' if args.format == 'onnx' else args.format: path}
     branches = args.format == 'onnx' and args.mode == 'branch' and args.precision == 'float32'
@@ -216,7 +218,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except RuntimeError as e:  # ExportError, and the optimizer's
         print(f'error: {e}', file=sys.stderr)
         return 1
-    except (InputError, ImportError, ValueError) as e:
+    except (InputError, ImportError, OSError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     if args.json:

@@ -103,7 +103,8 @@ def load(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Dict[str,
             raise InputError('a checkpoint needs --hub-config, which says what model it is of.')
         aig = {k: v for k, v in known['aig'].items() if k != 'version'}
         cfg = dict(known['pretrained_cfg'], architecture=known['architecture'])
-        model = timm.create_model(known['architecture'], pretrained_cfg=cfg, **aig)
+        budgets = known.get('gate_budgets', ())
+        model = timm.create_model(known['architecture'], pretrained_cfg=cfg, gate_budgets=budgets, **aig)
         load_checkpoint(model, str(args.source), filter_fn=checkpoint_filter_fn)
         return model, known, {}
     except InputError:

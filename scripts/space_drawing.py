@@ -133,7 +133,7 @@ def _block(name: str, gate: Optional[Tuple[float, float, int]], threshold: float
         meter = (f'<span class="meter" aria-hidden="true"><i style="width:{probability:.1%}"></i>'
                  f'<s style="left:calc({threshold:.1%} - 1px)"></s></span>')
         hint = f'{macs / 1e6:.3g} million MACs {"run" if ran else "saved"}'
-    wire = 'M0 24 H12 Q16 24 16 18 T22 6 H70 Q76 6 76 16 T80 24 H92' if state == 'skipped' else 'M0 24 H12 M80 24 H92'
+    wire = 'M0 24 H12 Q16 24 16 18 T22 6 H70 Q76 6 76 16 T80 24 H92' if state == 'skipped' else 'M0 24 H22 M70 24 H92'
     return (
         f'<li class="{state}" title="block {escape(name)}: {hint}"><svg viewBox="0 0 92 40" aria-hidden="true">'
         f'<path class="wire" d="{wire}"/><rect x="22" y="11" width="48" height="26" rx="4"/>'

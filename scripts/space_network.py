@@ -40,6 +40,7 @@ __all__ = ['ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', '
 ON_A_SPACE = 'SPACE_ID' in os.environ
 HERE = Path(__file__).resolve().parent
 MAX_SIDE = 1024  # of a model's images
+MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
 LARGEST_CSV = 10_000_000
 TIMED_SECONDS, LEAST_TURNS, MOST_TURNS = .7, 5, 51
 
@@ -270,6 +271,10 @@ def _load(name: str) -> Network:
         if not str(architecture).endswith('_aig'):
             raise ModelError(f'{name} has the architecture {str(architecture)[:80]!r}; only adaptive models, '
                              '<name>_aig, have gates to show.')
+        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        if parameters > MAX_PARAMETERS:
+            raise ModelError(
+                f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
         return Network(name, timm.create_model(name, pretrained=True))
     except ModelError:
         raise

@@ -72,8 +72,10 @@ def test_a_dry_run_sends_nothing_and_shows_everything_with_and_without_a_hub(hub
 
 
 def test_a_checkpoint_and_a_hub_config_are_published(hub, folder, tmp_path):
+    budget = dict(budget=0.5, gate_offset=-1, macs_share=0.5, images=50)
     config = dict(
-        RESULTS, tag='mine', description='From a checkpoint.', aig=dict(target_rate=0.5, version=1),
+        RESULTS, tag='mine', description='From a checkpoint.', gate_budgets=[budget],
+        aig=dict(target_rate=0.5, version=1),
         pretrained_cfg=dict(num_classes=10, input_size=[3, 32, 32], mean=[0.5] * 3, std=[0.5] * 3, license='mit',
                             first_conv='conv1', classifier='fc'))
     (tmp_path / 'mine.json').write_text(json.dumps(config))
@@ -83,7 +85,8 @@ def test_a_checkpoint_and_a_hub_config_are_published(hub, folder, tmp_path):
     assert json.loads(done.stdout)['url'].startswith(f'{hub.url}/alice/checkpoint/commit/')
     card = hub.files('alice/checkpoint')['README.md'].decode()
     assert 'From a checkpoint.' in card and 'license: mit' in card
-    assert json.loads(hub.files('alice/checkpoint')['config.json'])['model_args']['target_rate'] == 0.5
+    args = json.loads(hub.files('alice/checkpoint')['config.json'])['model_args']
+    assert args['target_rate'] == 0.5 and [row['budget'] for row in args['gate_budgets']] == [0.5]
 
 
 @pytest.mark.parametrize('args,code,message', [

@@ -305,6 +305,8 @@ def test_a_hub_that_has_no_such_model_or_does_not_answer_is_said_in_a_sentence()
     ('{"architecture": "cifar_resnet20", "num_classes": 2}', 'only adaptive models'),
     ('{"architecture": "resnet18_aig", "pretrained_cfg": {"input_size": [3, 60000, 60000]}}', 'cannot be loaded'),
     ('{"architecture": "no_such_aig", "pretrained_cfg": {}}', 'cannot be loaded'),
+    ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 20000}}',
+     'at most 300,000,000'),
 ])
 def test_a_folder_of_any_content_is_refused_in_a_sentence(tmp_path, config, message):
     (tmp_path / 'config.json').write_text(config)
