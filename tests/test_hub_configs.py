@@ -25,8 +25,8 @@ def test_a_hub_config_fits_the_schema_its_name_and_what_reads_it(file):
     assert file.stem == name
     check_pretrained_cfg(config['pretrained_cfg'], file)
     if 'metrics' not in config:  # a training would see and measure other images than the registry says
-        for name in ('input_size', 'crop_pct', 'interpolation'):
-            assert config['recipe'][name] == config['pretrained_cfg'][name]
+        for key in ('input_size', 'crop_pct', 'interpolation'):
+            assert config['recipe'][key] == config['pretrained_cfg'][key]
     assert checked_results(config, config['architecture']) == config
     aig = AIGConfig.from_dict(config['aig'])
     model = timm.create_model(name, device='meta')
