@@ -256,11 +256,10 @@ def create_task(args: argparse.Namespace, model: nn.Module, teacher: Optional[nn
     else:
         rates = [block.target_rate for block in timm_aig.gated_blocks(model).values()]
         gate_loss = timm_aig.TargetRateLoss(rates, args.gate_loss_weight, reduction='mean')
-    bounds = timm_aig.BlockBoundsLoss(args.block_bounds) if args.block_bounds else None
     task = timm_aig.AIGTask(
-        model, gate_loss=gate_loss if bounds is None else timm_aig.SumLoss([gate_loss, bounds]), teacher=teacher,
-        distill_weight=args.distill_weight, distill_temperature=args.distill_temperature, **common)
-    return task, GateSchedule(model, compute_loss, bounds, tuple(args.tau), args.anneal, args.noise_off)
+        model, gate_loss=gate_loss, teacher=teacher, distill_weight=args.distill_weight,
+        distill_temperature=args.distill_temperature, **common)
+    return task, GateSchedule(model, compute_loss, tuple(args.tau), args.anneal, args.noise_off)
 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

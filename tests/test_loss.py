@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_aig
-from timm_aig import BlockBoundsLoss, ComputeTargetLoss, Cost, SumLoss, TargetRateLoss
+from timm_aig import ComputeTargetLoss, Cost, TargetRateLoss
 
 # Rates of the blocks: 3/4, 1/4, 1.
 GATES = torch.tensor([[1., 0., 1.], [1., 0., 1.], [0., 1., 1.], [1., 0., 1.]])
@@ -90,28 +90,6 @@ def test_the_targets_are_no_part_of_a_checkpoint():
 def test_bad_arguments_are_named_with_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_the_bounds_loss_and_its_gradient_have_the_hand_computed_values():
-    gates = GATES.double().requires_grad_()  # rates 3/4, 1/4, 1
-    loss = BlockBoundsLoss(weight=2., lower=0.5, upper=0.7)(gates)
-    assert loss.item() == pytest.approx(2 * (0.05 ** 2 + 0.25 ** 2 + 0.3 ** 2))
-    loss.backward()
-    torch.testing.assert_close(gates.grad, torch.tensor([0.05, -0.25, 0.3]).double().expand(4, 3))
-
-
-def test_within_the_bounds_nothing_is_lost_and_by_default_all_rates_are():
-    gates = GATES.clone().requires_grad_()
-    for loss in (BlockBoundsLoss()(gates), BlockBoundsLoss(lower=0.25, upper=1.)(gates)):
-        assert loss.item() == 0
-        assert not torch.autograd.grad(loss, gates)[0].any()
-
-
-def test_the_sum_of_losses_is_their_sum_and_that_of_none_is_0():
-    parts = [TargetRateLoss(TARGETS), ComputeTargetLoss(COST, 0.5), BlockBoundsLoss(2., 0.5, 0.7)]
-    total = SumLoss(parts)(GATES)
-    assert total.shape == () and total.item() == pytest.approx(sum(loss(GATES).item() for loss in parts))
-    assert SumLoss([])(GATES).item() == 0
 
 
 def losses():

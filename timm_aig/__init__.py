@@ -17,15 +17,15 @@ from .convert import gate_, ungate_
 from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
-from .loss import BlockBoundsLoss, ComputeTargetLoss, SumLoss, TargetRateLoss
+from .loss import ComputeTargetLoss, TargetRateLoss
 from .version import __version__ as __version__
 
 __all__ = [
-    'AIGConfig', 'AIGTask', 'BlockBoundsLoss', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate',
-    'GatedBasicBlock', 'GatedBottleneck', 'SumLoss', 'TargetRateLoss', 'budget_table', 'calibrate_budget',
-    'compute_cost', 'export_aoti', 'export_onnx', 'export_openvino', 'export_program', 'force_gates',
-    'forward_gates', 'gate_', 'gated_blocks', 'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub',
-    'save_pretrained', 'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
+    'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
+    'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'export_aoti', 'export_onnx',
+    'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
+    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_budget', 'set_execution',
+    'set_gate_offset', 'summary', 'ungate_',
 ]
 
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from .cost import Cost
 
-__all__ = ['TargetRateLoss', 'ComputeTargetLoss', 'BlockBoundsLoss', 'SumLoss']
+__all__ = ['TargetRateLoss', 'ComputeTargetLoss']
 
 
 def global_mean(gates: torch.Tensor) -> torch.Tensor:
@@ -94,37 +94,3 @@ class ComputeTargetLoss(nn.Module):
         """Loss, a scalar, of gates [B, L]."""
         share = self.cost.executed(global_mean(gates)[None]) / self.cost.total
         return self.weight * (share.squeeze(0) - self.target) ** 2
-
-
-class BlockBoundsLoss(nn.Module):
-    """`sum_l max(0, lower - mean_b z_bl)^2 + max(0, mean_b z_bl - upper)^2`: each block's rate within loose bounds.
-
-    Beside a target for the whole network it keeps single blocks from closing or opening for good while the gates learn
-    (Verelst and Tuytelaars, Dynamic Convolutions, CVPR 2020, section 3.3).
-    """
-
-    def __init__(self, weight: float = 1., lower: float = 0., upper: float = 1.) -> None:
-        """
-        Args:
-            weight: Factor of the loss.
-            lower: Rate in [0, 1] below which a block costs.
-            upper: Rate in [0, 1] above which a block costs.
-        """
-        super().__init__()
-        self.weight = weight
-        self.lower = lower
-        self.upper = upper
-
-    def forward(self, gates: torch.Tensor) -> torch.Tensor:
-        """Loss, a scalar, of gates [B, L]."""
-        rates = global_mean(gates)
-        outside = (self.lower - rates).clamp(min=0) ** 2 + (rates - self.upper).clamp(min=0) ** 2
-        return self.weight * outside.sum()
-
-
-class SumLoss(nn.ModuleList):
-    """Sum of several losses on the gates."""
-
-    def forward(self, gates: torch.Tensor) -> torch.Tensor:
-        """Loss, a scalar, of gates [B, L]."""
-        return sum((loss(gates) for loss in self), start=gates.new_zeros(()))

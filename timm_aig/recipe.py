@@ -17,10 +17,10 @@ __all__ = ['InputError', 'RECIPES', 'error_text', 'open_device', 'parse_args', '
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {
     'distill': dict(
-        gate_loss='macs', gate_loss_weight=10., block_bounds=0., tau=[5., 0.5], anneal=1 / 3, noise_off=0.6,
+        gate_loss='macs', gate_loss_weight=10., tau=[5., 0.5], anneal=1 / 3, noise_off=0.6,
         distill_weight=0.5, gate_weight_decay=0., bn_recalibrate=100, lr=0.1, sched='cosine'),
     'paper': dict(
-        gate_loss='rate', gate_loss_weight=2., block_bounds=0., tau=[1., 1.], anneal=0., noise_off=0.,
+        gate_loss='rate', gate_loss_weight=2., tau=[1., 1.], anneal=0., noise_off=0.,
         distill_weight=0., gate_weight_decay=None, bn_recalibrate=0, lr=0.1, sched='multistep', warmup_epochs=0),
 }
 
@@ -39,7 +39,7 @@ RANGES = (
         'batch_size', 'epochs', 'gate_channels', 'grad_accum_steps', 'input_size', 'num_classes', 'val_interval',
         'validation_batch_size')),
     ('from 0', lambda v: 0 <= v < math.inf, (
-        'block_bounds', 'bn_recalibrate', 'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix',
+        'bn_recalibrate', 'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix',
         'decay_milestones', 'gate_loss_weight', 'gate_lr_scale', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
         'mixup_off_epoch', 'warmup_epochs', 'weight_decay', 'workers')),
     ('above 0', lambda v: 0 < v < math.inf, (
@@ -108,7 +108,6 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--gate-norm', choices=['bn', 'none'], default='bn', help='default: %(default)s')
     arg('--gate-loss', choices=['macs', 'rate'], help='one target for the whole network, or one for each block')
     arg('--gate-loss-weight', type=float, metavar='W')
-    arg('--block-bounds', type=float, metavar='W', help='weight of the bounds of each block during --anneal')
     arg('--tau', type=float, nargs=2, metavar=('START', 'END'), help='temperature')
     arg('--anneal', type=float, metavar='SHARE', help='share of the training in which the target falls from 1')
     arg('--noise-off', type=float, metavar='SHARE', help='share of the training, at the end, without noise')

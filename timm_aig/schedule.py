@@ -1,28 +1,25 @@
 """GateSchedule: how temperature, noise and target of the gates change over a training."""
-import math
 from typing import Optional, Tuple
 
 import torch.nn as nn
 
 from .blocks import _require_gated_blocks
-from .loss import BlockBoundsLoss, ComputeTargetLoss
+from .loss import ComputeTargetLoss
 
 __all__ = ['GateSchedule']
 
 
 class GateSchedule:
-    """Sets the gates of a model, and the losses on them, to what a moment of the training wants.
+    """Sets the gates of a model, and the loss on them, to what a moment of the training wants.
 
     Temperature: exponential from tau[0] to tau[1] while there is noise (LAUDNet, 2308.15949, section 4.1). Target: from
-    1, where new gates start, to the loss's own. Block bounds: around the target at first, gone at the end of the
-    anneal. Noise: off at the end, so that the network trains as it will be run.
+    1, where new gates start, to the loss's own. Noise: off at the end, so that the network trains as it will be run.
     """
 
     def __init__(
             self,
             model: nn.Module,
             compute_loss: Optional[ComputeTargetLoss] = None,
-            bounds_loss: Optional[BlockBoundsLoss] = None,
             tau: Tuple[float, float] = (1., 1.),
             anneal: float = 0.,
             noise_off: float = 0.,
@@ -31,9 +28,8 @@ class GateSchedule:
         Args:
             model: Adaptive model in training.
             compute_loss: Loss whose target is annealed from 1.
-            bounds_loss: Loss whose bounds are loosened.
             tau: Temperature at the start and when the noise ends, above 0.
-            anneal: Share of the training, from its start, that target and bounds take, in [0, 1].
+            anneal: Share of the training, from its start, that the target takes, in [0, 1].
             noise_off: Share of the training, at its end, without noise, in [0, 1].
 
         Raises:
@@ -46,7 +42,6 @@ class GateSchedule:
                 raise ValueError(f'{name} must be in [0, 1], not {share!r}.')
         self.gates = [block.gate for block in _require_gated_blocks(model).values()]
         self.compute_loss = compute_loss
-        self.bounds_loss = bounds_loss
         self.target = compute_loss.target if compute_loss is not None else 1.
         self.tau = tau
         self.anneal = anneal
@@ -60,9 +55,5 @@ class GateSchedule:
             gate.tau = self.tau[0] * (self.tau[1] / self.tau[0]) ** cooled
             gate.noise = progress < noisy
         annealed = min(1., progress / self.anneal) if self.anneal else 1.
-        target = 1 + (self.target - 1) * annealed
         if self.compute_loss is not None:
-            self.compute_loss.target = target
-        if self.bounds_loss is not None:
-            tight = math.cos(annealed * math.pi / 2) ** 2
-            self.bounds_loss.lower, self.bounds_loss.upper = tight * target, 1 - tight * (1 - target)
+            self.compute_loss.target = 1 + (self.target - 1) * annealed
