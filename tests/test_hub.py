@@ -266,6 +266,12 @@ def test_label_names_that_are_not_one_for_each_class_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_label_names_of_a_head_that_was_replaced_are_not_saved(tmp_path):
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, num_classes=3)
+    assert len(model.pretrained_cfg['label_names']) == 10
+    assert 'label_names' not in (save_pretrained(model, tmp_path) / 'config.json').read_text()
+
+
 def test_the_pipeline_of_transformers_classifies_an_image_as_timm_does(tmp_path, train_norms):
     model = train_norms(timm.create_model('cifar_resnet20_aig', num_classes=3)).eval()
     save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'dog', 'owl']})

@@ -112,7 +112,7 @@ def calibrate_budget(
             passes = 0
             if bn_recalibrate:
                 set_gate_offset(model, search.find(wanted[0]).offset)
-                _measure_norms(model, _shuffled(batches)[:bn_recalibrate])
+                _measure_norms(model, _shuffled(batches, bn_recalibrate))
                 passes = search.passes
                 search = _Search(model, batches, cost, tolerance, bar)
             for budget in wanted:
@@ -360,11 +360,11 @@ class _Search:
         return passes
 
 
-def _shuffled(batches: List[Any]) -> Any:
-    """Batches of the same images in another order: a loader that does not shuffle may give one class after another."""
+def _shuffled(batches: List[Batch], count: int) -> List[torch.Tensor]:
+    """Images in another order, so many batches: a loader that does not shuffle may give one class after another."""
     images = [image for images, _ in batches for image in images]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return [torch.stack([images[i] for i in rows]) for rows in order.split(len(batches[0][0]))]
+    return [torch.stack([images[i] for i in rows]) for rows in order.split(len(batches[0][0]))[:count]]
 
 
 def _measure_norms(model: nn.Module, batches: List[torch.Tensor]) -> None:

@@ -79,7 +79,6 @@ class ReadableImages(Dataset):
         image = Image.new(self.mode or 'RGB', (64, 64))
         return (self.transform(image) if self.transform else image), -1
 
-
     def _read(self, index: int) -> Tuple[Any, Any]:
         try:
             return self.reader[index]

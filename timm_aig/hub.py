@@ -102,9 +102,11 @@ def _write_config(model: nn.Module, path: Path, model_config: Optional[Dict[str,
     """timm's config.json, in a form that transformers' TimmWrapper takes too."""
     save_config_for_hf(model, str(path), model_config=model_config)
     config = json.loads(path.read_text(encoding='utf-8'))
+    names = config['pretrained_cfg'].get('label_names')
+    fit = names is None or len(names) == config['num_classes']  # not after reset_classifier
     for name in ('label_names', 'label_descriptions'):  # timm reads them in both places, transformers in the first
         labels = config['pretrained_cfg'].pop(name, None)
-        if labels is not None:
+        if labels is not None and fit:
             config.setdefault(name, labels)
     labels = config.get('label_names')
     if labels is not None and len(labels) != config['num_classes']:
