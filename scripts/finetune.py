@@ -99,9 +99,6 @@ def open_data(args: argparse.Namespace) -> Any:
         return hold_out(train, open_dataset(split=args.train_split, **common), args.holdout)
     val = open_dataset(split=args.val_split, **common)
     check_same_classes(train, val)
-    if args.distributed and args.rank == 0 and isinstance(val, IterableDataset):
-        print(f'--dataset {args.dataset} has no exact shards: several processes may validate on some images twice and '
-              'miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     return train, val
 
 
@@ -495,6 +492,9 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     device = open_device(args)
     random_seed(args.seed, 0)  # every process makes the same model
     train, val = datasets or open_data(args)
+    if args.distributed and args.rank == 0 and isinstance(val, IterableDataset):
+        print(f'--dataset {args.dataset} has no exact shards: several processes may validate on some images twice and '
+              'miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train))
     data = create_loaders(args, train, val, model)
     if args.teacher and any(tuple(teacher.pretrained_cfg[k]) != tuple(data.config[k]) for k in ('mean', 'std')):

@@ -172,9 +172,9 @@ def test_two_writers_of_one_file_at_once_leave_it_whole_and_nothing_else(tmp_pat
 
     def write(file):
         file.write(b'first')
-        write_atomically(path, lambda other: other.write(b'second'))
+        write_atomically(path, lambda other: other.write(b'second'), shared=True)
 
-    write_atomically(path, write)
+    write_atomically(path, write, shared=True)
     assert path.read_bytes() == b'first' and list(tmp_path.iterdir()) == [path]
 
 

@@ -20,9 +20,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read, or does not belong to this training."""
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call write(file) on a temporary file, flush it to the disk and give it its name. Nothing is left on failure."""
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')  # not that of another process that writes it too
+def write_atomically(path: Path, write: Any, shared: bool = False) -> None:
+    """Call write(file) on a temporary file, flush it to the disk and give it its name. Nothing is left on failure.
+
+    The temporary file has one name, so that a killed process leaves no second one; shared, for a file that several
+    processes may write at once, each has its own.
+    """
+    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp' if shared else f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)

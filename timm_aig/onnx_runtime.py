@@ -74,7 +74,7 @@ def optimize_onnx(path: Union[str, os.PathLike], output: Optional[Union[str, os.
     optimized.metadata_props.add(key='machine', value=json.dumps(machine))
     result = optimized.SerializeToString()
     _compare(create_session(content), create_session(result))
-    write_atomically(output, lambda file: file.write(result))
+    write_atomically(output, lambda file: file.write(result), shared=True)
     return output
 
 
