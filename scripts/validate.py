@@ -228,15 +228,10 @@ def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> 
             'block_rates': dict(zip(gated, evaluation.block_rates.tolist())),
             'images_per_second': len(evaluation.labels) / seconds.item(),
             'evaluation': evaluation,
-            'numbers': numbers_of(dataset, evaluation.positions),
+            'dataset': dataset,
             'shares': shares,
         })
     return rows
-
-
-def numbers_of(dataset: Any, positions: torch.Tensor) -> List[int]:
-    """Of the images in the split, where some of them are held out of it."""
-    return [dataset.indices[i] for i in positions] if isinstance(dataset, Subset) else positions.tolist()
 
 
 def mcnemar(a: Evaluation, b: Evaluation) -> Dict[str, Any]:
@@ -280,9 +275,11 @@ def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) ->
 
 
 def write_predictions(row: Dict[str, Any], path: str) -> None:
-    e = row['evaluation']
+    e, images = row['evaluation'], row['evaluation'].positions.tolist()
+    if isinstance(row['dataset'], Subset):  # held out: their numbers in the whole split
+        images = [row['dataset'].indices[i] for i in images]
     lines = [f'{image},{label},{prediction},{share:.6f}' for image, label, prediction, share in
-             zip(row['numbers'], e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
+             zip(images, e.labels.tolist(), e.predictions.tolist(), row['shares'].tolist())]
     text = '\n'.join(['image,label,prediction,macs_share', *lines, ''])
     try:
         write_atomically(Path(path), lambda file: file.write(text.encode()))
@@ -293,12 +290,12 @@ def write_predictions(row: Dict[str, Any], path: str) -> None:
 def run(args: argparse.Namespace) -> None:
     device = open_device(args)
     model = open_model(args, args.model, '--model')  # all of them before hours are spent on the first
-    against = [open_model(args, name, '--against') for name in (args.against,) if name]
+    against = open_model(args, args.against, '--against') if args.against else None
     others = [open_model(args, name, '--alternatives') for name in args.alternatives]
     rows = validate(args, model, device)
     comparison, other = None, []
-    if against:
-        other = validate(args, against[0], device)
+    if against is not None:
+        other = validate(args, against, device)
         first, second = rows[0]['evaluation'], other[0]['evaluation']
         if not torch.equal(first.labels, second.labels):
             raise InputError('--against: the two models did not see the same images in the same order.')
@@ -309,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
         return
     # printed first: nothing that cannot be written loses it
     if args.json:
-        shown = [{k: v for k, v in row.items() if k not in ('evaluation', 'numbers', 'shares')}
+        shown = [{k: v for k, v in row.items() if k not in ('dataset', 'evaluation', 'shares')}
                  for row in rows + alternatives]
         print(json.dumps({'rows': shown, 'comparison': comparison}, indent=2))
     else:

@@ -97,7 +97,6 @@ def test_the_gates_of_the_optimized_model_decide_as_the_models_do(models, arch):
     assert_same(actual, expected)
 
 
-@pytest.mark.usefixtures('slices')
 @pytest.mark.parametrize('arch', ['resnet18', 'cifar_resnet20'])
 def test_synchronized_batch_norms_are_folded_as_their_own_kind_is(models, arch):
     adaptive, fast = models(arch)
@@ -115,6 +114,7 @@ def test_a_batch_without_images_gives_no_logits(models):
         assert fast(images(3, 'cifar')[:0]).shape == adaptive(images(3, 'cifar')[:0]).shape == (0, 10)
 
 
+@pytest.mark.usefixtures('slices')
 def test_an_activation_that_changes_closed_samples_is_applied_to_them():
     model = create('resnet18_aig', act_layer='silu')
     x = images(4)
