@@ -32,7 +32,6 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 try:
     import matplotlib  # noqa: F401, better to hear that it is missing before the images are run
-    from tqdm import tqdm
 except ImportError as e:
     print(f"error: {e}. The analysis needs the extra 'train': pip install 'timm_aig[train]'", file=sys.stderr)
     sys.exit(2)
@@ -40,6 +39,7 @@ except ImportError as e:
 import torch
 import torch.nn as nn
 from torch.utils.data import IterableDataset
+from tqdm import tqdm
 from validate import (
     add_evaluation_args,
     check_evaluation_args,
@@ -50,10 +50,18 @@ from validate import (
 )
 
 import timm_aig
-from timm_aig.analysis import GateCounts, block_kinds, cluster_classes, path_statistics, wilson_interval
+from timm_aig.analysis import (
+    ClassGates,
+    block_kinds,
+    cluster_classes,
+    extreme_images,
+    path_statistics,
+    wilson_interval,
+)
 from timm_aig.checkpoint import write_atomically
 from timm_aig.claims import check_claims
 from timm_aig.data import DataError, class_names, count_unreadable
+from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.figures import (
     MAX_GROUPS,
     plot_block_rates,
@@ -141,28 +149,9 @@ def read_groups(path: str, names: Sequence[str]) -> Dict[str, List[int]]:
     return {str(group): [index[str(name)] for name in members] for group, members in groups.items()}
 
 
-@torch.inference_mode()
-def count(
-        model: nn.Module, loader: Iterable[Any], counts: GateCounts, device: torch.device, args: argparse.Namespace,
-) -> None:
-    """Run the model on all labelled images."""
-    model.to(device, memory_format=torch.channels_last)
-    seen = 0
-    for images, labels in tqdm(loader, desc='images', unit='batch', disable=None):
-        images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            logits, gates = timm_aig.forward_gates(model, images)
-        keep = labels.cpu() >= 0
-        indices = torch.arange(seen, seen + len(labels))[keep].tolist()
-        seen += len(labels)
-        try:
-            counts.update(gates.cpu()[keep], labels.cpu()[keep], logits.float().cpu()[keep], indices)
-        except ValueError as e:
-            raise InputError(f'--model {args.model} does not fit the data set: {e}') from e
-
-
-def evaluate_counts(
-        counts: GateCounts,
+def results_of(
+        evaluation: Evaluation,
+        gates: ClassGates,
         model: nn.Module,
         groups: Dict[str, List[int]],
         names: Sequence[str],
@@ -172,27 +161,26 @@ def evaluate_counts(
     """Content of analysis.json."""
     blocks = list(timm_aig.gated_blocks(model))
     kinds = block_kinds(model)
-    n = int(counts.images.sum())
-    runs = (counts.rates.nan_to_num() * counts.images[:, None]).sum(0)
-    low, high = wilson_interval(runs, n)
-    paths = path_statistics(counts, args.permutations, args.seed)
+    n = len(evaluation.labels)
+    metrics = evaluation.metrics(cost)
+    low, high = wilson_interval(evaluation.gates.sum(0), n)
+    paths = path_statistics(evaluation.labels, evaluation.gates, args.permutations, args.seed)
     claims = check_claims(
-        counts, {kind: [blocks.index(name) for name in members] for kind, members in kinds.items()}, groups,
+        gates, {kind: [blocks.index(name) for name in members] for kind, members in kinds.items()}, groups,
         args.groups is not None, paths, args.permutations, args.seed)
     return {
         'model': args.model, 'dataset': args.dataset,
         'split': args.split if args.holdout is None else f'{args.split}, {args.holdout} held out',
         'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset,
         'images': n,
-        'top1': 100 * counts.right / n,
-        'execution_rate': runs.mean().item() / n,
-        'macs_share': cost.executed(runs[None] / n).item() / (cost.total - cost.gates),
+        **{name: metrics[name] for name in ('top1', 'execution_rate', 'macs_share')},
         'blocks': {
             name: {'rate': rate, 'interval': interval, 'kinds': [kind for kind in kinds if name in kinds[kind]]}
-            for name, rate, interval in zip(blocks, (runs / n).tolist(), torch.stack([low, high], 1).tolist())},
+            for name, rate, interval in zip(
+                blocks, evaluation.block_rates.tolist(), torch.stack([low, high], 1).tolist())},
         'groups': {group: [names[i] for i in members] for group, members in groups.items()},
         'groups_from': 'file' if args.groups else 'clusters of the classes that the model confuses',
-        'classes_without_images': [name for name, images in zip(names, counts.images.tolist()) if not images],
+        'classes_without_images': [name for name, images in zip(names, gates.images.tolist()) if not images],
         'paths': asdict(paths),
         'permutations': args.permutations,
         'seed': args.seed,
@@ -202,24 +190,23 @@ def evaluate_counts(
 
 def write_tables(
         folder: Path,
-        counts: GateCounts,
+        gates: ClassGates,
         blocks: Sequence[str],
         groups: Dict[str, List[int]],
         names: Sequence[str],
 ) -> None:
     group_of = {i: group for group, members in groups.items() for i in members}
-    images, rates, blocks_run, likeness = counts.images, counts.rates, counts.blocks_run, counts.likeness
-    classes = [(i, [names[i], group_of[i], int(images[i])]) for i in sorted(group_of)]
+    classes = [(i, [names[i], group_of[i], int(gates.images[i])]) for i in sorted(group_of)]
     head = ['class', 'group', 'images']
     write_csv(folder / 'rates.csv', [*head, *blocks], (
-        [*row, *(f'{rate:.6f}' for rate in rates[i].tolist())] for i, row in classes))
+        [*row, *(f'{rate:.6f}' for rate in gates.rates[i].tolist())] for i, row in classes))
     write_csv(folder / 'blocks_run.csv', [*head, *range(len(blocks) + 1)], (
-        [*row, *blocks_run[i].tolist()] for i, row in classes))
+        [*row, *gates.blocks_run[i].tolist()] for i, row in classes))
     write_csv(folder / 'likeness.csv', ['class', *names], (
-        [names[i], *(f'{p:.3e}' for p in likeness[i].tolist())] for i, _ in classes))
+        [names[i], *(f'{p:.3e}' for p in gates.likeness[i].tolist())] for i, _ in classes))
     write_csv(folder / 'paths.csv', ['class', 'path', 'images'], (
         [names[label], ''.join('01'[ran] for ran in path.tolist()), n]
-        for path, label, n in zip(*(t if t.ndim > 1 else t.tolist() for t in counts.table()))))
+        for label, path, n in zip(*(t if t.ndim > 1 else t.tolist() for t in gates.paths()))))
 
 
 def write_csv(path: Path, head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
@@ -235,37 +222,43 @@ def write_csv(path: Path, head: Sequence[Any], rows: Iterable[Sequence[Any]]) ->
 
 def draw(
         folder: Path,
-        counts: GateCounts,
+        gates: ClassGates,
         model: nn.Module,
         groups: Dict[str, List[int]],
         names: Sequence[str],
         pixels: int,
 ) -> None:
     blocks, marked = list(timm_aig.gated_blocks(model)), block_kinds(model)['downsampling']
-    plot_execution_rates(counts.rates, blocks, names, folder / 'execution_rates.png', marked, groups, pixels)
-    plot_block_rates(counts.rates, counts.images, blocks, folder / 'block_rates.png', marked, pixels)
-    plot_blocks_run(counts.blocks_run, groups, folder / 'blocks_run.png', pixels)
+    plot_execution_rates(gates.rates, blocks, names, folder / 'execution_rates.png', marked, groups, pixels)
+    plot_block_rates(gates.rates, gates.images, blocks, folder / 'block_rates.png', marked, pixels)
+    plot_blocks_run(gates.blocks_run, groups, folder / 'blocks_run.png', pixels)
 
 
 def draw_contact_sheets(
         folder: Path,
-        counts: GateCounts,
+        evaluation: Evaluation,
+        cost: timm_aig.Cost,
+        count: int,
         dataset: Any,
         groups: Dict[str, List[int]],
         names: Sequence[str],
         pixels: int,
 ) -> None:
-    """Read the extreme images once more, page by page."""
+    """Read the extreme images once more, `count` fast and slow ones of each class, page by page."""
     dataset.transform = None  # gives the images as they are
     classes = [i for members in groups.values() for i in members]
     pages = [classes[start:start + PAGE] for start in range(0, len(classes), PAGE)]
     written = [folder / f'contact_sheet_{n:0{len(str(len(pages)))}}.png' for n in range(1, len(pages) + 1)]
 
-    def read(extremes: Sequence[Tuple[int, int]]) -> List[Tuple[Any, int]]:
-        return [(dataset[index][0], run) for index, run in extremes]
+    macs, run = cost.executed(evaluation.gates), evaluation.gates.sum(1).tolist()
+
+    def read(label: int) -> Tuple[str, Any, Any]:
+        fast, slow = ([(dataset[int(evaluation.positions[i])][0], run[i]) for i in images]
+                      for images in extreme_images(evaluation.labels, macs, label, count))
+        return names[label], fast, slow
 
     for path, page in zip(written, tqdm(pages, desc='contact sheets', unit='page', disable=None)):
-        plot_contact_sheet([(names[i], read(counts.fastest(i)), read(counts.slowest(i))) for i in page], path, pixels)
+        plot_contact_sheet([read(label) for label in page], path, pixels)
     for old in set(folder.glob('contact_sheet_*.png')) - set(written):
         old.unlink()
 
@@ -284,6 +277,8 @@ def format_results(results: Dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     device = open_device(args)
+    if args.distributed:
+        raise InputError('analyze.py runs in one process, without torchrun.')
     model = create_adaptive_model(args)
     config = data_config(args, model)
     dataset = open_split(args)
@@ -298,27 +293,29 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
     loader = create_test_loader(args, dataset, config, device=device, use_prefetcher=False)
     cost = timm_aig.compute_cost(model, config['input_size'])
-    counts = GateCounts(model.num_classes, cost.blocks, args.extremes)
-    count(model, loader, counts, device, args)
-    images = counts.images
-    if not images.sum():
-        raise InputError('--data-dir: the data set has no labelled images.')
-    present = images.nonzero().flatten().tolist()
-    groups = groups or cluster_classes(counts.likeness, names, present)
-    groups = {group: [i for i in members if images[i]] for group, members in groups.items()}
+    model.to(device, memory_format=torch.channels_last)
+    try:
+        evaluation = evaluate(model, loader, device, torch.bfloat16 if args.amp else None, likeness=True)
+    except ValueError as e:
+        raise InputError(f'--split {args.split}: {e}') from e
+    assert evaluation.likeness is not None
+    gates = ClassGates(evaluation.labels, evaluation.gates, evaluation.likeness)
+    present = gates.images.nonzero().flatten().tolist()
+    groups = groups or cluster_classes(gates.likeness, names, present)
+    groups = {group: [i for i in members if i in present] for group, members in groups.items()}
     groups = {group: members for group, members in groups.items() if members}
-    results = evaluate_counts(counts, model, groups, names, cost, args)
+    results = results_of(evaluation, gates, model, groups, names, cost, args)
     results['unreadable'] = count_unreadable(dataset, torch.device('cpu'))
     text = json.dumps(results, indent=2, ensure_ascii=False) + '\n'
     # printed first: nothing that cannot be written loses it
     print(text if args.json else f'{format_results(results)}\n', end='')
     write_atomically(folder / 'analysis.json', lambda file: file.write(text.encode()))
-    write_tables(folder, counts, list(results['blocks']), groups, names)
-    draw(folder, counts, model, groups, names, args.width)
+    write_tables(folder, gates, list(results['blocks']), groups, names)
+    draw(folder, gates, model, groups, names, args.width)
     if isinstance(dataset, IterableDataset):
         print(f'No contact sheets: images of {args.dataset} cannot be read again by their number.', file=sys.stderr)
     elif args.extremes:
-        draw_contact_sheets(folder, counts, dataset, groups, names, args.width)
+        draw_contact_sheets(folder, evaluation, cost, args.extremes, dataset, groups, names, args.width)
     if not args.json:
         print(f'\nWrote tables, pictures and analysis.json to {folder}.')
 

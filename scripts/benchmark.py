@@ -265,7 +265,6 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
     """The table's rows for one batch size."""
     images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
-    parent_macs = timm_aig.compute_cost(parent, tuple(images.shape[1:])).total
     rows = make_rows(args, adaptive, parent, images, batch)
     generator = torch.Generator().manual_seed(args.seed)
     gates = {}
@@ -281,7 +280,7 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
     results = []
     for row in rows:
         ratios = [s / r for s, r in zip(seconds[row.name], seconds[row.reference])]
-        macs = cost.executed(gates[row.name]).mean().item() / parent_macs if row.adaptive else 1.
+        macs = cost.share(gates[row.name]).mean().item() if row.adaptive else 1.
         result = dict(
             batch_size=batch, name=row.name, reference=row.reference, rate=row.rate,
             ms_per_image=statistics.median(seconds[row.name]) * 1e3,

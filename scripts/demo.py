@@ -35,9 +35,9 @@ except ImportError as e:
 import finetune
 
 import timm_aig
-from timm_aig.analysis import block_kinds, execution_rates
+from timm_aig.analysis import block_kinds, class_rates
 from timm_aig.data import DataError, check_same_classes, class_names, open_dataset
-from timm_aig.evaluate import evaluate
+from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.figures import plot_execution_rates
 from timm_aig.recipe import InputError, parse_args as parse_training
 from timm_aig.trainer import NonFiniteError
@@ -193,11 +193,16 @@ def measure(models: List[nn.Module], images: torch.Tensor, batch_size: int, roun
     return [statistics.median(model_times[warm_up:]) for model_times in times]
 
 
-def compare(parent: nn.Module, adaptive: nn.Module, loader: DataLoader) -> Dict[str, Any]:
+def compare(
+        parent: nn.Module,
+        adaptive: nn.Module,
+        static: Evaluation,
+        gated: Evaluation,
+        loader: DataLoader,
+) -> Dict[str, Any]:
     """The figures of the table."""
     images = spread_images(loader, max(TIMED_BATCHES))
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
-    static, gated = evaluate(parent, loader), evaluate(adaptive, loader)
     run, blocks = gated.gates.sum(1), gated.gates.shape[1]
     times = [measure([parent, adaptive], images, size, rounds=max(3, size // 4)) for size in TIMED_BATCHES]
     static_ms, adaptive_ms = ({str(s): t for s, t in zip(TIMED_BATCHES, ms)} for ms in zip(*times))
@@ -232,11 +237,18 @@ def print_table(results: Dict[str, Any]) -> None:
     print(f'{results["environment"]}, seed {results["seed"]}')
 
 
-def save(model: nn.Module, trained: Path, loader: DataLoader, names: List[str], folder: Path) -> bool:
+def save(
+        model: nn.Module,
+        evaluation: Evaluation,
+        trained: Path,
+        loader: DataLoader,
+        names: List[str],
+        folder: Path,
+) -> bool:
     """Write the folder and whether the model that timm makes of it gives the same logits and gates."""
     for name in ('model.safetensors', 'config.json'):
         shutil.copy(trained / name, folder / name)
-    rates, _ = execution_rates(model, loader, len(names))
+    rates = class_rates(evaluation.labels, evaluation.gates, len(names))
     plot_execution_rates(
         rates, list(timm_aig.gated_blocks(model)), names, folder / 'execution_rates.png',
         block_kinds(model)['downsampling'])
@@ -257,12 +269,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
     with trainings:
         loader, names, parent, adaptive = train(args, Path(trainings.name))
-        same = save(adaptive, Path(trainings.name, 'adaptive'), loader, names, output)
+        static, gated = evaluate(parent, loader), evaluate(adaptive, loader)
+        same = save(adaptive, gated, Path(trainings.name, 'adaptive'), loader, names, output)
     environment = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ' \
                   f'timm {timm.__version__}, timm_aig {timm_aig.__version__}'
     results = {
         'model': args.model, 'target_rate': args.target_rate, 'seed': args.seed, 'environment': environment,
-        'output': str(output), 'reloaded_equal': same, **compare(parent, adaptive, loader)}
+        'output': str(output), 'reloaded_equal': same, **compare(parent, adaptive, static, gated, loader)}
     if args.json:
         print(json.dumps(results, indent=2))
     else:

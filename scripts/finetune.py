@@ -475,7 +475,7 @@ def results_of(args: argparse.Namespace, trainer: Trainer, model: nn.Module, dat
         'split': f'{args.train_split}, {args.holdout} held out' if args.holdout else args.val_split,
         'images': len(evaluation.labels),
         'metrics': evaluation.metrics(cost),
-        'macs': cost.total - cost.gates,
+        'macs': cost.static,
         'block_rates': dict(zip(timm_aig.gated_blocks(model), evaluation.block_rates.tolist())),
         'skipped_steps': trainer.skipped,
         'unreadable': {name: count_unreadable(dataset, trainer.device) for name, dataset in sets.items()},

@@ -148,9 +148,9 @@ def _probability(value: float) -> str:
 def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> str:
     """MACs and time of this image, and those of the static parent."""
     macs = network.cost.executed(run.gates).item()
-    share = macs / network.parent_macs
+    share = macs / network.cost.static
     rows = [('gated blocks run', f'{int(run.gates.sum())}', f'{len(network.gated)}', ''),
-            ('MACs, millions', f'{macs / 1e6:.1f}', f'{network.parent_macs / 1e6:.1f}', f'{share:.0%}')]
+            ('MACs, millions', f'{macs / 1e6:.1f}', f'{network.cost.static / 1e6:.1f}', f'{share:.0%}')]
     if timing is None:
         rows.append(('milliseconds', 'measuring', '', ''))
         note = 'Both are being timed on this image.'

@@ -132,7 +132,6 @@ class Network:
         self.slider = Slider.of(model)
         parent = timm_aig.ungate_(copy.deepcopy(model))
         self.cost = timm_aig.compute_cost(model, self.input_size)
-        self.parent_macs = timm_aig.compute_cost(parent, self.input_size).total
         self.fast = timm_aig.optimize_for_inference(model)
         self.fast_parent = timm_aig.optimize_for_inference(parent)
         self.rates: Optional[List[List[float]]] = None  # of classes and gated blocks, if they come with the model

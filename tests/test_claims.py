@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from timm_aig.analysis import GateCounts, path_statistics
+from timm_aig.analysis import ClassGates, path_statistics
 from timm_aig.claims import check_claims
 
 KINDS = {'first': [0], 'downsampling': [4, 8], 'last': [11]}
@@ -15,10 +15,11 @@ def claims(probability, logits=None, groups=GROUPS, kinds=KINDS, given=True, ima
     """The claims by short names, for images whose gates open with the probabilities [classes, L] of their class."""
     classes = len(probability)
     labels = torch.arange(classes).repeat(images)
-    gates = torch.bernoulli(probability[labels])
-    counts = GateCounts(classes, [1] * probability.shape[1])
-    counts.update(gates, labels, torch.randn(len(labels), classes) if logits is None else logits[labels])
-    found = check_claims(counts, kinds, groups, given, path_statistics(counts, 199), 199)
+    gates = torch.bernoulli(probability[labels]).bool()
+    logits = torch.randn(len(labels), classes) if logits is None else logits[labels]
+    likeness = torch.stack([logits[labels == label].double().softmax(1).mean(0) for label in range(classes)])
+    counts = ClassGates(labels, gates, likeness)
+    found = check_claims(counts, kinds, groups, given, path_statistics(labels, gates, 199), 199)
     names = [name for name in NAMES if given or name != 'group']
     assert len(found) == len(names)
     return dict(zip(names, found)), gates, labels, counts
@@ -82,7 +83,7 @@ def test_the_figures_are_those_of_a_plain_computation():
     like = [-c for c, s in zip(closeness, same) if s]
     assert found['group'].figures['difference_like'] == pytest.approx(sum(like) / len(like), abs=1e-6)
 
-    run = gates.sum(1)
+    run = gates.sum(1).double()
     parts = [run[[int(label) in group for label in labels]] for group in GROUPS.values()]
     between = sum(len(part) * (part.mean() - run.mean()) ** 2 for part in parts)
     share = (between / ((run - run.mean()) ** 2).sum()).item()

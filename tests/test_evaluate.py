@@ -29,8 +29,8 @@ def loader(images=IMAGES, labels=LABELS, batch_size=8):
 
 def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
     cost = timm_aig.compute_cost(model, (3, 8, 8))
-    evaluation = evaluate(model, loader())
-    losses, correct, among5, all_gates = [], [], [], []
+    evaluation = evaluate(model, loader(), likeness=True)
+    losses, correct, among5, all_gates, given = [], [], [], [], []
     with torch.no_grad():
         for image, label in zip(IMAGES, LABELS):
             logits, gates = timm_aig.forward_gates(model, image[None])
@@ -39,6 +39,7 @@ def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
             correct.append(order[0] == label.item())
             among5.append(label.item() in order[:5])
             all_gates.append(tuple(gates[0].tolist()))
+            given.append(logits[0].double().softmax(0))
     assert evaluation.loss == pytest.approx(sum(losses) / 23, rel=1e-5)
     assert evaluation.top1 == pytest.approx(100 * sum(correct) / 23)
     assert evaluation.top5 == pytest.approx(100 * sum(among5) / 23)
@@ -46,6 +47,8 @@ def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
     assert (evaluation.predictions == evaluation.labels).tolist() == correct
     assert torch.equal(evaluation.gates.float(), torch.tensor(all_gates))
     assert 1 < evaluation.paths == len(set(all_gates))
+    of_class = [torch.stack(given)[LABELS == label].mean(0) for label in range(10)]
+    assert torch.allclose(evaluation.likeness, torch.stack(of_class), rtol=1e-5)
     static = cost.total - cost.gates
     shares = [(cost.fixed + sum(g * b for g, b in zip(gates, cost.blocks))) / static for gates in all_gates]
     assert evaluation.macs_shares(cost).tolist() == pytest.approx(shares)
@@ -68,10 +71,16 @@ def test_images_without_a_label_are_left_out(model):
     assert len(evaluation.labels) == 19
     assert (evaluation.top1, evaluation.top5) == (kept.top1, kept.top5)
     assert torch.equal(evaluation.gates, kept.gates)
+    assert evaluation.likeness is None
     with pytest.raises(ValueError, match='no labelled images'):
         evaluate(model, loader(labels=torch.full((23,), -1)))
     with pytest.raises(ValueError, match='no labelled images'):
         evaluate(model, [])
+
+
+def test_the_likeness_of_a_class_without_images_is_nan(model):
+    alike = evaluate(model, loader(labels=LABELS.clamp(max=3)), likeness=True).likeness
+    assert alike[:4].sum(1).tolist() == pytest.approx([1] * 4) and alike[4:].isnan().all()
 
 
 def test_a_label_without_a_class_is_refused(model):
@@ -117,18 +126,19 @@ def run_process(rank, folder, model):
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     dataset = TensorDataset(IMAGES, LABELS)
     sampler = OrderedDistributedSampler(dataset, num_replicas=2, rank=rank)
-    evaluation = evaluate(model, DataLoader(dataset, 4, sampler=sampler))
+    evaluation = evaluate(model, DataLoader(dataset, 4, sampler=sampler), likeness=True)
     torch.save(vars(evaluation), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
 def test_two_processes_have_the_exact_counts_of_one_though_23_images_do_not_divide(model, tmp_path):
     mp.start_processes(run_process, args=(str(tmp_path), model), nprocs=2, start_method='fork')
-    one = evaluate(model, loader())
+    one = evaluate(model, loader(), likeness=True)
     for rank in (0, 1):
         two = torch.load(tmp_path / f'{rank}.pt')
         assert len(two['labels']) == 23
         assert (two['top1'], two['top5']) == (one.top1, one.top5)
+        assert torch.allclose(two['likeness'], one.likeness)
         assert two['loss'] == pytest.approx(one.loss, rel=1e-6)
         for name in ('labels', 'predictions', 'gates', 'positions'):  # in the order of the images
             assert torch.equal(two[name], getattr(one, name))

@@ -360,7 +360,7 @@ def test_blocks_without_a_gate_are_drawn_as_always_running(partly_gated):
 
 def test_the_cost_is_that_of_the_gates(shipped, images):
     run = shipped.run(images[0])
-    share = shipped.cost.executed(run.gates).item() / shipped.parent_macs
+    share = shipped.cost.executed(run.gates).item() / shipped.cost.static
     assert 'measuring' in draw_cost(shipped, run) and f'<td>{share:.0%}</td>' in draw_cost(shipped, run)
     slow = space_network.Timing(3., 2., (1.4, 1.6), 9)
     drawn = draw_cost(shipped, run, slow)

@@ -1,165 +1,75 @@
-"""Which blocks run for which images: counts over a data set of any length, and statistics of them."""
-import heapq
-from collections import Counter
+"""Which blocks run for the images of which classes, and statistics of it."""
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import _require_gated_blocks, forward_gates
+from .blocks import _require_gated_blocks
 
 __all__ = [
-    'GateCounts', 'PathStatistics', 'block_kinds', 'cluster_classes', 'execution_rates', 'path_statistics',
-    'wilson_interval',
+    'ClassGates', 'PathStatistics', 'block_kinds', 'class_rates', 'cluster_classes', 'extreme_images',
+    'path_statistics', 'wilson_interval',
 ]
 
 
-class GateCounts:
-    """How often each path, that is each combination of gated blocks, ran for the images of each class.
-
-    This is all that is kept of the images, beside sums over each class and the indices of a few.
-    """
-
-    def __init__(self, num_classes: int, block_macs: Sequence[int], keep: int = 0) -> None:
-        """
-        Args:
-            num_classes: Number of classes.
-            block_macs: MACs of each of the L gated blocks, to tell fast images from slow ones.
-            keep: How many of the fastest and of the slowest images of each class to remember.
-        """
-        self.num_classes = num_classes
-        self.block_macs = torch.tensor(block_macs, dtype=torch.float64)
-        self.keep = keep
-        self.right = 0
-        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-        self._counts: Counter = Counter()  # of label and packed path as bytes
-        self._fast: List[List[Tuple[float, int, int]]] = [[] for _ in range(num_classes)]  # heaps: the worst is first
-        self._slow: List[List[Tuple[float, int, int]]] = [[] for _ in range(num_classes)]
-
-    def update(
-            self,
-            gates: torch.Tensor,
-            labels: torch.Tensor,
-            logits: Optional[torch.Tensor] = None,
-            indices: Optional[Sequence[int]] = None,
-    ) -> None:
-        """Count a batch.
-
-        Args:
-            gates: Which blocks ran, 0/1 [B, L].
-            labels: [B], in [0, num_classes).
-            logits: [B, num_classes], for the likeness of classes.
-            indices: Of the images in their data set, for the fastest and slowest ones.
-
-        Raises:
-            ValueError: A shape or a label does not fit.
-        """
-        gates, labels = gates.detach().cpu() != 0, labels.cpu()
-        if tuple(gates.shape) != (len(labels), len(self.block_macs)):
-            raise ValueError(
-                f'gates must be [{len(labels)} labels, {len(self.block_macs)} blocks], not {list(gates.shape)}.')
-        if not len(labels):
-            return
-        if not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise ValueError(
-                f'num_classes is {self.num_classes}, the data has labels from {labels.min()} to {labels.max()}.')
-        keys = np.hstack([
-            labels.numpy().astype('<u4')[:, None].view(np.uint8), np.packbits(gates.numpy(), axis=1)])
-        self._counts.update(key.tobytes() for key in keys)
-        if logits is not None:
-            if tuple(logits.shape) != (len(labels), self.num_classes):
-                raise ValueError(f'logits must be [{len(labels)}, {self.num_classes}], not {list(logits.shape)}.')
-            logits = logits.detach().cpu().double()
-            self.right += int((logits.argmax(1) == labels).sum())
-            self.sums.index_add_(0, labels, logits.softmax(1))
-        if indices is not None and self.keep:
-            macs = gates.double() @ self.block_macs
-            for label, cost, run, index in zip(labels.tolist(), macs.tolist(), gates.sum(1).tolist(), indices):
-                for heap, item in ((self._fast[label], (-cost, -index, run)), (self._slow[label], (cost, -index, run))):
-                    (heapq.heappush if len(heap) < self.keep else heapq.heappushpop)(heap, item)
-
-    def table(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Paths bool [K, L], labels [K] and number of images [K], in order of label and path."""
-        keys = sorted(self._counts)
-        rows = np.frombuffer(b''.join(keys), dtype=np.uint8).reshape(len(keys), 4 + -(-len(self.block_macs) // 8))
-        labels = rows[:, :4].copy().view('<u4').astype(np.int64).reshape(-1)
-        order = np.argsort(labels, kind='stable')
-        paths = np.unpackbits(rows[order, 4:], axis=1, count=len(self.block_macs)).astype(bool)
-        counts = np.array([self._counts[key] for key in keys], dtype=np.int64)[order]
-        return torch.from_numpy(paths), torch.from_numpy(labels[order]), torch.from_numpy(counts)
-
-    @property
-    def images(self) -> torch.Tensor:
-        """Images of each class, [num_classes]."""
-        _, labels, counts = self.table()
-        return torch.zeros(self.num_classes, dtype=torch.int64).index_add_(0, labels, counts)
-
-    @property
-    def rates(self) -> torch.Tensor:
-        """Execution rates [num_classes, L] in [0, 1], nan for a class without images."""
-        paths, labels, counts = self.table()
-        rows = labels.bincount(minlength=self.num_classes).tolist()  # class by class, to stay small
-        runs = [c.double() @ p.double() for p, c in zip(paths.split(rows), counts.split(rows))]
-        return torch.stack(runs) / self.images[:, None]
-
-    @property
-    def blocks_run(self) -> torch.Tensor:
-        """Images of each class that ran 0, 1, ..., L blocks, [num_classes, L + 1]."""
-        paths, labels, counts = self.table()
-        histogram = torch.zeros(self.num_classes, len(self.block_macs) + 1, dtype=torch.int64)
-        return histogram.index_put_((labels, paths.sum(1)), counts, accumulate=True)
-
-    @property
-    def likeness(self) -> torch.Tensor:
-        """Mean probability that the model gives class j for the images of class i, [num_classes, num_classes]."""
-        return self.sums / self.images[:, None]
-
-    def fastest(self, label: int) -> List[Tuple[int, int]]:
-        """Index and number of blocks run of the images of a class with the fewest MACs, the earlier one of equals."""
-        return [(-index, run) for _, index, run in sorted(self._fast[label], reverse=True)]
-
-    def slowest(self, label: int) -> List[Tuple[int, int]]:
-        """The same of those with the most MACs, the slowest first."""
-        return [(-index, run) for _, index, run in sorted(self._slow[label], reverse=True)]
-
-
-def execution_rates(
-        model: nn.Module,
-        loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
-        num_classes: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """How often each gated block runs for the images of each class, in eval, as the paper's heatmaps show.
-
-    Only counts are kept, so the data may be of any length. The mode of the model is restored.
+@dataclass(frozen=True)
+class ClassGates:
+    """Which of the L gated blocks ran for N images, by the C classes of the images.
 
     Args:
-        model: Model with L gated blocks.
-        loader: Batches of images [B, C, H, W] and labels [B] in [0, num_classes).
-        num_classes: Number of classes.
-
-    Returns:
-        Rates [num_classes, L] in [0, 1], nan for a class without images, and the images seen of each class
-        [num_classes].
-
-    Raises:
-        ValueError: The model is static, or a label is outside [0, num_classes).
+        labels: [N], in [0, C).
+        gates: bool [N, L].
+        likeness: Mean probability that the model gives class j for the images of class i, [C, C].
     """
-    blocks = _require_gated_blocks(model)
-    device = next(iter(blocks.values())).gate.fc1.weight.device
-    counts = GateCounts(num_classes, [0] * len(blocks))
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for images, labels in loader:
-                counts.update(forward_gates(model, images.to(device))[1], labels)
-    finally:
-        model.train(training)
-    return counts.rates, counts.images
+    labels: torch.Tensor
+    gates: torch.Tensor
+    likeness: torch.Tensor
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """Images of each class, [C]."""
+        return self.labels.bincount(minlength=len(self.likeness))
+
+    @cached_property
+    def rates(self) -> torch.Tensor:
+        """Execution rate of each block for the images of each class, as the paper's heatmaps show it, [C, L]."""
+        return class_rates(self.labels, self.gates, len(self.likeness))
+
+    @cached_property
+    def blocks_run(self) -> torch.Tensor:
+        """Images of each class that ran 0, 1, ..., L blocks, [C, L + 1]."""
+        counts = torch.zeros(len(self.likeness), self.gates.shape[1] + 1, dtype=torch.int64)
+        return counts.index_put_((self.labels, self.gates.sum(1)), torch.tensor(1), accumulate=True)
+
+    def paths(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class [K], path bool [K, L] and number of images [K] of each path that ran for a class, in this order."""
+        packed = np.hstack([self.labels.numpy().astype('>u4')[:, None].view(np.uint8), np.packbits(self.gates, axis=1)])
+        _, first, counts = np.unique(packed, axis=0, return_index=True, return_counts=True)
+        return self.labels[first], self.gates[first], torch.from_numpy(counts)
+
+
+def class_rates(labels: torch.Tensor, gates: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Execution rates [num_classes, L] in [0, 1] of labels [N] and gates [N, L], nan for a class without images."""
+    return torch.stack([gates[labels == label].double().mean(0) for label in range(num_classes)])
+
+
+def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: int) -> Tuple[List[int], List[int]]:
+    """Positions of the images of a class with the fewest MACs, and with the most, the earlier one of equals first.
+
+    Args:
+        labels: [N].
+        macs: Of each image, [N].
+        label: The class.
+        count: How many of each, at most.
+    """
+    own = (labels == label).nonzero().flatten()
+    fast, slow = (own[macs[own].argsort(stable=True, descending=d)[:count]].tolist() for d in (False, True))
+    return fast, slow
 
 
 def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
@@ -209,18 +119,20 @@ class PathStatistics:
     p_value: float
 
 
-def path_statistics(counts: GateCounts, permutations: int = 999, seed: int = 0) -> PathStatistics:
-    """Entropy of the paths and their mutual information with the class, over all images counted."""
-    paths, labels, images = (t.numpy() for t in counts.table())
-    _, ids = np.unique(paths, axis=0, return_inverse=True)
-    of_path = np.bincount(ids.reshape(-1), images).astype(np.int64)
-    of_class = np.bincount(labels, images).astype(np.int64)
-    path = np.repeat(ids.reshape(-1), images)  # of each image
-    label = np.repeat(labels, images)
-    entropy, class_entropy = _entropy(of_path), _entropy(of_class)
+def path_statistics(
+        labels: torch.Tensor,
+        gates: torch.Tensor,
+        permutations: int = 999,
+        seed: int = 0,
+) -> PathStatistics:
+    """Entropy of the paths and their mutual information with the class, of labels [N] and gates [N, L]."""
+    path = np.unique(np.packbits(gates.bool(), axis=1), axis=0, return_inverse=True)[1].reshape(-1)  # number of each
+    label = labels.numpy()
+    of_path = np.bincount(path)
+    entropy, class_entropy = _entropy(of_path), _entropy(np.bincount(label))
 
     def information(shuffled: np.ndarray) -> float:
-        joint = np.unique(path * counts.num_classes + shuffled, return_counts=True)[1]
+        joint = np.unique(path * (label.max() + 1) + shuffled, return_counts=True)[1]
         return entropy + class_entropy - _entropy(joint)
 
     value = information(label)
@@ -256,7 +168,7 @@ def cluster_classes(
     Average linkage: the two most alike groups become one until `count` are left.
 
     Args:
-        likeness: GateCounts.likeness, [C, C].
+        likeness: Of ClassGates, [C, C].
         names: Of the C classes.
         present: Classes to group, all by default.
         count: Number of groups, by default the root of the number of classes, at most 12.

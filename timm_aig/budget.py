@@ -186,11 +186,10 @@ def _caps(
     if not points:
         raise ValueError('cap: the table of budgets has no block_rates, calibrate the model anew.')
     cost = compute_cost(model, input_size or own_input_size(model))
-    all_macs = cost.total - cost.gates
-    lowest = cost.fixed / all_macs
+    lowest = cost.fixed / cost.static
     if not lowest <= cap < inf:
         raise ValueError(f'cap must be at least {lowest:.4f}, the MACs share that always runs, not {cap!r}.')
-    budget = floor(cap * all_macs) - cost.fixed
+    budget = floor(cap * cost.static) - cost.fixed
     at = {-point.gate_offset: point.block_rates for point in points}  # of those with one offset, the last
     margins = sorted(at)
     return [

@@ -211,8 +211,7 @@ class _Search:
         self.tolerance = tolerance
         self.bar = bar
         self.cost = cost
-        self.all_macs = cost.total - cost.gates
-        self.lowest = cost.fixed / self.all_macs
+        self.lowest = cost.fixed / cost.static
         self.passes = 0
         self.probes: List[_Probe] = []  # by offset, the last with all gates open
         self.rows: Dict[float, _Probe] = {}  # by budget; their offsets ascend with it
@@ -250,7 +249,7 @@ class _Search:
         self.bar.update()
         stacked = torch.stack([torch.cat(parts) for parts in margins], 1)
         rates = ran / len(stacked)
-        share = self.cost.executed(rates[None]).item() / self.all_macs
+        share = self.cost.share(rates[None]).item()
         probe = _Probe(offset, share, torch.cat(right) if right else None, stacked, rates)
         self.probes = sorted([*self.probes, probe], key=lambda p: p.offset)
         return probe
@@ -309,7 +308,7 @@ class _Search:
         """Offset that would give a budget if the margins [N, L] did not depend on the blocks that run."""
         opens_at, order = (-margins).flatten().sort()
         macs = torch.tensor(self.cost.blocks, dtype=torch.float64).repeat(len(margins))[order].cumsum(0)
-        wanted = (budget * self.all_macs - self.cost.fixed) * len(margins)
+        wanted = (budget * self.cost.static - self.cost.fixed) * len(margins)
         at = int(torch.searchsorted(macs, wanted))
         near = opens_at[max(0, at - 1):at + 1].double().mean() if at < len(opens_at) else opens_at[-1] + 1
         return round(near.item(), DECIMALS)
@@ -317,7 +316,7 @@ class _Search:
     def _expected_share(self, probe: _Probe, offset: float) -> float:
         """MACs share at an offset not far from a probe's, by its margins."""
         rates = (probe.margins + offset > 0).double().mean(0)
-        return self.cost.executed(rates[None]).item() / self.all_macs
+        return self.cost.share(rates[None]).item()
 
     def refine(self) -> None:
         """Add budgets between those found until linear interpolation between neighbours meets the tolerance."""

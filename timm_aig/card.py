@@ -27,7 +27,7 @@ METRICS: Dict[str, Tuple[str, str, float]] = {
     'top1': ('accuracy', 'Top-1 accuracy (%)', 100.),
     'top5': ('accuracy', 'Top-5 accuracy (%)', 100.),
     'execution_rate': ('execution_rate', 'Execution rate of the gated blocks', 1.),
-    'macs_share': ('macs_share', 'Executed MACs over all MACs', 1.),
+    'macs_share': ('macs_share', "Executed MACs over the static parent's", 2.),
     'paths': ('paths', 'Different combinations of blocks', float('inf')),
 }
 _KINDS: Dict[str, type] = {

@@ -1,11 +1,11 @@
-"""What the paper says of trained gates (section 4), as statements that are tested on counts and may fall either way."""
+"""What the paper says of trained gates (section 4), as statements that are tested and may fall either way."""
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
-from .analysis import GateCounts, PathStatistics, permutation_p_value, symmetric_likeness
+from .analysis import ClassGates, PathStatistics, permutation_p_value, symmetric_likeness
 
 __all__ = ['Claim', 'check_claims']
 
@@ -33,7 +33,7 @@ class Claim:
 
 
 def check_claims(
-        counts: GateCounts,
+        gates: ClassGates,
         kinds: Mapping[str, Sequence[int]],
         groups: Mapping[str, Sequence[int]],
         groups_given: bool,
@@ -44,21 +44,21 @@ def check_claims(
     """Test what the paper says of its gates.
 
     Args:
-        counts: Counts with logits, of images that the gates were not trained on.
+        gates: Of images that they were not trained on.
         kinds: Gated blocks by what they are: 'first', 'downsampling', 'last'.
         groups: Classes of each group; only classes with images.
         groups_given: The groups do not come from the model.
-        paths: path_statistics(counts).
+        paths: path_statistics of the same.
         permutations: Of each test; no p-value is below 1 / (permutations + 1).
         seed: Of the permutations.
     """
     rng = np.random.default_rng(seed)
-    images, rates = counts.images, counts.rates
+    images, rates = gates.images, gates.rates
     overall = (rates.nan_to_num() * images[:, None]).sum(0) / images.sum()
     classes = [i for group in groups.values() for i in group]
     of_classes = rates[classes].float()
     closeness = -torch.cdist(of_classes, of_classes, p=1).numpy() / rates.shape[1]
-    likeness = symmetric_likeness(counts.likeness)[classes][:, classes].numpy()
+    likeness = symmetric_likeness(gates.likeness)[classes][:, classes].numpy()
     claims = [
         _key_blocks(overall.numpy(), kinds, rng, permutations),
         _like_paths('Classes that the model confuses take like paths', likeness, .9, closeness, rng, permutations)]
@@ -66,7 +66,7 @@ def check_claims(
         of_class = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
         same = (of_class[:, None] == of_class).astype(np.float32)
         claims.append(_like_paths('Classes of one group take like paths', same, 1., closeness, rng, permutations))
-    histogram = {name: counts.blocks_run[list(group)].numpy() for name, group in groups.items()}
+    histogram = {name: gates.blocks_run[list(group)].numpy() for name, group in groups.items()}
     return [*claims, *_counts_by_group(histogram, rng, permutations), _paths_and_class(paths)]
 
 

@@ -31,12 +31,21 @@ class Cost:
         """MACs with all gates open."""
         return self.fixed + sum(self.blocks)
 
+    @property
+    def static(self) -> int:
+        """MACs of the static parent, which has no gates."""
+        return self.total - self.gates
+
     def executed(self, gates: torch.Tensor) -> torch.Tensor:
         """MACs [B] of samples with gates [B, L], differentiable, float64 (float32 on mps, which has no other)."""
         if gates.ndim != 2 or gates.shape[1] != len(self.blocks):
             raise ValueError(f'gates must be [batch, {len(self.blocks)}], not {list(gates.shape)}.')
         dtype = torch.float32 if gates.device.type == 'mps' else torch.float64
         return self.fixed + gates.to(dtype) @ gates.new_tensor(self.blocks, dtype=dtype)
+
+    def share(self, gates: torch.Tensor) -> torch.Tensor:
+        """The same over the MACs of the static parent: with all gates open slightly above 1, by the gates' own."""
+        return self.executed(gates) / self.static
 
 
 def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
@@ -51,11 +60,7 @@ def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
     Raises:
         ValueError: input_size is not three numbers above 0, or the model needs data to run, as an optimized one does.
     """
-    macs = _count_macs(model, input_size)
-    names = list(gated_blocks(model))
-    gates = [macs(f'{name}.gate') for name in names]
-    blocks = [macs(name) - gate - macs(f'{name}.downsample') for name, gate in zip(names, gates)]
-    return Cost(fixed=macs() - sum(blocks), blocks=tuple(blocks), gates=sum(gates))
+    return _cost(_count_macs(model, input_size), list(gated_blocks(model)))
 
 
 def summary(
@@ -88,33 +93,42 @@ def summary(
                 f'not {list(rates.shape)} from {rates.min() if rates.numel() else None} to '
                 f'{rates.max() if rates.numel() else None}.')
     macs = _count_macs(model, input_size or own_input_size(model))
+    cost = _cost(macs, list(gated))
     blocks = {name: m for name, m in model.named_modules() if name in gated or isinstance(m, (BasicBlock, Bottleneck))}
-    total, rest, static, measured = macs(), macs(), macs(), float(macs())
+    rest = cost.total
     rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
     for name, block in blocks.items():
-        gate = macs(f'{name}.gate')
-        own = macs(name) - gate - macs(f'{name}.downsample')
-        rest, static = rest - own, static - gate
+        own = _branch(macs, name)
+        rest -= own
         target = measured_rate = ''
         if name in gated:
             target = f'{block.target_rate:g}' if hasattr(block, 'target_rate') else ''
             if rates is not None:
-                rate = rates[list(gated).index(name)].item()
-                measured -= (1 - rate) * own
-                measured_rate = f'{rate:.3f}'
+                measured_rate = f'{rates[list(gated).index(name)]:.3f}'
         rows.append((name, type(block).__name__.removeprefix('Gated'), 'gated' if name in gated else 'always on',
-                     target, measured_rate, f'{own:,}', f'{own / total:.1%}'))
-    rows.append(('other', 'stem, shortcuts, head, gates', 'always on', '', '', f'{rest:,}', f'{rest / total:.1%}'))
+                     target, measured_rate, f'{own:,}', f'{own / cost.total:.1%}'))
+    rows.append(('other', 'stem, shortcuts, head, gates', 'always on', '', '', f'{rest:,}', f'{rest / cost.total:.1%}'))
     rows.append(('total', f'{len(gated)} of {len(blocks)} blocks gated', '', '',
-                 '' if rates is None or not len(rates) else f'{rates.mean():.3f}', f'{total:,}', '100.0%'))
+                 '' if rates is None or not len(rates) else f'{rates.mean():.3f}', f'{cost.total:,}', '100.0%'))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
     rule = ['-' * sum(widths, 2 * (len(widths) - 1))]
     lines = [lines[0], *rule, *lines[1:-1], *rule, lines[-1]]
     if rates is not None:
-        lines.append(f"mean image: {measured:,.0f} MACs, {measured / static:.1%} of the static parent's {static:,}")
+        lines.append(f'mean image: {cost.executed(rates[None]).item():,.0f} MACs, '
+                     f"{cost.share(rates[None]).item():.1%} of the static parent's {cost.static:,}")
     return '\n'.join(lines)
+
+
+def _branch(macs: Callable[..., int], name: str) -> int:
+    """MACs of the residual branch of a block."""
+    return macs(name) - macs(f'{name}.gate') - macs(f'{name}.downsample')
+
+
+def _cost(macs: Callable[..., int], gated: Sequence[str]) -> Cost:
+    blocks = tuple(_branch(macs, name) for name in gated)
+    return Cost(fixed=macs() - sum(blocks), blocks=blocks, gates=sum(macs(f'{name}.gate') for name in gated))
 
 
 def own_input_size(model: nn.Module) -> Tuple[int, int, int]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import unwrap_model
+from tqdm import tqdm
 
 from .blocks import forward_gates
 from .cost import Cost
@@ -28,6 +29,8 @@ class Evaluation:
         predictions: Class of the largest logit, [N].
         gates: Which of the L gated blocks ran, bool [N, L].
         positions: Of the images in what the loader reads, ascending, [N].
+        likeness: Mean probability that the model gives class j for the images of class i, float64 [C, C], nan for a
+            class without images. None unless asked for.
     """
     loss: float
     top1: float
@@ -36,6 +39,7 @@ class Evaluation:
     predictions: torch.Tensor
     gates: torch.Tensor
     positions: torch.Tensor
+    likeness: Optional[torch.Tensor] = None
 
     @property
     def block_rates(self) -> torch.Tensor:
@@ -49,7 +53,7 @@ class Evaluation:
 
     def macs_shares(self, cost: Cost) -> torch.Tensor:
         """MACs of each image over those of the static parent, [N]."""
-        return cost.executed(self.gates.double()) / (cost.total - cost.gates)
+        return cost.share(self.gates)
 
     def metrics(self, cost: Cost) -> Dict[str, float]:
         """The figures of a table, by METRICS: percent, rates in [0, 1], and a count."""
@@ -64,6 +68,7 @@ def evaluate(
         device: Optional[torch.device] = None,
         amp_dtype: Optional[torch.dtype] = None,
         sample: bool = False,
+        likeness: bool = False,
 ) -> Evaluation:
     """Run a model in eval on all images of a loader. Its mode is restored.
 
@@ -76,6 +81,7 @@ def evaluate(
         device: Where to run, CPU by default.
         amp_dtype: Autocast to it.
         sample: Draw the gates, as the authors' code does in its tests, instead of taking the threshold.
+        likeness: Measure the likeness of classes too.
 
     Raises:
         ValueError: No labelled images, or a label that the model has no class for.
@@ -85,11 +91,11 @@ def evaluate(
     limit, seen = evaluation_sample_limit(getattr(loader, 'loader', loader)), 0  # PrefetchLoader hides its loader
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    parts = []
+    parts, sums = [], torch.zeros(())
     training = model.training
     model.eval()
     try:
-        for images, labels in loader:
+        for images, labels in tqdm(loader, 'evaluate', unit='batch', leave=False, disable=True if rank else None):
             images = images.to(device, memory_format=torch.channels_last)
             labels = labels.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -100,18 +106,26 @@ def evaluate(
             if limit is not None:
                 keep &= own < limit
             seen += len(labels)
-            evaluator.update(output[keep], labels[keep])
+            output, labels = output[keep], labels[keep]
+            evaluator.update(output, labels)
+            if likeness:
+                sums = sums if sums.ndim else torch.zeros(2 * output.shape[1:], dtype=torch.float64)
+                sums.index_add_(0, labels.cpu(), output.cpu().softmax(1, torch.float64))
             positions = own[keep] * world + rank  # timm's sampler deals them out in turn
-            parts.append([t.cpu() for t in (labels[keep], output[keep].argmax(1), gates[keep].bool(), positions)])
+            parts.append([t.cpu() for t in (labels, output.argmax(1), gates[keep].bool(), positions)])
     finally:
         model.train(training)
     if distributed:
         shards: list = [None] * world
-        dist.all_gather_object(shards, parts)
-        parts = [part for shard in shards for part in shard]
+        dist.all_gather_object(shards, (parts, sums))
+        parts = [part for shard, _ in shards for part in shard]
+        sums = sum(other for _, other in shards)
     if not sum(len(labels) for labels, *_ in parts):
         raise ValueError('the data set has no labelled images.')
     figures = evaluator.compute(distributed)
     columns = [torch.cat(part) for part in zip(*parts)]
     order = columns[-1].argsort()
-    return Evaluation(figures['loss'], figures['top1'], figures['top5'], *(column[order] for column in columns))
+    labels, predictions, gates, positions = (column[order] for column in columns)
+    alike = sums / labels.bincount(minlength=len(sums))[:, None] if likeness else None
+    return Evaluation(
+        figures['loss'], figures['top1'], figures['top5'], labels, predictions, gates, positions, alike)

@@ -234,7 +234,7 @@ class Trainer:
             rates = result['block_rates'].cpu().double()
             shown['execution_rate'] = rates.mean().item()
             if self.cost is not None:
-                shown['macs_share'] = self.cost.executed(rates[None]).item() / (self.cost.total - self.cost.gates)
+                shown['macs_share'] = self.cost.share(rates[None]).item()
             shown.update((f'rate_{name}', rate) for name, rate in zip(gated_blocks(self.model), rates.tolist()))
         return shown
 
