@@ -13,6 +13,7 @@ gates' own answers and with all gates open.
 import argparse
 import copy
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any, Callable, Dict, List, Optional
 import numpy as np
 import timm
 import torch
-from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_transform, resolve_input_data_config
 
 import timm_aig
 from timm_aig.export_check import FORCED, own_offsets
@@ -76,7 +77,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def load_images(args: argparse.Namespace, model: Any) -> torch.Tensor:
     """Normalised images [N, C, H, W]."""
-    config = resolve_data_config({}, model=model)
+    config = resolve_input_data_config(model)
     size = config['input_size']
     if args.img_size:
         size = (size[0], args.img_size, args.img_size)
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.gate_offset is not None:
         timm_aig.set_gate_offset(model, args.gate_offset)
     images = load_images(args, model)
-    path = args.output or Path(args.model.rpartition('/')[2].rpartition(':')[2] + SUFFIXES[args.format])
+    path = args.output or Path(re.split('[/:]', args.model.rstrip('/'))[-1] + SUFFIXES[args.format])
     if not path.parent.is_dir():
         raise InputError(f'--output: there is no folder {path.parent}.')
     if path.is_dir():

@@ -144,7 +144,7 @@ def create_model(args: argparse.Namespace, name: str, num_classes: Optional[int]
         kwargs['num_classes'] = num_classes
     if args.input_size:
         kwargs['in_chans'] = args.input_size[0]
-    if '_aig' in name and not args.static and ':' not in name:
+    if what == '--model' and '_aig' in name and not args.static and ':' not in name:
         kwargs.update(aig_config(args).to_dict())
         kwargs.pop('version')
     try:
@@ -312,8 +312,8 @@ def create_trainer(
     same = {k: v for k, v in recipe_of(args).items() if k not in MAY_CHANGE}
     identity = {
         **same, **weights, 'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes,
-        'gates': list(timm_aig.gated_blocks(model)), 'input_size': list(data.config['input_size']),
-        'updates': updates * epochs, 'world_size': args.world_size,
+        'classes': data.names, 'gates': list(timm_aig.gated_blocks(model)),
+        'input_size': list(data.config['input_size']), 'updates': updates * epochs, 'world_size': args.world_size,
     }
     return Trainer(
         task, data.train, optimizer, epochs, scheduler, gate_schedule, cost if not args.static else None,
@@ -497,9 +497,10 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
               'miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train))
     data = create_loaders(args, train, val, model)
-    if args.teacher and any(tuple(teacher.pretrained_cfg[k]) != tuple(data.config[k]) for k in ('mean', 'std')):
-        cfg = teacher.pretrained_cfg
-        raise InputError(f'--teacher {args.teacher} needs --mean {cfg["mean"]} --std {cfg["std"]}.')
+    own = resolve_input_data_config(teacher) if args.teacher and teacher is not None else data.config
+    if any(tuple(own[k]) != tuple(data.config[k]) for k in ('mean', 'std')):
+        mean, std = (' '.join(map(str, own[k])) for k in ('mean', 'std'))
+        raise InputError(f'--teacher {args.teacher} needs --mean {mean} --std {std}.')
     describe_data(model, data)
     cost = timm_aig.compute_cost(model, data.config['input_size'])
     folder = open_output(args)

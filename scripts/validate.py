@@ -159,12 +159,15 @@ def create_test_loader(args: argparse.Namespace, dataset: Any, config: Dict[str,
 def gate_offsets(
         args: argparse.Namespace,
         name: str,
+        argument: str,
         model: nn.Module,
         input_size: Tuple[int, int, int],
 ) -> List[Tuple[Optional[float], float]]:
     """Budget, if one was asked for, and offset of each row. Sets the cap."""
     gated = timm_aig.gated_blocks(model)
     if not gated:
+        if argument == '--model' and (args.budget or args.gate_offset):
+            raise InputError(f'{"--budget" if args.budget else "--gate-offset"}: --model {name} has no gates.')
         return [(None, 0.)]
     if args.budget:
         try:
@@ -185,7 +188,7 @@ class Opened(NamedTuple):
 def open_model(args: argparse.Namespace, name: str, argument: str) -> Opened:
     model = create_model(args, name, argument)
     config = data_config(args, model)
-    return Opened(name, model, config, gate_offsets(args, name, model, config['input_size']))
+    return Opened(name, model, config, gate_offsets(args, name, argument, model, config['input_size']))
 
 
 def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> List[Dict[str, Any]]:
@@ -260,7 +263,7 @@ def print_table(rows: List[Dict[str, Any]]) -> None:
 
 
 def label(row: Dict[str, Any]) -> str:
-    name = row['model'].rpartition('/')[2]
+    name = row['model'].rstrip('/').rpartition('/')[2]
     return name if name.startswith(row['architecture']) else f'{row["architecture"]} ({name})'
 
 

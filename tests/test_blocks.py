@@ -367,6 +367,12 @@ def test_reentrant_checkpointing_is_refused_since_it_cuts_the_gates_gradient():
     assert forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
 
 
+def test_forced_gates_need_no_gradient():
+    model = timm.create_model('cifar_resnet20_aig')
+    with force_gates(model, torch.ones(4, 9)):
+        assert not forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
+
+
 def test_frozen_gates_need_no_gradient():
     model = timm.create_model('cifar_resnet20_aig').requires_grad_(False)
     assert not forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad

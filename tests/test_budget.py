@@ -112,6 +112,7 @@ def test_the_model_is_as_before_but_for_its_table(model, batches):
     ((.5,), dict(max_accuracy_drop=1, confidence=95), 'confidence must be'),
     ((.5, .6), dict(bn_recalibrate=2), 'bn_recalibrate must be'), ((.5,), dict(bn_recalibrate=-1), 'bn_recalibrate'),
     ((.001,), dict(bn_recalibrate=2), 'out of reach'),
+    ([i / 300 for i in range(1, 300)], {}, 'at most 256, not 299'),
 ])
 def test_a_wrong_argument_and_a_budget_out_of_reach_are_named_and_change_nothing(
         model, batches, budgets, kwargs, message):
@@ -376,6 +377,23 @@ def test_an_optimized_model_keeps_its_cap_when_its_budget_moves(model):
     fast = optimize_for_inference(model.eval())
     set_budget(fast, .9)
     assert largest_share(fast, compute_cost(model, (3, 8, 8)), torch.randn(4, 3, 8, 8)) <= .5
+
+
+def test_a_cap_refuses_stages_by_themselves_and_checkpointing_whose_gates_answer_out_of_turn(model):
+    set_budget_table(model, CAPPED)
+    set_budget(model.eval(), 1., cap=.5)
+    images = torch.randn(2, 3, 8, 8)
+    x = model.layer1(torch.randn(2, 16, 8, 8))
+    model.layer2(x)
+    with pytest.raises(RuntimeError, match='needs whole forward passes'):
+        model.layer2(x)
+    model.set_grad_checkpointing()
+    loss = model(images.requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match='no gradient checkpointing'):
+        loss.backward()
+    model.set_grad_checkpointing(False)
+    model(images).sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_a_model_with_a_cap_is_not_scripted(model):

@@ -41,6 +41,13 @@ def test_other_forms(run_script, folder, images, tmp_path, monkeypatch, capsys, 
     assert not any('optimized' in file.name for file in tmp_path.iterdir())
 
 
+def test_the_file_is_named_after_the_model(run_script, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = folder.rpartition('/')[2]
+    assert run_script('export.py', '--model', f'{folder}/', '--mode', 'masked', '--rounds', 0, '--num-images', 1) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [f'{name}.onnx']
+
+
 @pytest.mark.parametrize('args, match', [
     (['--model', 'resnet9000_aig'], '--model resnet9000_aig'),
     (['--model', 'cifar_resnet20'], 'no gated blocks'),

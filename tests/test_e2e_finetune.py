@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import timm_aig
+from timm_aig.recipe import parse_args
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'finetune.py'
 
@@ -300,7 +301,7 @@ def test_a_teacher_with_another_head_or_normalization_is_refused(refused, run, m
     other = f'local-dir:{tmp_path}/two classes'
     assert '--teacher has 2 classes, the model 3' in refused('--teacher', other)
     error = refused('--data-dir', data, '--num-classes', 2, '--teacher', other)
-    assert '--teacher' in error and 'needs --mean' in error
+    assert '--teacher' in error and 'needs --mean 0.2 0.2 0.2 --std 0.3 0.3 0.3' in error
 
 
 def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
@@ -359,6 +360,21 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
         assert 'teacher_weights' in refused('--epochs', 1, '--resume', 'auto', *more, **args)
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
     assert 'holds a model but no checkpoints' in refused('--epochs', 1, '--resume', 'auto')
+
+
+def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images, tmp_path):
+    data = make_images(tmp_path / 'data')
+    assert run('--epochs', 1, '--data-dir', data)[0] == 0
+    for split in ('train', 'validation'):
+        (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
+    error = refused('--epochs', 1, '--data-dir', data, '--resume', 'auto')
+    assert "classes ['ape', 'bee', 'cat'] there and ['bee', 'cat', 'yak'] here" in error
+
+
+def test_the_teachers_gates_are_its_own(finetune):
+    args = parse_args(['--model', 'cifar_resnet20', '--schedule', 'paper'])
+    teacher = finetune.create_model(args, 'cifar_resnet20_aig', None, False, '--teacher')
+    assert len(timm_aig.gated_blocks(teacher)) == 9
 
 
 def test_without_a_whole_checkpoint_a_resume_is_refused(run, refused, tmp_path):

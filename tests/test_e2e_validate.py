@@ -137,6 +137,8 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--holdout', '0'], '--holdout must leave'),
     (['--model', 'cifar_resnet20_aig', '--budget', '0.5', '--workers', '0'], 'calibrate'),
     (['--model', 'cifar_resnet20_aig', '--cap', '0.5'], '--cap needs --budget'),
+    (['--model', 'cifar_resnet20', '--budget', '0.5'], '--budget: --model cifar_resnet20 has no gates'),
+    (['--model', 'cifar_resnet20', '--gate-offset', '0'], '--gate-offset: --model cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20', '--device', 'abc'], '--device abc'),
     (['--model', 'cifar_resnet20', '--device', 'cuda:99'], '--device cuda:99'),
     (['--model', 'cifar_resnet20', '--input-size', '3', '0', '8'], '--input-size must be from 1'),

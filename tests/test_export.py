@@ -146,6 +146,13 @@ def test_the_file_says_what_its_user_needs(tmp_path):
     assert budgets[.5] == timm_aig.set_budget(model, .5)
 
 
+def test_the_file_says_it_of_a_model_with_other_channels_than_its_weights(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig', in_chans=1)
+    timm_aig.export_onnx(model, tmp_path / 'm.onnx', mode='masked')
+    values = {p.key: p.value for p in onnx.load(tmp_path / 'm.onnx').metadata_props}
+    assert json.loads(values['input_size']) == [1, 32, 32] and json.loads(values['mean']) == [0.5]
+
+
 def test_files_run_without_torch_and_timm(model, x, tmp_path):
     timm_aig.export_onnx(model, tmp_path / 'm.onnx', images=x)
     timm_aig.optimize_onnx(tmp_path / 'm.onnx')

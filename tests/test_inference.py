@@ -112,6 +112,75 @@ def test_a_batch_without_images_gives_no_logits(models):
     adaptive, fast = models('cifar_resnet20')
     with torch.no_grad():
         assert fast(images(3, 'cifar')[:0]).shape == adaptive(images(3, 'cifar')[:0]).shape == (0, 10)
+        timm_aig.set_gate_offset(model := copy.deepcopy(adaptive), -1000.)
+        without_blocks = timm_aig.optimize_for_inference(model, calibration=[images(3, 'cifar')])
+        assert without_blocks(images(3, 'cifar')[:0]).shape == (0, 10)
+
+
+def test_gates_can_be_drawn(models):
+    adaptive, fast = models('cifar_resnet20')
+    x = images(2, 'cifar').repeat(200, 1, 1, 1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        first, expected = (timm_aig.forward_gates(m, x, sample=True)[1] for m in (fast, adaptive))
+        probability = adaptive.layer1[0].gate.logits(adaptive.maxpool(adaptive.act1(adaptive.bn1(adaptive.conv1(x)))))
+    for image in (0, 1):
+        p = probability[image].softmax(0)[1].item()
+        assert first[image::2, 0].mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / 200) ** .5 + 1e-6)
+    assert first.mean().item() == pytest.approx(expected.mean().item(), abs=.05) and 0 < first.mean() < 1
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'resnetblur18'])
+def test_autocast_casts_the_convolutions(models, arch):
+    adaptive, fast = models(arch)
+    opened = torch.ones(2, 8)
+    dtypes = set()
+    handles = [m.register_forward_hook(lambda m, args, y: dtypes.add(y.dtype)) for m in fast.modules()
+               if isinstance(m, FusedConv)]
+    with torch.no_grad(), timm_aig.force_gates(fast, opened), timm_aig.force_gates(adaptive, opened):
+        expected = adaptive(images(2))
+        with torch.autocast('cpu', torch.bfloat16):
+            actual = fast(images(2))
+    for handle in handles:
+        handle.remove()
+    assert dtypes == {torch.bfloat16}
+    assert 0 < (actual - expected).abs().max() < .1 * expected.abs().max()
+
+
+def test_whatever_a_model_returns_is_joined_from_its_micro_batches():
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = create('cifar_resnet20_aig')
+
+        def forward(self, x):
+            return {'logits': self.body(x), 'more': (x.mean((1, 2, 3)), [x.amax((1, 2, 3))])}
+
+    model = Named().eval()
+    x = images(5, 'cifar')
+    with torch.no_grad():
+        actual, expected = timm_aig.optimize_for_inference(model, micro_batch=2)(x), model(x)
+    assert_same(actual['logits'], expected['logits'])
+    (mean, (largest,)) = actual['more']
+    assert isinstance(actual['more'], tuple) and torch.allclose(mean, x.mean((1, 2, 3)))
+    assert torch.equal(largest, x.amax((1, 2, 3)))
+
+
+def test_hooks_on_what_is_replaced_are_refused_and_others_kept():
+    backbone = timm.create_model('resnet18_aig', features_only=True, feature_cls='hook').eval()
+    with pytest.raises(ValueError, match=r'forward hooks on .*, which is replaced'):
+        timm_aig.optimize_for_inference(backbone)
+    model, seen = create('cifar_resnet20_aig'), []
+    model.fc.register_forward_hook(lambda *args: seen.append(args))
+    timm_aig.optimize_for_inference(model)(images(2, 'cifar'))
+    assert len(seen) == 1
+
+
+def test_forced_gates_for_another_batch_are_refused_in_micro_batches_too(models):
+    _, fast = models('cifar_resnet20', 2)
+    with timm_aig.force_gates(fast, torch.ones(6, 9)):
+        with pytest.raises(ValueError, match='open is for a batch of 6, the input has 4'):
+            fast(images(4, 'cifar'))
 
 
 @pytest.mark.usefixtures('slices')

@@ -134,7 +134,7 @@ def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool 
     """
     shortcut = x if block.downsample is None else block.downsample(x)
     owned = owned or shortcut is not x
-    if len(rows) == len(x):
+    if len(x) == len(rows) > 0:
         return block.add_residual(x, shortcut, owned)
     unchanged = shortcut is x and block.relu_input  # what a closed block does to its sample
     if unchanged and not rows:
@@ -272,7 +272,8 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
                            'the thread that calls it: none that DataParallel wraps.')
     gates = torch.stack([torch.cat(parts) for parts in answers.values()], dim=1)
     if model.training and torch.is_grad_enabled() and not gates.requires_grad:
-        if any(block.gate.fc2.weight.requires_grad for block in blocks.values()):
+        computed = [block.gate for block in blocks.values() if id(block.gate) not in (gate_pass.forced or {})]
+        if any(gate.fc2.weight.requires_grad for gate in computed):
             raise RuntimeError(
                 'the gates carry no gradient: re-entrant checkpointing drops it, '
                 'call timm.layers.set_reentrant_ckpt(False).')

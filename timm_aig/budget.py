@@ -106,8 +106,11 @@ def set_budget_table(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
     """Give a model a table of budgets, or with () take it away. Its gate offset stays.
 
     Raises:
-        ValueError: The model is static, the points do not ascend, or they are of another number of blocks.
+        ValueError: The model is static, the points do not ascend or are too many, or they are of another number of
+            blocks.
     """
+    if len(points) > LONGEST_TABLE:
+        raise ValueError(f'gate_budgets must have at most {LONGEST_TABLE} points, not {len(points)}.')
     _require_ascending(points)
     blocks = _require_gated_blocks(model)
     for point in points:
@@ -193,8 +196,7 @@ def _caps(
     at = {-point.gate_offset: point.block_rates for point in points}  # of those with one offset, the last
     margins = sorted(at)
     return [
-        Cap(macs, margins,
+        Cap(i, budget, macs, margins,
             [sum(m * min(1., RESERVE * rate) for m, rate in zip(cost.blocks[i + 1:], (at[margin] or ())[i + 1:]))
-             for margin in margins],
-            None if i else budget)
+             for margin in margins])
         for i, macs in enumerate(cost.blocks)]

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .blocks import GatedBlock, _require_gated_blocks, forward_gates, gated_blocks, set_gate_offset
-from .budget import BudgetPoint, set_budget_table
+from .budget import LONGEST_TABLE, BudgetPoint, set_budget_table
 from .cost import Cost, compute_cost
 
 __all__ = ['BUDGETS', 'AccuracyDrop', 'Calibration', 'calibrate_budget']
@@ -144,6 +144,8 @@ def _checked(
     wanted = sorted({float(budget) for budget in budgets})
     if not all(0 < budget <= 1 for budget in wanted):
         raise ValueError(f'budgets must be in (0, 1], not {wanted}.')
+    if len(wanted) > LONGEST_TABLE:
+        raise ValueError(f'budgets must be at most {LONGEST_TABLE}, not {len(wanted)}.')
     if not wanted and max_accuracy_drop is None:
         raise ValueError('budgets must have at least one entry.')
     if not 0 < tolerance < 1:
@@ -321,7 +323,7 @@ class _Search:
     def refine(self) -> None:
         """Add budgets between those found until linear interpolation between neighbours meets the tolerance."""
         gaps = list(zip(sorted(self.rows), sorted(self.rows)[1:]))
-        while gaps:
+        while gaps and len(self.rows) < LONGEST_TABLE:
             a, b = gaps.pop()
             low, high = self.rows[a], self.rows[b]
             if b - a <= 2 * self.tolerance or low.offset == high.offset:

@@ -1,16 +1,17 @@
 """Cap: holds each image to a number of MACs, while it runs, the least decisive gates closed first."""
 import threading
 from bisect import bisect_right
-from typing import List, Optional, Sequence
+from typing import List, Sequence
 
 __all__ = ['Cap']
 
 
 class _Pass(threading.local):
-    """What the samples of the forward pass under way in this thread may still spend, MACs."""
+    """The forward pass under way in this thread: what its samples may still spend, MACs, and whose turn is next."""
 
     def __init__(self) -> None:
         self.left: List[int] = []
+        self.next = 0
 
 
 _pass = _Pass()
@@ -27,22 +28,25 @@ class Cap:
 
     def __init__(
             self,
+            index: int,
+            budget: int,
             macs: int,
             margins: Sequence[float],
             reserve: Sequence[float],
-            budget: Optional[int] = None,
     ) -> None:
         """
         Args:
+            index: Of the gate among those of its model, in the order they run.
+            budget: MACs that each image may spend on gated blocks.
             macs: MACs of the gate's block.
             margins: Open minus closed logits, ascending, at which `reserve` is known; linear in between.
             reserve: MACs to keep for later blocks whose gates may open with a larger margin.
-            budget: MACs that each image may spend on gated blocks; given to the first gate alone.
         """
+        self.index = index
+        self.budget = budget
         self.macs = macs
         self.margins = list(margins)
         self.reserve = list(reserve)
-        self.budget = budget
 
     def answers(self, open: Sequence[float], margins: Sequence[float]) -> List[bool]:
         """Which of the samples run after all.
@@ -50,9 +54,16 @@ class Cap:
         Args:
             open: The gate's own answers [B].
             margins: Its open minus closed logits [B], without offset.
+
+        Raises:
+            RuntimeError: The gates before it did not answer just before, for as many samples.
         """
-        if self.budget is not None:
-            _pass.left = [self.budget] * len(open)
+        if self.index == 0:
+            _pass.left, _pass.next = [self.budget] * len(open), 0
+        if (self.index, len(open)) != (_pass.next, len(_pass.left)):
+            raise RuntimeError('a cap on the MACs of each image needs whole forward passes, in which each gated block '
+                               'runs once and in turn: no stages by themselves, no gradient checkpointing.')
+        _pass.next += 1
         left, answers = _pass.left, []
         for row, (answer, margin) in enumerate(zip(open, margins)):
             runs = bool(answer) and self.macs + self._reserve(margin) <= left[row]

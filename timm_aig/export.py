@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Uni
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models.resnet import ResNet
 
 from .blocks import gated_blocks
@@ -223,7 +223,7 @@ def _prepare(
         raise ValueError(f"open, one value for each of the {len(blocks)} gated blocks, and mode 'path' go together.")
     model = copy.deepcopy(model).cpu().float().eval()
     if images is None:
-        size = resolve_data_config({}, model=model)['input_size']
+        size = resolve_input_data_config(model)['input_size']
         images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
     if images.ndim != 4 or not len(images):
         raise ValueError(f'images must be [N, C, H, W] with N at least 1, not {list(images.shape)}.')
@@ -321,7 +321,7 @@ def _describe(
 ) -> None:
     """Put into the file what its user needs to know."""
     config: Dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    data = resolve_data_config({}, model=model)
+    data = resolve_input_data_config(model)
     proto.producer_name, proto.producer_version = 'timm_aig', __version__
     values = {
         'architecture': config.get('architecture'), 'mode': mode, 'precision': precision,

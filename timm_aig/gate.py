@@ -32,28 +32,30 @@ class _GatePass(threading.local):
         self.forced: Optional[Dict[int, List[bool]]] = None
         self.sample = False  # forward_gates(sample=True): draw in eval too
         self.rows = slice(None)  # rows_of_batch: what part of the batch runs now
+        self.whole: Optional[int] = None  # and the size of the whole batch
 
     def forced_answers(self, gate: 'Gate', batch: int) -> Optional[List[bool]]:
         """What a gate has to answer for its batch, None for what it computes."""
         if self.forced is None or id(gate) not in self.forced:
             return None
-        answers = self.forced[id(gate)][self.rows]
+        answers = self.forced[id(gate)]
+        batch = batch if self.whole is None else self.whole
         if len(answers) != batch:
             raise ValueError(f'force_gates: open is for a batch of {len(answers)}, the input has {batch}.')
-        return answers
+        return answers[self.rows]
 
 
 gate_pass = _GatePass()
 
 
 @contextmanager
-def rows_of_batch(start: int, stop: int) -> Iterator[None]:
+def rows_of_batch(start: int, stop: int, batch: int) -> Iterator[None]:
     """Run rows start to stop of a batch that a model takes in parts."""
-    gate_pass.rows = slice(start, stop)
+    gate_pass.rows, gate_pass.whole = slice(start, stop), batch
     try:
         yield
     finally:
-        gate_pass.rows = slice(None)
+        gate_pass.rows, gate_pass.whole = slice(None), None
 
 
 def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.Tensor:

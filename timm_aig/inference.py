@@ -19,9 +19,11 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils._pytree import tree_map
 
 from .blocks import forward_gates, gated_blocks, run_open_rows
 from .gate import Gate, gate_pass, rows_of_batch
@@ -48,7 +50,7 @@ class FusedConv(nn.Module):
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.bias = nn.Parameter(bias, False)
         padding, stride, dilation = list(conv.padding), list(conv.stride), list(conv.dilation)
-        self.conv_args: Tuple[Any, ...] = (stride, padding, dilation, False, [0, 0], conv.groups)
+        self.conv_args: Tuple[Any, ...] = (stride, padding, dilation, conv.groups)
         self.fused_args: Tuple[Any, ...] = (padding, stride, dilation, conv.groups)
         self.relu = relu
         self._packed: Dict[torch.Size, torch.Tensor] = {}  # by input shape, weights in the layout oneDNN wants for it
@@ -66,7 +68,7 @@ class FusedConv(nn.Module):
         if weight is not None:
             act = 'relu' if self.relu else 'none'
             return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.fused_args, act, [], '')
-        x = torch.convolution(x, self.weight, self.bias, *self.conv_args)
+        x = F.conv2d(x, self.weight, self.bias, *self.conv_args)
         return x.relu_() if self.relu else x
 
     def add_relu_(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,8 @@ class FusedConv(nn.Module):
         if not _HAS_FUSED_OPS or torch.compiler.is_compiling():
             return None
         if x.device.type != 'cpu' or x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return None
+        if torch.is_autocast_enabled('cpu'):  # casts plain convolutions only
             return None
         weight = self._packed.get(x.shape)
         if weight is None:
@@ -148,6 +152,8 @@ class InferenceGate(Gate):
         threshold = -self.score - self.offset
         scores = self._scores(pooled, scale)
         answers = [score > threshold for score in scores]
+        if gate_pass.sample:
+            answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
         if self.cap is not None:
             answers = self.cap.answers(answers, [score + self.score for score in scores])
         if gate_pass.forced is not None:
@@ -272,11 +278,9 @@ class InferenceModel(nn.Module):
             return self.model(x)
         outputs = []
         for start in range(0, len(x), size):
-            with rows_of_batch(start, start + size):
+            with rows_of_batch(start, start + size, len(x)):
                 outputs.append(self.model(x[start:start + size]))
-        if isinstance(outputs[0], torch.Tensor):
-            return torch.cat(outputs)
-        return [torch.cat(parts) for parts in zip(*outputs)]  # features
+        return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _micro_batch(self, x: torch.Tensor) -> int:
         if x.device.type != 'cpu':
@@ -304,7 +308,8 @@ def optimize_for_inference(
         An eval-only model that takes and returns what `model` does, but for NaNs, which oneDNN's ReLU takes for 0.
 
     Raises:
-        ValueError: No ResNet blocks in the model, a micro_batch below 1, or calibration without images.
+        ValueError: No ResNet blocks in the model, forward hooks on modules that are replaced, a micro_batch below 1, or
+            calibration without images.
     """
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f'micro_batch must be at least 1, not {micro_batch!r}.')
@@ -316,6 +321,7 @@ def optimize_for_inference(
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
     if not blocks:
         raise ValueError(f'model ({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).')
+    hooked = {m: name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
     rates = {} if calibration is None else _execution_rates(model, calibration)
     optimized = {block: InferenceBlock(block, rates.get(name)) for name, block in blocks.items()}
     for parent in list(model.modules()):
@@ -325,6 +331,9 @@ def optimize_for_inference(
             elif isinstance(child, nn.Sequential) and len(child) and all(b in optimized for b in child):
                 setattr(parent, name, InferenceStage(*(optimized[b] for b in child)))
         _fold_stem(parent)
+    lost = hooked.keys() - set(model.modules())
+    if lost:
+        raise ValueError(f'model has forward hooks on {min(hooked[m] for m in lost)}, which is replaced: remove them.')
     if compile:
         _compile(model)
     return InferenceModel(model.to(memory_format=torch.channels_last), micro_batch)

@@ -111,7 +111,8 @@ def _create_resnet_aig(
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:
         if config_file(kwargs) is None:
             raise
-        raise ValueError(f'{config_file(kwargs)} describes no {variant}: {type(e).__name__} {e}') from e
+        raise ValueError(f'{config_file(kwargs)} describes no {variant}, or an argument does not fit it: '
+                         f'{type(e).__name__} {e}') from e
 
 
 @register_model
