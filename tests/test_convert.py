@@ -288,26 +288,10 @@ def test_gates_that_would_answer_twice_are_an_error_in_forward_gates():
         timm_aig.forward_gates(model, torch.randn(3, 4, 4, 4))
 
 
-@pytest.mark.parametrize('rate', [0, 0., -0.1, 1.01, float('nan'), float('inf'), True, False, '0.5', None, [0.5]])
-def test_a_bad_target_rate_is_named_and_nothing_changes(rate):
-    model = timm.create_model('resnet18')
-    before = structure(model)
-    with pytest.raises(ValueError, match=r'target_rate must be a number in \(0, 1\]'):
-        gate_(model, AIGConfig(target_rate=rate))
-    with pytest.raises(ValueError, match=r'target_rates\[1\] must be a number in \(0, 1\]'):
-        gate_(model, AIGConfig(target_rates=[0.5, rate, *[0.5] * 6]))
-    assert_unchanged(model, before)
-
-
 @pytest.mark.parametrize('call,message', [
     (lambda m: gate_(m, AIGConfig(target_rates=[0.5] * 7)), 'target_rates has 7 rates, the network has 8 blocks'),
     (lambda m: gate_(m, AIGConfig(target_rates=[0.5] * 9)), 'target_rates has 9 rates, the network has 8 blocks'),
     (lambda m: gate_(m, AIGConfig(target_rates=[])), 'target_rates has 0 rates, the network has 8 blocks'),
-    (lambda m: gate_(m, AIGConfig(target_rates=0.5)), 'target_rates must be a list'),
-    (lambda m: gate_(m, AIGConfig(target_rates='0.5')), 'target_rates must be a list'),
-    (lambda m: gate_(m, AIGConfig(schedule='linear')), r"schedule must be None or one of paper, not 'linear'"),
-    (lambda m: gate_(m, AIGConfig(gate_channels=0)), 'gate_channels must be a whole number above 0'),
-    (lambda m: gate_(m, AIGConfig(gate_norm='ln')), "gate_norm must be one of bn, none, not 'ln'"),
     (lambda m: gate_(m, {'target_rate': 0.5}), 'config must be an AIGConfig, not dict'),
     (lambda m: gate_(m, 0.5), 'config must be an AIGConfig, not float'),
     (lambda m: gate_(m, 0), 'config must be an AIGConfig, not int'),
@@ -371,7 +355,7 @@ def test_the_recorded_architecture_and_arguments_follow_the_model():
 
 
 def test_a_gated_model_can_be_gated_again_after_ungating():
-    model = gate_(timm.create_model('resnet18_aig', target_rate=0.3) and timm.create_model('resnet18'))
+    model = gate_(timm.create_model('resnet18'))
     gate_(ungate_(model), AIGConfig(0.4))
     assert {b.target_rate for b in gated_blocks(model).values()} == {0.4}
     adaptive = timm.create_model('resnet18_aig', target_rate=0.3)
