@@ -74,7 +74,7 @@ def read_hub_config(name: str) -> Dict[str, Any]:
     if name.endswith('.json'):
         config = read_json(Path(name))
     else:
-        known = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()}
+        known = load_hub_configs()
         if name not in known:
             raise InputError(f'--hub-config must be a JSON file or one of {", ".join(known)}, not {name}.')
         config = known[name]

@@ -40,7 +40,6 @@ Before each block of the network a small gate looks at the image and decides whe
 Choose a model, drop an image, move the budget."""
 
 
-
 @dataclass
 class Session:
     """What one tab shows.

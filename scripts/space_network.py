@@ -238,7 +238,7 @@ def _milliseconds(model: Any, x: torch.Tensor) -> float:
 
 def shipped_models() -> List[str]:
     """Names of the trained models that come with the package."""
-    return [f"{c['architecture']}.{c['tag']}" for c in load_hub_configs() if 'file' in c['pretrained_cfg']]
+    return [name for name, config in load_hub_configs().items() if 'file' in config['pretrained_cfg']]
 
 
 def load_network(name: str) -> Network:

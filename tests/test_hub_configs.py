@@ -35,10 +35,10 @@ def test_a_hub_config_fits_the_schema_its_name_and_what_reads_it(file):
 
 
 def test_every_file_is_in_the_registry_and_only_those_with_weights_are_listed_as_pretrained():
-    names = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()}
-    assert set(names) == {file.stem for file in FILES} and len(names) >= 6
+    configs = load_hub_configs()
+    assert set(configs) == {file.stem for file in FILES} and len(configs) >= 6
     listed = set(timm.list_pretrained())
-    for name, config in names.items():
+    for name, config in configs.items():
         cfg = timm.get_pretrained_cfg(name)
         own = config['pretrained_cfg']
         assert cfg.license == own['license'] and cfg.mean == tuple(own['mean'])

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import _require_gated_blocks
+from .blocks import require_gated_blocks
 
 __all__ = [
     'ClassGates', 'PathStatistics', 'block_kinds', 'class_rates', 'cluster_classes', 'extreme_images',
@@ -74,7 +74,7 @@ def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: 
 
 def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
     """Names of the gated blocks that are 'first' or 'last' of the network or 'downsampling', an empty list for none."""
-    gated = _require_gated_blocks(model)
+    gated = require_gated_blocks(model)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
     names = list(blocks)
     kinds = {

@@ -232,7 +232,7 @@ def gated_blocks(model: nn.Module) -> Dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'gate', None), Gate)}
 
 
-def _require_gated_blocks(model: nn.Module) -> Dict[str, Any]:
+def require_gated_blocks(model: nn.Module) -> Dict[str, Any]:
     blocks = gated_blocks(model)
     if not blocks:
         raise ValueError(f'model ({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_ first.')
@@ -293,7 +293,7 @@ def force_gates(model: nn.Module, open: torch.Tensor) -> Iterator[None]:
     Raises:
         ValueError: The model is static or `open` is not [B, L]; inside the block, if an input's batch is not B.
     """
-    blocks = _require_gated_blocks(model)
+    blocks = require_gated_blocks(model)
     if open.ndim != 2 or open.shape[1] != len(blocks):
         raise ValueError(f'open must be [batch, {len(blocks)}] for {len(blocks)} gated blocks, not {list(open.shape)}.')
     outer = gate_pass.forced
@@ -317,7 +317,7 @@ def set_execution(model: nn.Module, mode: str) -> None:
     """
     if mode not in EXECUTIONS:
         raise ValueError(f'mode must be one of {", ".join(EXECUTIONS)}, not {mode!r}.')
-    blocks = _require_gated_blocks(model)
+    blocks = require_gated_blocks(model)
     if not all(isinstance(block, GatedBlock) for block in blocks.values()):
         raise ValueError('model is optimized for inference and always sparse, set the execution of the original.')
     for block in blocks.values():
@@ -329,5 +329,5 @@ def set_gate_offset(model: nn.Module, offset: float) -> None:
     offset = float(offset)
     if offset != offset:
         raise ValueError('offset must be a number, not nan.')
-    for block in _require_gated_blocks(model).values():
+    for block in require_gated_blocks(model).values():
         block.gate.offset = offset

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch.nn as nn
 
-from .blocks import GatedBlock, _require_gated_blocks, gated_blocks, set_gate_offset
+from .blocks import GatedBlock, gated_blocks, require_gated_blocks, set_gate_offset
 from .cap import Cap
 from .cost import compute_cost, own_input_size
 
@@ -112,7 +112,7 @@ def set_budget_table(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
     if len(points) > LONGEST_TABLE:
         raise ValueError(f'gate_budgets must have at most {LONGEST_TABLE} points, not {len(points)}.')
     _require_ascending(points)
-    blocks = _require_gated_blocks(model)
+    blocks = require_gated_blocks(model)
     for point in points:
         if point.block_rates is not None and len(point.block_rates) != len(blocks):
             raise ValueError(f'gate_budgets: budget {point.budget:g} has {len(point.block_rates)} block_rates, the '
@@ -163,7 +163,7 @@ def set_budget(
         ValueError: The model is static, was not calibrated, or budget or cap are out of range. The model is unchanged
             then.
     """
-    blocks = _require_gated_blocks(model)
+    blocks = require_gated_blocks(model)
     table = budget_table(model)
     if not table:
         raise ValueError('model has no calibrated budgets, call timm_aig.calibrate_budget on held-out images first.')

@@ -11,7 +11,7 @@ from timm.utils import unwrap_model
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .blocks import GatedBlock, _require_gated_blocks, forward_gates, gated_blocks, set_gate_offset
+from .blocks import GatedBlock, forward_gates, gated_blocks, require_gated_blocks, set_gate_offset
 from .budget import LONGEST_TABLE, BudgetPoint, set_budget_table
 from .cost import Cost, compute_cost
 
@@ -98,7 +98,7 @@ def calibrate_budget(
             no offset reaches: the message tells what can be reached. The model is unchanged then.
     """
     model = unwrap_model(model)
-    if not all(isinstance(block, GatedBlock) for block in _require_gated_blocks(model).values()):
+    if not all(isinstance(block, GatedBlock) for block in require_gated_blocks(model).values()):
         raise ValueError('model is optimized for inference, calibrate the one it was made from.')
     wanted = _checked(budgets, tolerance, max_accuracy_drop, confidence, bn_recalibrate)
     batches = _cached(loader)

@@ -1,4 +1,7 @@
-"""AIGConfig: which blocks of a ResNet are gated, how often they should run, and what their gates look like."""
+"""AIGConfig: which blocks of a ResNet are gated, how often they should run, and what their gates look like.
+
+And load_hub_configs: those of the known checkpoints.
+"""
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -117,19 +120,19 @@ def _check_rate(name: str, rate: Any) -> None:
         raise ValueError(f'{name} must be a number in (0, 1], not {rate!r}.')
 
 
-def load_hub_configs() -> List[Dict[str, Any]]:
-    """The checkpoints this package knows, one dict for each file of hub_configs, by file name.
+def load_hub_configs() -> Dict[str, Dict[str, Any]]:
+    """The checkpoints this package knows, one file of hub_configs each, by its name, '<architecture>.<tag>'.
 
     Weights that lie beside a file, <its name>.safetensors, are in its pretrained_cfg as `file`.
     """
     package = Path(__file__).parent
     installed, checkout = package / 'hub_configs', package.parent / 'hub_configs'  # a wheel has them inside the package
     folder = installed if installed.is_dir() else checkout
-    configs = []
+    configs = {}
     for file in sorted(folder.glob('*.json')):
         config = json.loads(file.read_text(encoding='utf-8'))
         weights = file.with_name(f'{file.stem}.safetensors')  # a tag may hold a dot
         if weights.is_file():
             config['pretrained_cfg']['file'] = str(weights)
-        configs.append(config)
+        configs[file.stem] = config
     return configs

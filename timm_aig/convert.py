@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, _require_gated_blocks, gated_blocks
+from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
 from .config import AIG_ARGS, AIGConfig
 from .gate import Gate
 
@@ -119,7 +119,7 @@ def ungate_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has no gated blocks, or is optimized for inference.
     """
-    _require_gated_blocks(model)
+    require_gated_blocks(model)
     sites = _find_blocks(model, tuple(GATED.values()))
     if not sites:
         raise ValueError('model is optimized for inference, ungate_ the original and optimize that.')

@@ -181,5 +181,3 @@ def guard_layout(model: Any) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initializers)
-
-

@@ -32,7 +32,7 @@ from .source import checked_source, config_file
 __all__ = ['checkpoint_filter_fn']  # register_model adds each entry point
 
 _PARENTS = list_models(module=('resnet', 'cifar_resnet'))
-_HUB_CONFIGS = {f"{c['architecture']}.{c['tag']}": c for c in load_hub_configs()}
+_HUB_CONFIGS = load_hub_configs()
 
 
 def _default_cfgs() -> Dict[str, Any]:

@@ -3,7 +3,7 @@ from typing import Optional, Tuple
 
 import torch.nn as nn
 
-from .blocks import _require_gated_blocks
+from .blocks import require_gated_blocks
 from .loss import ComputeTargetLoss
 
 __all__ = ['GateSchedule']
@@ -40,7 +40,7 @@ class GateSchedule:
         for name, share in (('anneal', anneal), ('noise_off', noise_off)):
             if not 0 <= share <= 1:
                 raise ValueError(f'{name} must be in [0, 1], not {share!r}.')
-        self.gates = [block.gate for block in _require_gated_blocks(model).values()]
+        self.gates = [block.gate for block in require_gated_blocks(model).values()]
         self.compute_loss = compute_loss
         self.target = compute_loss.target if compute_loss is not None else 1.
         self.tau = tau

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .blocks import _require_gated_blocks, forward_gates
+from .blocks import forward_gates, require_gated_blocks
 from .loss import TargetRateLoss
 
 __all__ = ['AIGTask']
@@ -71,7 +71,7 @@ class AIGTask(ClassificationTask):
             raise ValueError(
                 f'distill_weight must be in [0, 1] and distill_temperature above 0, '
                 f'not {distill_weight!r} and {distill_temperature!r}.')
-        blocks = _require_gated_blocks(model)
+        blocks = require_gated_blocks(model)
         super().__init__(
             GatesModule(model), criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype,
             verbose=verbose)
