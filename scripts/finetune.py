@@ -168,7 +168,7 @@ def has_new_head(args: argparse.Namespace, model: nn.Module) -> bool:
 
 
 def create_models(args: argparse.Namespace, names: List[str]) -> Any:
-    """The model to train, and its teacher or None."""
+    """The model to train, its static parent and its teacher, None if there is none."""
     model = create_model(args, args.model, args.num_classes, args.pretrained, '--model')
     if args.initial_checkpoint:
         try:
@@ -179,45 +179,54 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         raise InputError(
             f'--num-classes: the data set has {len(names)} classes, the head of --model {args.model} '
             f'{model.num_classes}. Pass --num-classes {len(names)} for a new head.')
-    arch = model.pretrained_cfg['architecture']
     adaptive = bool(timm_aig.gated_blocks(model))
-    if adaptive:
-        set_budget_table(model, ())  # of the weights as they were, and so is the offset
-        timm_aig.set_gate_offset(model, 0.)
     if args.static and adaptive:
         raise InputError(f'--static: --model {args.model} has gates.')
-    if adaptive and ':' in args.model:
-        # its gates are what they are, and the recipe says so
+    if adaptive:
+        continue_gates(args, model)
+    trained = args.pretrained or args.initial_checkpoint or ':' in args.model
+    parent = copy.deepcopy(model) if trained and not adaptive and not args.static else None
+    teacher = create_teacher(args, model, parent)
+    if parent is not None and has_new_head(args, model):
+        parent = None
+    if not args.static and not adaptive:
+        if not is_model(f'{model.pretrained_cfg["architecture"]}_aig'):
+            raise InputError(f'--model must be a ResNet of timm or timm_aig, not {args.model!r}.')
+        timm_aig.gate_(model, aig_config(args))
+    return model, parent, teacher
+
+
+def continue_gates(args: argparse.Namespace, model: Any) -> None:
+    """Take the gates of an adaptive --model as they are, and let the recipe say so."""
+    set_budget_table(model, ())  # of the weights as they were, and so is the offset
+    timm_aig.set_gate_offset(model, 0.)
+    if ':' in args.model:
         own = timm_aig.AIGConfig(**{k: v for k, v in model._model_args.items() if k in AIG_ARGS})
         if own.target_rates and args.gate_loss == 'rate':
             raise InputError(f'--gate-loss rate: --model {args.model} has target_rates of its own, one for each block.')
         args.schedule, args.gate_channels, args.gate_norm = own.schedule, own.gate_channels, own.gate_norm
-    trained = args.pretrained or args.initial_checkpoint or ':' in args.model
-    parent = copy.deepcopy(model) if trained and not adaptive and not args.static else None
-    if parent is not None and has_new_head(args, model):
-        if args.distill_weight and not args.teacher:
-            raise InputError(
-                f'--model {args.model} gets a new head of {model.num_classes} classes and so cannot be the teacher. '
-                f'Train it with --static first, or pass --teacher, or --distill-weight 0.')
-        parent = None
-    teacher = parent
+
+
+def create_teacher(args: argparse.Namespace, model: Any, parent: Any) -> Any:
+    """The --teacher, else the parent; None without distillation."""
     if not args.distill_weight:
-        teacher = None
-    elif args.teacher:
+        return None
+    if args.teacher:
         teacher = create_model(args, args.teacher, None, True, '--teacher')
         if teacher.num_classes != model.num_classes:
             raise InputError(f'--teacher has {teacher.num_classes} classes, the model {model.num_classes}.')
-    elif args.static:
-        teacher = None
-    elif parent is None:
+        return teacher
+    if args.static:
+        return None
+    if parent is None:
         raise InputError(
             f'--distill-weight {args.distill_weight} needs a teacher: a --model that is a trained static ResNet '
             f'(--pretrained, --initial-checkpoint, local-dir:, hf-hub:), or --teacher. 0 goes without.')
-    if not args.static and not adaptive:
-        if not is_model(f'{arch}_aig'):
-            raise InputError(f'--model must be a ResNet of timm or timm_aig, not {args.model!r}.')
-        timm_aig.gate_(model, aig_config(args))
-    return model, parent, teacher
+    if has_new_head(args, model):
+        raise InputError(
+            f'--model {args.model} gets a new head of {model.num_classes} classes and so cannot be the teacher. '
+            f'Train it with --static first, or pass --teacher, or --distill-weight 0.')
+    return parent
 
 
 def describe_data(model: nn.Module, data: Data) -> None:
