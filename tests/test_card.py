@@ -142,6 +142,11 @@ def test_any_text_survives_yaml_and_stays_inside_the_generated_part(model, value
     assert card(model, results, text) == text
 
 
+def test_gates_that_all_stay_open_run_slightly_more_than_the_static_parent():
+    results = dict(metrics=dict(macs_share=1.0001), dataset='a', split='b')
+    assert checked_results(results) == results
+
+
 @pytest.mark.parametrize('results,message', [
     ([], 'results must be an object'), (dict(metrics=[]), 'metrics must be an object'),
     (dict(metrics=dict(top1='94')), 'metrics.top1 must be a number'),
