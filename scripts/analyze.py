@@ -302,7 +302,7 @@ def run(args: argparse.Namespace) -> None:
     gates = ClassGates(evaluation.labels, evaluation.gates, evaluation.likeness)
     present = gates.images.nonzero().flatten().tolist()
     groups = groups or cluster_classes(gates.likeness, names, present)
-    groups = {group: [i for i in members if i in present] for group, members in groups.items()}
+    groups = {group: [i for i in members if gates.images[i]] for group, members in groups.items()}
     groups = {group: members for group, members in groups.items() if members}
     results = results_of(evaluation, gates, model, groups, names, cost, args)
     results['unreadable'] = count_unreadable(dataset, torch.device('cpu'))

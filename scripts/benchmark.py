@@ -30,6 +30,7 @@ import timm.task
 import torch
 
 import timm_aig
+from timm_aig.data import read_images
 from timm_aig.export_check import FORCED
 from timm_aig.memory import keep_freed_memory
 
@@ -95,18 +96,13 @@ def load_models(args: argparse.Namespace) -> Any:
 def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tensor:
     """Images [num_images, C, H, W]: real ones from --images, else noise (time does not depend on values)."""
     config = timm.data.resolve_data_config(model=model)
-    channels, height, width = config['input_size']
     if args.img_size:
-        height = width = args.img_size
+        config['input_size'] = (config['input_size'][0], args.img_size, args.img_size)
     if not args.images:
         generator = torch.Generator().manual_seed(args.seed)
-        return torch.randn(args.num_images, channels, height, width, generator=generator).to(args.device)
-    transform = timm.data.create_transform(**{**config, 'input_size': (channels, height, width)})
+        return torch.randn(args.num_images, *config['input_size'], generator=generator).to(args.device)
     try:
-        dataset = timm.data.ImageDataset(
-            args.images, transform=transform, input_img_mode='L' if channels == 1 else 'RGB')
-        count = min(args.num_images, len(dataset))
-        return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)]).to(args.device)
+        return read_images(args.images, config, args.num_images).to(args.device)
     except Exception as e:
         sys.exit(f'benchmark: --images {args.images}: {e}')
 

@@ -24,9 +24,10 @@ from typing import Any, Callable, Dict, List, Optional
 import numpy as np
 import timm
 import torch
-from timm.data import ImageDataset, create_transform, resolve_input_data_config
+from timm.data import resolve_input_data_config
 
 import timm_aig
+from timm_aig.data import read_images
 from timm_aig.export_check import FORCED, own_offsets
 
 EXAMPLES = """examples:
@@ -78,17 +79,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 def load_images(args: argparse.Namespace, model: Any) -> torch.Tensor:
     """Normalised images [N, C, H, W]."""
     config = resolve_input_data_config(model)
-    size = config['input_size']
     if args.img_size:
-        size = (size[0], args.img_size, args.img_size)
+        config['input_size'] = (config['input_size'][0], args.img_size, args.img_size)
     if not args.images:
-        return torch.randn(args.num_images, *size, generator=torch.Generator().manual_seed(0))
-    transform = create_transform(**{**config, 'input_size': size})
+        return torch.randn(args.num_images, *config['input_size'], generator=torch.Generator().manual_seed(0))
     try:
-        dataset = ImageDataset(
-            args.images, transform=transform, input_img_mode='L' if size[0] == 1 else 'RGB')
-        count = min(args.num_images, len(dataset))
-        return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)])
+        return read_images(args.images, config, args.num_images)
     except Exception as e:  # timm's and PIL's own
         raise InputError(f'--images {args.images}: {e}') from e
 

@@ -229,6 +229,14 @@ def create_teacher(args: argparse.Namespace, model: Any, parent: Any) -> Any:
     return parent
 
 
+def check_teacher(args: argparse.Namespace, teacher: Any, data: Data) -> None:
+    """A --teacher must see the images that it was trained on."""
+    own = resolve_input_data_config(teacher)
+    if any(tuple(own[k]) != tuple(data.config[k]) for k in ('mean', 'std')):
+        mean, std = (' '.join(map(str, own[k])) for k in ('mean', 'std'))
+        raise InputError(f'--teacher {args.teacher} needs --mean {mean} --std {std}.')
+
+
 def describe_data(model: nn.Module, data: Data) -> None:
     """Make the saved config.json say what images the model is trained on."""
     cfg: Any = model.pretrained_cfg
@@ -506,10 +514,8 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
               'miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train))
     data = create_loaders(args, train, val, model)
-    own = resolve_input_data_config(teacher) if args.teacher and teacher is not None else data.config
-    if any(tuple(own[k]) != tuple(data.config[k]) for k in ('mean', 'std')):
-        mean, std = (' '.join(map(str, own[k])) for k in ('mean', 'std'))
-        raise InputError(f'--teacher {args.teacher} needs --mean {mean} --std {std}.')
+    if args.teacher and teacher is not None:
+        check_teacher(args, teacher, data)
     describe_data(model, data)
     cost = timm_aig.compute_cost(model, data.config['input_size'])
     folder = open_output(args)

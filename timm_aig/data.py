@@ -5,18 +5,18 @@ import signal
 from bisect import bisect_left
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, create_transform
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
 __all__ = [
     'DataError', 'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
-    'hold_out', 'open_dataset', 'readable_images', 'start_worker',
+    'hold_out', 'open_dataset', 'read_images', 'readable_images', 'start_worker',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -180,6 +180,14 @@ def start_worker(worker: Any) -> int:
     """
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     return worker.seed
+
+
+def read_images(folder: str, config: Dict[str, Any], count: int) -> torch.Tensor:
+    """At most count images of a folder, spread over it, as a data config of timm wants them, [N, C, H, W]."""
+    dataset = ImageDataset(
+        folder, transform=create_transform(**config), input_img_mode=MODES[config['input_size'][0]])
+    count = min(count, len(dataset))
+    return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)])
 
 
 def class_names(dataset: Any) -> List[str]:
