@@ -85,7 +85,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--epochs', type=count, default=6, help='of the static parent (default: %(default)s)')
     arg('--finetune-epochs', type=count, default=7, help='of the adaptive model (default: %(default)s)')
     arg('--batch-size', type=batch, default=32, help='default: %(default)s')
-    arg('--lr', type=number(float, 1e-9, 10, 'a number in (0, 10]'), default=0.1, help='default: %(default)s')
+    arg('--lr', type=number(float, 1e-9, 10, 'a number in (0, 10]'), default=0.01, help='default: %(default)s')
     arg('--seed', type=seed, default=0, help='default: %(default)s')
     arg('--output', default='output/demo', metavar='DIR', help='folder to write (default: %(default)s)')
     arg('--json', action='store_true', help='print JSON rather than the table')
@@ -161,11 +161,11 @@ def train(args: argparse.Namespace, folder: Path) -> Any:
     classes = ['--num-classes', len(names)] if names else []
     finetune.run(training_args(
         args, folder, '--static', '--model', args.model, *size, *classes, '--epochs', args.epochs, '--lr', args.lr,
-        '--bn-recalibrate', 0, '--experiment', 'parent'), datasets)
+        '--experiment', 'parent'), datasets)
     parent = timm.create_model(f'local-dir:{folder}/parent', pretrained=True)
     finetune.run(training_args(
         args, folder, '--model', f'local-dir:{folder}/parent', '--target-rate', args.target_rate, '--epochs',
-        args.finetune_epochs, '--lr', args.lr / 2, '--gate-lr-scale', 10, '--experiment', 'adaptive'), datasets)
+        args.finetune_epochs, '--lr', args.lr, '--experiment', 'adaptive'), datasets)
     adaptive = timm.create_model(f'local-dir:{folder}/adaptive', pretrained=True)
     loader = DataLoader(datasets[1], args.batch_size)
     models = [model.to(memory_format=torch.channels_last).eval() for model in (parent, adaptive)]

@@ -2,8 +2,8 @@
 """Make a static ResNet adaptive and fine-tune it, or go on with an adaptive one, or train a static one.
 
 The arguments are named as in timm's train.py. Two recipes set their defaults: `distill` (gates open at the start,
-distillation from the frozen parent, annealed temperature, one target for the MACs of the whole network, the end without
-noise) and `paper` (a target rate for each block, temperature 1, steps of the learning rate, as in the paper's code).
+distillation from the frozen parent, one target for the MACs of the whole network, the end without noise) and `paper`
+(a target rate for each block, steps of the learning rate, as in the paper's code).
 
     setup -> train -> save
 
@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 # Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -41,7 +41,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.utils import random_seed
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DistributedSampler, IterableDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
@@ -273,20 +272,21 @@ def create_task(args: argparse.Namespace, model: nn.Module, teacher: Optional[nn
     task = timm_aig.AIGTask(
         model, gate_loss=gate_loss, teacher=teacher, distill_weight=args.distill_weight,
         distill_temperature=args.distill_temperature, **common)
-    return task, GateSchedule(model, compute_loss, tuple(args.tau), args.anneal, args.noise_off)
+    return task, GateSchedule(model, compute_loss, args.anneal, args.noise_off)
 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Weight decay on weights but not on biases and norms, and what the arguments say of the gates."""
-    groups: Dict[Any, Dict[str, Any]] = {}
+    groups: Dict[Tuple[float, float], List[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        gate, decayed = '.gate.' in name, p.ndim > 1
-        decay = args.gate_weight_decay if gate and args.gate_weight_decay is not None else args.weight_decay
-        lr = args.lr * args.gate_lr_scale if gate else args.lr
-        group = groups.setdefault(
-            (gate, decayed), {'params': [], 'lr': lr, 'weight_decay': decay if decayed else 0.})
-        group['params'].append(p)
-    return create_optimizer_v2(list(groups.values()), opt=args.opt, lr=args.lr, momentum=args.momentum)
+        lr, decay = args.lr, args.weight_decay
+        if '.gate.' in name:
+            lr *= args.gate_lr_scale
+            decay = decay if args.gate_weight_decay is None else args.gate_weight_decay
+        groups.setdefault((lr, decay if p.ndim > 1 else 0.), []).append(p)
+    return create_optimizer_v2(
+        [{'params': params, 'lr': lr, 'weight_decay': decay} for (lr, decay), params in groups.items()],
+        opt=args.opt, lr=args.lr, momentum=args.momentum)
 
 
 def fingerprint(model: Optional[nn.Module]) -> Optional[str]:
@@ -421,19 +421,6 @@ def validate(args: argparse.Namespace, model: nn.Module, data: Data, trainer: Tr
         raise DataError(f'--val-split {args.val_split}: {e}') from e
 
 
-def recalibrate(args: argparse.Namespace, model: nn.Module, data: Data, device: torch.device) -> None:
-    """Measure the statistics of all batch norms anew, with the final weights and gates that answer as in eval."""
-    random_seed(args.seed + 1, args.rank)
-    for block in timm_aig.gated_blocks(model).values():
-        block.gate.noise = False  # also of an average, which no schedule reaches, and if resumed behind the last epoch
-    batches = (images.to(device, memory_format=torch.channels_last)
-               for _, (images, _) in zip(range(args.bn_recalibrate), data.train))
-    update_bn(batches, model)
-    if args.distributed:
-        timm.utils.distribute_bn(model, args.world_size, reduce=True)
-    model.eval()
-
-
 def environment(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
     return {
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_aig': timm_aig.__version__,
@@ -530,8 +517,6 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     if trainer.skipped == trainer.step:
         raise NonFiniteError(f'loss or gradient was not finite in any of the {trainer.step} steps')
     model = timm.utils.unwrap_model(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
-    if args.bn_recalibrate:
-        recalibrate(args, model, data, device)
     # save
     results = results_of(args, trainer, model, data, cost)
     if parent is not None:

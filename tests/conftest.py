@@ -111,7 +111,7 @@ def finetune_args(images):
     """A short training on them; without where it writes."""
     return [
         '--data-dir', str(images), '--input-size', '3', '8', '8', '--num-classes', '3', '--batch-size', '8',
-        '--workers', '0', '--epochs', '2', '--bn-recalibrate', '3', '--device', 'cpu']
+        '--workers', '0', '--epochs', '2', '--device', 'cpu']
 
 
 @pytest.fixture(scope='session')

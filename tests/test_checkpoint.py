@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from timm_aig.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
 
-IDENTITY = {'architecture': 'resnet18_aig', 'lr': 0.1, 'tau': [5.0, 0.5], 'clip_grad': None}
+IDENTITY = {'architecture': 'resnet18_aig', 'lr': 0.1, 'scale': [0.2, 1.0], 'clip_grad': None}
 
 
 def state(step):
@@ -103,7 +103,7 @@ def test_without_a_whole_one_nothing_is_loaded_and_all_are_named(checkpoints):
 
 
 @pytest.mark.parametrize('field,value', [
-    ('architecture', 'resnet50_aig'), ('lr', 0.2), ('tau', [5.0, 1.0]), ('clip_grad', 1.0), ('new', 1)])
+    ('architecture', 'resnet50_aig'), ('lr', 0.2), ('scale', [0.3, 1.0]), ('clip_grad', 1.0), ('new', 1)])
 def test_one_of_another_training_is_refused_with_what_differs_even_if_an_older_one_would_do(checkpoints, field, value):
     other = Checkpoints(checkpoints.folder, {**IDENTITY, field: value})
     checkpoints.save(1, state(1))

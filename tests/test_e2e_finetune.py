@@ -336,13 +336,24 @@ def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refu
     assert '--val-split validation: the data set has no labelled images' in refused('--data-dir', data, name='blind')
 
 
+def test_gates_have_a_learning_rate_and_a_weight_decay_of_their_own_and_vectors_none(finetune):
+    args = parse_args(['--lr', '.2', '--weight-decay', '.3', '--gate-lr-scale', '.5', '--gate-weight-decay', '.4'])
+    model = timm.create_model('cifar_resnet20_aig')
+    groups = finetune.create_optimizer(args, model).param_groups
+    found = {id(p): (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    for name, p in model.named_parameters():
+        lr, decay = (.1, .4) if '.gate.' in name else (.2, .3)
+        assert found.pop(id(p)) == (lr, decay if p.ndim > 1 else 0.), name
+    assert not found
+
+
 def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weights(
         run, refused, static_model, tmp_path):
     assert run('--epochs', 1)[0] == 0
     assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
     for args, differ in (
             (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
-            (['--lr', 0.01], 'lr 0.1 there and 0.01 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
+            (['--lr', 0.02], 'lr 0.01 there and 0.02 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
             (['--static', '--teacher', 'STATIC'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
         args = ['--epochs', 1, '--resume', 'auto', *args]
         if 'STATIC' in args:

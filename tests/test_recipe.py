@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from timm_aig.recipe import RECIPES, InputError, parse_args, recipe_of
+from timm_aig.recipe import OPTIMIZERS, RECIPES, InputError, parse_args, recipe_of
 
 
 @pytest.fixture
@@ -27,17 +27,29 @@ def test_a_recipe_sets_its_defaults(recipe):
     assert {name: args[name] for name in RECIPES[recipe]} == RECIPES[recipe]
 
 
+@pytest.mark.parametrize('argv,optimizer', [
+    ([], 'muon'), (['--recipe', 'paper'], 'sgd'), (['--opt', 'sgd'], 'sgd'), (['--opt', 'adamw'], 'sgd'),
+    (['--recipe', 'paper', '--opt', 'muon'], 'muon'),
+])
+def test_an_optimizer_sets_its_defaults(argv, optimizer):
+    defaults = OPTIMIZERS[optimizer]
+    args = vars(parse_args(argv))
+    assert {name: args[name] for name in defaults} == defaults
+    args = vars(parse_args([*argv, '--weight-decay', '0.3']))
+    assert {name: args[name] for name in defaults} == {**defaults, 'weight_decay': 0.3}
+
+
 def test_distill_is_the_default_recipe():
     assert parse_args([]).recipe == 'distill'
 
 
 def test_a_config_wins_over_the_recipe_and_the_command_line_over_both(config):
-    file = config({'recipe': 'paper', 'lr': 0.3, 'epochs': 7, 'batch-size': 6, 'tau': [2, 1], 'amp': True})
+    file = config({'recipe': 'paper', 'lr': 0.3, 'epochs': 7, 'batch-size': 6, 'scale': [0.2, 1], 'amp': True})
     args = parse_args(['--config', file, '--epochs', '3'])
-    assert (args.recipe, args.lr, args.epochs, args.batch_size, args.tau) == ('paper', 0.3, 3, 6, [2, 1])
+    assert (args.recipe, args.lr, args.epochs, args.batch_size, args.scale) == ('paper', 0.3, 3, 6, [0.2, 1])
     assert args.amp and args.gate_loss == 'rate' and args.sched == 'multistep'
-    args = parse_args(['--config', file, '--recipe', 'distill', '--no-amp', '--lr', '0.1', '--tau', '3', '2'])
-    assert (args.recipe, args.lr, args.tau, args.amp, args.gate_loss) == ('distill', 0.1, [3, 2], False, 'macs')
+    args = parse_args(['--config', file, '--recipe', 'distill', '--no-amp', '--lr', '0.1', '--scale', '0.3', '1'])
+    assert (args.recipe, args.lr, args.scale, args.amp, args.gate_loss) == ('distill', 0.1, [0.3, 1], False, 'macs')
 
 
 def test_yaml_numbers_are_read_as_on_a_command_line(config):
@@ -62,7 +74,7 @@ def test_a_trainings_recipe_given_back_is_the_same_recipe(config, argv):
     ('epochs: [', 'while parsing'), ('- 1', 'must hold arguments by name'), ('text', 'must hold arguments by name'),
     ('epoch: 3\nlearning_rate: 1', 'no such argument, epoch, learning_rate'), ('config: x', 'no such argument, config'),
     ('epochs: 3.5', 'argument --epochs: invalid int'), ('epochs: true', 'argument --epochs: invalid int'),
-    ('epochs: [1, 2]', '--epochs|unrecognized'), ('tau: 3', 'argument --tau: expected 2'),
+    ('epochs: [1, 2]', '--epochs|unrecognized'), ('scale: 3', 'argument --scale: expected 2'),
     ('gate_loss: none', "argument --gate-loss: invalid choice: 'none'"), ('recipe: 5', 'argument --recipe: invalid'),
     ('amp: yes please', "--amp must be true or false, not 'yes please'"), ('lr: {a: 1}', 'argument --lr: invalid'),
     ('!!python/object/apply:os.system ["false"]', 'could not determine a constructor'),
@@ -82,7 +94,7 @@ def test_a_config_that_is_not_there_or_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize('argv,allowed', [
     (['--epochs', '0'], 'from 1, not 0'), (['--batch-size', '-1'], 'from 1'), (['--lr', '-1'], 'above 0'),
     (['--lr', 'nan'], 'above 0, not nan'), (['--lr', 'inf'], 'above 0'), (['--workers', '-1'], 'from 0'),
-    (['--tau', '1', '0'], 'above 0, not 1.0 0.0'), (['--anneal', '1.5'], r'in \[0, 1\]'),
+    (['--ratio', '1', '0'], 'above 0, not 1.0 0.0'), (['--anneal', '1.5'], r'in \[0, 1\]'),
     (['--distill-weight', '-0.1'], r'in \[0, 1\]'), (['--distill-temperature', '0'], 'above 0'),
     (['--target-rate', '0'], r'in \(0, 1\)'), (['--target-rate', '1'], r'in \(0, 1\)'),
     (['--target-rate', 'nan'], r'in \(0, 1\)'), (['--smoothing', '1'], r'in \[0, 1\)'),

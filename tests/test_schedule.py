@@ -1,4 +1,4 @@
-"""GateSchedule: temperature, noise and target over a training."""
+"""GateSchedule: noise and target over a training."""
 import math
 
 import pytest
@@ -16,16 +16,6 @@ def model():
 
 def gates(model):
     return [block.gate for block in timm_aig.gated_blocks(model).values()]
-
-
-def test_the_temperature_falls_by_the_same_factor_at_each_step_until_the_noise_ends(model):
-    schedule = GateSchedule(model, tau=(5., 0.5), noise_off=0.2)
-    taus = []
-    for progress in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        schedule.step(progress)
-        assert len({gate.tau for gate in gates(model)}) == 1
-        taus.append(gates(model)[0].tau)
-    assert taus == pytest.approx([5 * 0.1 ** (i / 4) for i in range(4)] + [0.5, 0.5])
 
 
 @pytest.mark.parametrize('noise_off,noisy', [(0., [1, 1, 1, 1]), (0.25, [1, 1, 0, 0]), (1., [0, 0, 0, 0])])
@@ -53,8 +43,7 @@ def test_without_an_anneal_the_target_is_there_from_the_start(model):
 
 
 @pytest.mark.parametrize('kwargs,message', [
-    (dict(tau=(0., 1.)), 'tau must be above 0'), (dict(tau=(1., -1.)), 'tau must be above 0'),
-    (dict(tau=(math.nan, 1.)), 'tau must be above 0'), (dict(anneal=1.1), r'anneal must be in \[0, 1\]'),
+    (dict(anneal=1.1), r'anneal must be in \[0, 1\]'), (dict(anneal=math.nan), r'anneal must be in \[0, 1\]'),
     (dict(noise_off=-0.1), r'noise_off must be in \[0, 1\]'),
 ])
 def test_a_value_out_of_range_is_refused(model, kwargs, message):

@@ -1,4 +1,4 @@
-"""The arguments of a fine-tuning, and the two recipes that set their defaults."""
+"""The arguments of a fine-tuning, and the two recipes and the optimizers that set their defaults."""
 import argparse
 import math
 import sys
@@ -12,16 +12,22 @@ from timm.utils import init_distributed_device
 from .data import UNREADABLE
 from .trainer import NONFINITE
 
-__all__ = ['InputError', 'RECIPES', 'error_text', 'open_device', 'parse_args', 'recipe_of']
+__all__ = ['InputError', 'OPTIMIZERS', 'RECIPES', 'error_text', 'open_device', 'parse_args', 'recipe_of']
 
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {
     'distill': dict(
-        gate_loss='macs', gate_loss_weight=10., tau=[5., 0.5], anneal=1 / 3, noise_off=0.6,
-        distill_weight=0.5, gate_weight_decay=0., bn_recalibrate=100, lr=0.1, sched='cosine'),
+        gate_loss='macs', gate_loss_weight=10., anneal=1 / 3, noise_off=0.6, distill_weight=0.5, gate_weight_decay=0.,
+        opt='muon', sched='cosine'),
     'paper': dict(
-        gate_loss='rate', gate_loss_weight=2., tau=[1., 1.], anneal=0., noise_off=0.,
-        distill_weight=0., gate_weight_decay=None, bn_recalibrate=0, lr=0.1, sched='multistep', warmup_epochs=0),
+        gate_loss='rate', gate_loss_weight=2., anneal=0., noise_off=0., distill_weight=0., gate_weight_decay=None,
+        opt='sgd', sched='multistep', warmup_epochs=0),
+}
+
+# Defaults that an optimizer sets; others than these take SGD's. Muon's weight decay is apart from the gradient.
+OPTIMIZERS: Dict[str, Dict[str, Any]] = {
+    'muon': dict(lr=0.01, gate_lr_scale=0.3, momentum=0.95, weight_decay=0.02),
+    'sgd': dict(lr=0.1, gate_lr_scale=1., momentum=0.9, weight_decay=5e-4),
 }
 
 # Where and how a training runs, not what it computes: left out of a recipe.
@@ -39,11 +45,11 @@ RANGES = (
         'batch_size', 'epochs', 'gate_channels', 'grad_accum_steps', 'input_size', 'num_classes', 'val_interval',
         'validation_batch_size')),
     ('from 0', lambda v: 0 <= v < math.inf, (
-        'bn_recalibrate', 'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix',
-        'decay_milestones', 'gate_loss_weight', 'gate_lr_scale', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
+        'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix', 'decay_milestones',
+        'gate_loss_weight', 'gate_lr_scale', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
         'mixup_off_epoch', 'warmup_epochs', 'weight_decay', 'workers')),
     ('above 0', lambda v: 0 < v < math.inf, (
-        'clip_grad', 'crop_pct', 'decay_rate', 'distill_temperature', 'lr', 'ratio', 'std', 'tau')),
+        'clip_grad', 'crop_pct', 'decay_rate', 'distill_temperature', 'lr', 'ratio', 'std')),
     ('in [0, 1]', lambda v: 0 <= v <= 1, (
         'anneal', 'distill_weight', 'hflip', 'model_ema_decay', 'noise_off', 'reprob')),
     ('in [0, 1)', lambda v: 0 <= v < 1, ('drop', 'drop_path', 'momentum', 'smoothing')),
@@ -108,12 +114,10 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--gate-norm', choices=['bn', 'none'], default='bn', help='default: %(default)s')
     arg('--gate-loss', choices=['macs', 'rate'], help='one target for the whole network, or one for each block')
     arg('--gate-loss-weight', type=float, metavar='W')
-    arg('--tau', type=float, nargs=2, metavar=('START', 'END'), help='temperature')
     arg('--anneal', type=float, metavar='SHARE', help='share of the training in which the target falls from 1')
     arg('--noise-off', type=float, metavar='SHARE', help='share of the training, at the end, without noise')
-    arg('--gate-lr-scale', type=float, default=1., metavar='F', help='learning rate of the gates over --lr')
+    arg('--gate-lr-scale', type=float, metavar='F', help='learning rate of the gates over --lr')
     arg('--gate-weight-decay', type=float, metavar='WD', help='default: --weight-decay')
-    arg('--bn-recalibrate', type=int, metavar='N', help='training batches to measure batch norms on at the end')
 
     arg = parser.add_argument_group('distillation').add_argument
     arg('--distill-weight', type=float, metavar='W', help='share of the teacher in the loss, 0 for no teacher')
@@ -125,10 +129,10 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--batch-size', '-b', type=int, default=128, help='of each process, default: %(default)s')
     arg('--validation-batch-size', type=int, metavar='N', help='default: --batch-size')
     arg('--grad-accum-steps', type=int, default=1, metavar='N', help='batches an update, default: 1')
-    arg('--opt', default='sgd', help='of timm.optim, default: %(default)s')
+    arg('--opt', help='of timm.optim')
     arg('--lr', type=float)
-    arg('--momentum', type=float, default=0.9, help='default: %(default)s')
-    arg('--weight-decay', type=float, default=5e-4, help='default: %(default)s')
+    arg('--momentum', type=float)
+    arg('--weight-decay', type=float)
     arg('--sched', help='of timm.scheduler')
     arg('--warmup-epochs', type=int, default=1, metavar='N', help='default: %(default)s')
     arg('--decay-milestones', type=int, nargs='+', metavar='N', help='epochs, default: 3/7 and 5/7 of all')
@@ -175,7 +179,7 @@ def parse_args(
         description: Optional[str] = None,
         epilog: Optional[str] = None,
 ) -> argparse.Namespace:
-    """Arguments of a command line, over those of its --config, over those of its recipe.
+    """Arguments of a command line, over those of its --config, over those of its recipe and optimizer.
 
     Raises:
         InputError: A config that cannot be used, or a value out of range.
@@ -186,6 +190,7 @@ def parse_args(
     if file:
         argv = config_argv(parser, file) + argv  # of an argument given twice the last one counts
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    parser.set_defaults(**OPTIMIZERS.get(parser.parse_args(argv).opt, OPTIMIZERS['sgd']))
     args = parser.parse_args(argv)
     check_args(args)
     return args
