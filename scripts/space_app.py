@@ -24,7 +24,7 @@ except ImportError:
 from PIL import Image
 from space_drawing import CSS, draw_cost, draw_heatmap, draw_images, draw_message, draw_network, draw_sample
 from space_images import MAX_BYTES, UploadError, read_image
-from space_network import ON_A_SPACE, ModelError, Network, Run, load_network, shipped_models
+from space_network import DEFAULT_MODEL, ON_A_SPACE, ModelError, Network, Run, load_network, shipped_models
 
 EXAMPLES = """examples:
   scripts/space_app.py
@@ -183,7 +183,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        '--model', default=shipped_models()[0], help='to begin with: a shipped one, hf-hub:user/name or '
+        '--model', default=DEFAULT_MODEL, help='to begin with: a shipped one, hf-hub:user/name or '
         'local-dir:folder (default: %(default)s)')
     parser.add_argument('--port', type=int, help='of http://127.0.0.1 (default: from 7860 the first that is free)')
     args = parser.parse_args(argv)

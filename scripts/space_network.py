@@ -35,9 +35,10 @@ from timm_aig.budget import budget_offset, budget_table
 from timm_aig.config import load_hub_configs
 from timm_aig.data import MODES
 
-__all__ = ['ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
+__all__ = ['DEFAULT_MODEL', 'ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
 
 ON_A_SPACE = 'SPACE_ID' in os.environ
+DEFAULT_MODEL = 'cifar_resnet32_aig.fmnist_t06'  # trained on what the page's samples are of
 HERE = Path(__file__).resolve().parent
 MAX_SIDE = 1024  # of a model's images
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model

@@ -24,7 +24,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from space_network import load_network, shipped_models
+from space_network import DEFAULT_MODEL, load_network
 
 import timm_aig
 from timm_aig.budget import BudgetPoint, set_budget_table
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason='needs a browser: apt-get install chromium chromium-driver')
 
 SCRIPT = Path(__file__).parent.parent / 'scripts' / 'space_app.py'
-SHIPPED = shipped_models()[0]
+SHIPPED = DEFAULT_MODEL
 FLAGS = [
     '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-dev-shm-usage',
     '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars',

@@ -15,12 +15,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from space_drawing import draw_cost, draw_heatmap, draw_images, draw_message, draw_network
 from space_images import KEPT_SIDE, MAX_BYTES, UploadError, read_image
-from space_network import ModelError, Network, load_network, shipped_models
+from space_network import DEFAULT_MODEL, ModelError, Network, load_network, shipped_models
 
 import timm_aig
 from timm_aig.budget import BudgetPoint, set_budget_table
 
-SHIPPED = shipped_models()[0]
+SHIPPED = DEFAULT_MODEL
 
 
 def png(width, height, depth=8, colour=0, pixels=b''):
@@ -408,8 +408,11 @@ def test_without_a_table_the_published_picture_is_shown_and_without_both_a_sente
     assert 'No execution rates' in draw_heatmap(broken, broken.run(torch.randn(1, 3, 32, 32)))
 
 
-def test_the_shipped_models_heatmap_is_beside_its_weights(shipped):
-    assert shipped.rates is not None and len(shipped.rates) == 10 and len(shipped.rates[0]) == 15
+@pytest.mark.parametrize('name', shipped_models())
+def test_the_heatmap_of_a_shipped_model_is_beside_its_weights(name):
+    network = load_network(name)
+    assert network.rates is not None and len(network.rates) == 10
+    assert {len(row) for row in network.rates} == {len(network.gated)}
 
 
 def test_text_from_outside_is_escaped():
