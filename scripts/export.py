@@ -6,9 +6,10 @@
     path    any batch; the static network of one pattern of gates, the one that most of --images take
 
 The file is compared with PyTorch on the images (--images, or noise), with the gates' own answers, with all gates open
-and with all closed; if they disagree, nothing is written. A branch file in float32 is also optimised for this machine,
-see timm_aig.optimize_onnx. Then the files are timed against the static parent in the same runtime, in turns, with the
-gates' own answers and with all gates open.
+and with all closed; if they disagree, nothing is written. In float32 the gates must be the same; float16 and bfloat16
+may be off by 2 % of the largest logit; of int8 the differences are only reported. A branch file in float32 is also
+optimised for this machine, see timm_aig.optimize_onnx. Then the files are timed against the static parent in the same
+runtime, in turns, with the gates' own answers and with all gates open.
 """
 import argparse
 import copy

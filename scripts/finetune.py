@@ -65,7 +65,9 @@ from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer
 
 EXAMPLES = """examples:
-  scripts/finetune.py --data-dir photos --model resnet50.tv2_in1k --pretrained --target-rate 0.5 --opt sgd --lr 0.02
+  scripts/finetune.py --data-dir photos --static --model resnet50.tv2_in1k --pretrained --num-classes 12 --opt sgd \\
+      --lr 0.02 --experiment parent                          photos/train/CLASS/*.jpg, photos/validation/CLASS/*.jpg
+  scripts/finetune.py --data-dir photos --model local-dir:output/finetune/parent --target-rate 0.5 --opt sgd --lr 0.02
   torchrun --nproc-per-node 8 scripts/finetune.py --config hub_configs/resnet50_aig.t05_paper.json \\
       --batch-size 32 --data-dir imagenet                    of each process: the recipes there are for 256 in all
   scripts/finetune.py --static --dataset torch/fashion_mnist --data-dir data --model cifar_resnet32 --experiment r32

@@ -2,8 +2,9 @@
 """Publish an adaptive model on the Hugging Face Hub: weights, config.json, model card and pictures, in one commit.
 
 SOURCE is a folder with model.safetensors and config.json, such as an output folder of scripts/finetune.py or of
-scripts/import_convnet_aig.py; its results.json and the pictures of finetune.py and analyze.py are published too, other
-files are not. Or it is a checkpoint (.safetensors, .pth, .pth.tar), and --hub-config says what model it is of.
+scripts/import_convnet_aig.py; results.json, rates_over_epochs.png and accuracy_macs.png (of finetune.py) and
+execution_rates.png (of analyze.py --output SOURCE) in it are published too, other files are not. Or it is a checkpoint
+(.safetensors, .pth, .pth.tar), and --hub-config says what model it is of.
 
 The token is that of `hf auth login`, or HF_TOKEN. If a push fails, run it again: what has arrived is not sent again.
 """

@@ -38,8 +38,8 @@ EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
   scripts/validate.py --model local-dir:output/finetune/r32 --dataset torch/fashion_mnist --data-dir data
   scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
-  scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \
-      --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot accuracy_macs.png
+  scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
+      --data-dir data --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot budgets.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos --split train --holdout 5000
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet

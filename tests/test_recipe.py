@@ -28,7 +28,7 @@ def test_a_recipe_sets_its_defaults(recipe):
 
 
 @pytest.mark.parametrize('argv,optimizer', [
-    ([], 'muon'), (['--recipe', 'paper'], 'sgd'), (['--opt', 'sgd'], 'sgd'), (['--opt', 'adamw'], 'sgd'),
+    ([], 'muon'), (['--recipe', 'paper'], 'sgd'), (['--opt', 'sgd'], 'sgd'),
     (['--recipe', 'paper', '--opt', 'muon'], 'muon'),
 ])
 def test_an_optimizer_sets_its_defaults(argv, optimizer):
@@ -37,6 +37,12 @@ def test_an_optimizer_sets_its_defaults(argv, optimizer):
     assert {name: args[name] for name in defaults} == defaults
     args = vars(parse_args([*argv, '--weight-decay', '0.3']))
     assert {name: args[name] for name in defaults} == {**defaults, 'weight_decay': 0.3}
+
+
+def test_an_optimizer_without_defaults_needs_a_learning_rate():
+    assert '--opt adamw' in refused(['--opt', 'adamw'], '--lr')
+    args = parse_args(['--opt', 'adamw', '--lr', '0.003'])
+    assert (args.lr, args.gate_lr_scale, args.weight_decay) == (0.003, 1., OPTIMIZERS['sgd']['weight_decay'])
 
 
 def test_distill_is_the_default_recipe():

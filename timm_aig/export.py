@@ -66,7 +66,8 @@ def export_onnx(
 
     Raises:
         ValueError: An argument that is not allowed, or a model that cannot be exported.
-        ExportError: The file disagrees with the model.
+        ExportError: The file disagrees with the model: in 'float32' by gates or 1e-4 of the largest logit, in 'float16'
+            by 2e-2 of it. Of 'int8' the differences are only reported.
         ImportError: The `export` extra is not installed.
     """
     if precision not in PRECISIONS:

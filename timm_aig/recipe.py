@@ -18,13 +18,14 @@ __all__ = ['InputError', 'OPTIMIZERS', 'RECIPES', 'error_text', 'open_device', '
 RECIPES: Dict[str, Dict[str, Any]] = {
     'distill': dict(
         gate_loss='macs', gate_loss_weight=10., anneal=1 / 3, noise_off=0.6, distill_weight=0.5, gate_weight_decay=0.,
-        opt='muon', sched='cosine'),
+        opt='muon', sched='cosine', warmup_epochs=1),
     'paper': dict(
         gate_loss='rate', gate_loss_weight=2., anneal=0., noise_off=0., distill_weight=0., gate_weight_decay=None,
         opt='sgd', sched='multistep', warmup_epochs=0),
 }
 
-# Defaults that an optimizer sets; others than these take SGD's. Muon's weight decay is apart from the gradient.
+# Defaults that an optimizer sets; others than these take SGD's but for the learning rate, which has to be given. Muon's
+# weight decay is apart from the gradient.
 OPTIMIZERS: Dict[str, Dict[str, Any]] = {
     'muon': dict(lr=0.01, gate_lr_scale=0.3, momentum=0.95, weight_decay=0.02),
     'sgd': dict(lr=0.1, gate_lr_scale=1., momentum=0.9, weight_decay=5e-4),
@@ -66,6 +67,12 @@ class InputError(ValueError):
 def error_text(error: Exception) -> str:
     """A message on one line, whatever a library wrote, without the traceback that a loader worker puts in front."""
     return ' '.join(str(error).rsplit('DataError: ', 1)[-1].split())
+
+
+def described(table: Dict[str, Dict[str, Any]], name: str) -> str:
+    """What an argument's default is in each recipe, or with each optimizer."""
+    values = ((row[name], owner) for owner, row in table.items())
+    return 'default: ' + ', '.join(f'{v:.3g} ({o})' if isinstance(v, float) else f'{v} ({o})' for v, o in values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,15 +119,20 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--schedule', choices=['paper'], help="which blocks always run: the paper's (default: none)")
     arg('--gate-channels', type=int, default=16, metavar='N', help='default: %(default)s')
     arg('--gate-norm', choices=['bn', 'none'], default='bn', help='default: %(default)s')
-    arg('--gate-loss', choices=['macs', 'rate'], help='one target for the whole network, or one for each block')
-    arg('--gate-loss-weight', type=float, metavar='W')
-    arg('--anneal', type=float, metavar='SHARE', help='share of the training in which the target falls from 1')
-    arg('--noise-off', type=float, metavar='SHARE', help='share of the training, at the end, without noise')
-    arg('--gate-lr-scale', type=float, metavar='F', help='learning rate of the gates over --lr')
-    arg('--gate-weight-decay', type=float, metavar='WD', help='default: --weight-decay')
+    arg('--gate-loss', choices=['macs', 'rate'],
+        help=f'one target for the whole network, or one for each block; {described(RECIPES, "gate_loss")}')
+    arg('--gate-loss-weight', type=float, metavar='W', help=described(RECIPES, 'gate_loss_weight'))
+    arg('--anneal', type=float, metavar='SHARE',
+        help=f'share of the training in which the target falls from 1, {described(RECIPES, "anneal")}')
+    arg('--noise-off', type=float, metavar='SHARE',
+        help=f'share of the training, at the end, without noise, {described(RECIPES, "noise_off")}')
+    arg('--gate-lr-scale', type=float, metavar='F',
+        help=f'learning rate of the gates over --lr, {described(OPTIMIZERS, "gate_lr_scale")}')
+    arg('--gate-weight-decay', type=float, metavar='WD', help='default: 0 (distill), --weight-decay (paper)')
 
     arg = parser.add_argument_group('distillation').add_argument
-    arg('--distill-weight', type=float, metavar='W', help='share of the teacher in the loss, 0 for no teacher')
+    arg('--distill-weight', type=float, metavar='W',
+        help=f'share of the teacher in the loss, 0 for no teacher, {described(RECIPES, "distill_weight")}')
     arg('--distill-temperature', type=float, default=4., metavar='T', help='default: %(default)s')
     arg('--teacher', metavar='NAME', help='model with weights, default: the parent')
 
@@ -129,12 +141,12 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
     arg('--batch-size', '-b', type=int, default=128, help='of each process, default: %(default)s')
     arg('--validation-batch-size', type=int, metavar='N', help='default: --batch-size')
     arg('--grad-accum-steps', type=int, default=1, metavar='N', help='batches an update, default: 1')
-    arg('--opt', help='of timm.optim')
-    arg('--lr', type=float)
-    arg('--momentum', type=float)
-    arg('--weight-decay', type=float)
-    arg('--sched', help='of timm.scheduler')
-    arg('--warmup-epochs', type=int, default=1, metavar='N', help='default: %(default)s')
+    arg('--opt', help=f'of timm.optim, {described(RECIPES, "opt")}; others than these need --lr')
+    arg('--lr', type=float, help=described(OPTIMIZERS, 'lr'))
+    arg('--momentum', type=float, help=described(OPTIMIZERS, 'momentum'))
+    arg('--weight-decay', type=float, help=described(OPTIMIZERS, 'weight_decay'))
+    arg('--sched', help=f'of timm.scheduler, {described(RECIPES, "sched")}')
+    arg('--warmup-epochs', type=int, metavar='N', help=described(RECIPES, 'warmup_epochs'))
     arg('--decay-milestones', type=int, nargs='+', metavar='N', help='epochs, default: 3/7 and 5/7 of all')
     arg('--decay-rate', type=float, default=0.1, help='default: %(default)s')
     arg('--min-lr', type=float, default=0., help='default: %(default)s')
@@ -190,7 +202,8 @@ def parse_args(
     if file:
         argv = config_argv(parser, file) + argv  # of an argument given twice the last one counts
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
-    parser.set_defaults(**OPTIMIZERS.get(parser.parse_args(argv).opt, OPTIMIZERS['sgd']))
+    opt = parser.parse_args(argv).opt
+    parser.set_defaults(**OPTIMIZERS.get(opt, {**OPTIMIZERS['sgd'], 'lr': None}))
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -241,6 +254,8 @@ def check_args(args: argparse.Namespace) -> None:
             if not all(map(is_allowed, values)):
                 shown = ' '.join(map(str, values))
                 raise InputError(f'--{name.replace("_", "-")} must be {allowed}, not {shown}.')
+    if args.lr is None:
+        raise InputError(f'--lr has no default for --opt {args.opt}, only for {" and ".join(OPTIMIZERS)}.')
     if not args.static and not 0 < args.target_rate < 1:
         raise InputError(f'--target-rate must be in (0, 1), not {args.target_rate}; --static trains without gates.')
     if args.input_size and args.input_size[0] not in (1, 3):
