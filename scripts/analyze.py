@@ -69,7 +69,7 @@ from timm_aig.figures import (
     plot_contact_sheet,
     plot_execution_rates,
 )
-from timm_aig.recipe import InputError, error_text, open_device
+from timm_aig.recipe import InputError, error_text, open_device, open_folder
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
@@ -284,13 +284,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = open_split(args)
     names = names_of_classes(model, dataset)
     groups = read_groups(args.groups, names) if args.groups else {}
-    folder = Path(args.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / '.probe').touch()
-        (folder / '.probe').unlink()
-    except OSError as e:
-        raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
+    folder = open_folder(args.output)
     loader = create_test_loader(args, dataset, config, device=device, use_prefetcher=False)
     cost = timm_aig.compute_cost(model, config['input_size'])
     model.to(device, memory_format=torch.channels_last)

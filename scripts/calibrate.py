@@ -35,7 +35,7 @@ import timm_aig
 from timm_aig.calibrate import BUDGETS, Calibration
 from timm_aig.checkpoint import write_atomically
 from timm_aig.data import DataError
-from timm_aig.recipe import InputError, error_text, open_device
+from timm_aig.recipe import InputError, error_text, open_device, open_folder
 
 MOST_BYTES = 32 * 10 ** 9  # of calibration images
 
@@ -45,7 +45,7 @@ EXAMPLES = """examples:
       --data-dir data --holdout 5000 --budgets 0.5 0.6 0.7 --max-accuracy-drop 0.5 --output output/fmnist
   scripts/validate.py --model local-dir:output/fmnist --dataset torch/fashion_mnist --data-dir data --budget 0.5 0.6 0.7
 
-exit code: 0 done, 2 bad input or a budget out of reach, nothing is written then"""
+exit code: 0 done, 2 bad input, a budget out of reach or a file that cannot be written"""
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -67,8 +67,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     check_evaluation_args(args)
     if args.bn_recalibrate and (args.hub_config or not args.output):
         raise InputError('--bn-recalibrate changes the weights: it needs --output, and no --hub-config of other ones.')
-    if args.hub_config:
-        read_hub_config(args.hub_config)
     return args
 
 
@@ -115,7 +113,14 @@ def print_table(result: Calibration) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = open_device(args)
+    if args.distributed:
+        raise InputError('calibrate.py runs in one process, without torchrun.')
     model = create_model(args, args.model)
+    architecture = model.pretrained_cfg['architecture']
+    if args.hub_config and read_hub_config(args.hub_config).get('architecture') != architecture:
+        raise InputError(f'--hub-config {args.hub_config} is not of {architecture}, the architecture of --model.')
+    if args.output:
+        open_folder(args.output)
     loader = create_images(args, model)
     model = model.to(device, memory_format=torch.channels_last)
     try:

@@ -21,9 +21,9 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -60,7 +60,7 @@ from timm_aig.data import (
 )
 from timm_aig.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.figures import plot_accuracy_macs, plot_rates_over_epochs
-from timm_aig.recipe import InputError, error_text, open_device, parse_args, recipe_of
+from timm_aig.recipe import InputError, error_text, open_device, open_folder, parse_args, recipe_of
 from timm_aig.schedule import GateSchedule
 from timm_aig.trainer import NonFiniteError, Stopped, Trainer
 
@@ -109,7 +109,10 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, channels):
             raise InputError(f'--{name} must be one number or one for each of {channels} channels.')
-    config = resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
+    try:
+        config = resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
+    except ValueError as e:  # a model for images of one size
+        raise InputError(f'--input-size: {e}') from e
     common = dict(
         input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
         num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,
@@ -352,12 +355,8 @@ def output_folder(args: argparse.Namespace) -> Path:
 def open_output(args: argparse.Namespace) -> Path:
     if not args.static and importlib.util.find_spec('matplotlib') is None:  # better known before the training
         raise InputError("the pictures need matplotlib: pip install 'timm_aig[train]'")
-    folder = output_folder(args)
-    try:
-        (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise InputError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
+    folder = open_folder(output_folder(args))
+    open_folder(folder / 'checkpoints')
     checkpoints = any((folder / 'checkpoints').iterdir())
     if checkpoints and not args.resume:
         raise InputError(
@@ -435,7 +434,10 @@ def save(args: argparse.Namespace, model: nn.Module, data: Data, results: Dict[s
     """The model, results.json and the pictures."""
     for left in folder.glob('.saving-*'):
         shutil.rmtree(left)  # by save_pretrained in a process that was killed
-    timm_aig.save_pretrained(model, folder, model_config={'label_names': data.names} if data.names else None)
+    try:
+        timm_aig.save_pretrained(model, folder, model_config={'label_names': data.names} if data.names else None)
+    except ValueError as e:
+        raise CheckpointError(f'the trained model cannot be saved, its checkpoint is kept: {e}') from e
     text = json.dumps(results, indent=2) + '\n'
     write_atomically(folder / 'results.json', lambda file: file.write(text.encode()))
     if args.static:
@@ -532,7 +534,7 @@ def run(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
 def main(argv: Optional[List[str]] = None) -> int:
     try:
         args = parse_args(argv, __doc__, EXAMPLES)
-        args.command = ' '.join(['scripts/finetune.py', *(sys.argv[1:] if argv is None else argv)])
+        args.command = shlex.join(['scripts/finetune.py', *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         results = run(args)
     except (InputError, DataError) as e:

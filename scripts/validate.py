@@ -39,7 +39,7 @@ EXAMPLES = """examples:
   scripts/validate.py --model local-dir:output/finetune/r32 --dataset torch/fashion_mnist --data-dir data
   scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
   scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
-      --data-dir data --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot budgets.png
+      --data-dir data --budget 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot all.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos --split train --holdout 5000
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet
@@ -98,6 +98,10 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cap is not None and not args.budget:
         raise InputError('--cap needs --budget.')
+    if len(args.budget or args.gate_offset or ()) > 1:
+        for argument, given in (('--against', args.against), ('--predictions', args.predictions)):
+            if given:
+                raise InputError(f'{argument} is for one row: pass one --budget or --gate-offset.')
     if args.gate_offset and any(math.isnan(offset) for offset in args.gate_offset):
         raise InputError('--gate-offset must be numbers, not nan.')
     check_evaluation_args(args)
@@ -133,8 +137,11 @@ def create_model(args: argparse.Namespace, name: str, argument: str = '--model')
 
 def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
     """timm's data config of the model, with what the arguments say."""
-    return resolve_input_data_config(
-        model, {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None})
+    given = {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}
+    try:
+        return resolve_input_data_config(model, given)
+    except ValueError as e:  # a model for images of one size
+        raise InputError(f'--input-size: {e}') from e
 
 
 def open_split(args: argparse.Namespace) -> Any:
@@ -188,6 +195,11 @@ class Opened(NamedTuple):
 def open_model(args: argparse.Namespace, name: str, argument: str) -> Opened:
     model = create_model(args, name, argument)
     config = data_config(args, model)
+    if args.optimize:
+        try:
+            timm_aig.optimize_for_inference(model)
+        except ValueError as e:
+            raise InputError(f'--optimize, {argument} {name}: {e}') from e
     return Opened(name, model, config, gate_offsets(args, name, argument, model, config['input_size']))
 
 

@@ -43,6 +43,14 @@ def test_what_was_built_in_is_found():
     assert all(claim.p_value < .05 and claim.figures['value'] > claim.figures['chance'] for claim in found.values())
 
 
+def test_classes_that_are_told_apart_surely_are_not_all_like():
+    logits = 40. * torch.eye(8)
+    logits[0, 1] = 39.
+    found, *_ = claims(torch.rand(8, 12), logits)
+    figures = found['confused'].figures
+    assert figures['like_pairs'] == 1 and torch.tensor(list(figures.values())).isfinite().all()
+
+
 def test_what_is_not_there_is_not_found():
     found, *_ = claims(torch.full((8, 12), .5))
     assert all(claim.p_value > .01 for claim in found.values())

@@ -1,6 +1,7 @@
 """scripts/calibrate.py: a folder with a table that meets its budgets, a hub_config with it, and bad input."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -58,10 +59,13 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
 @pytest.mark.parametrize('args, error', [
     (['--budgets', '.001'], 'out of reach'), (['--budgets', '2'], 'budgets must be'), (['--budgets'], 'at least one'),
     (['--holdout', '48'], '--holdout'), (['--input-size', '3', '60000', '60000'], '--holdout: 48 images take 2074 GB'),
-    (['--split', 'test'], 'test'), (['--batch-size', '0'], '--batch-size'),
+    (['--split', 'test'], "subfolder for split 'test'"), (['--batch-size', '0'], '--batch-size'),
     (['--hub-config', '/nowhere.json'], '--hub-config'), (['--model', 'cifar_resnet20'], 'no gated blocks'),
     (['--model', 'no_such_model'], '--model no_such_model'), (['--tolerance', '0'], 'tolerance'),
     (['--device', 'abc'], '--device abc'), (['--hub-config', __file__], '--hub-config'),
+    (['--hub-config', str(Path(__file__).parents[1] / 'hub_configs' / 'resnet50_aig.t05_distill.json')],
+     'is not of cifar_resnet20_aig, the architecture of --model'),
+    (['--output', __file__], '--output must be a folder to write to'),
     (['--bn-recalibrate', '1', '--budgets', '.5', '--hub-config', __file__], '--bn-recalibrate changes the weights'),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(calibrate, adaptive_model, tmp_path, args, error):
@@ -74,9 +78,20 @@ def test_bad_input_is_one_line_and_nothing_is_written(calibrate, adaptive_model,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_the_table_is_printed_before_a_folder_that_cannot_be_written(calibrate, adaptive_model):
-    code, out, err = calibrate('--model', adaptive_model, '--budgets', .5, '--tolerance', .05, '--output', '/proc/none')
-    assert code == 2 and ' 0.5  ' in out and err.splitlines()[-1].startswith('error: cannot write /proc/none')
+def test_the_table_is_printed_before_a_folder_that_cannot_be_written(calibrate, adaptive_model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr('timm_aig.save_pretrained', full)
+    code, out, err = calibrate('--model', adaptive_model, '--budgets', .5, '--tolerance', .05, '--output', tmp_path)
+    assert code == 2 and ' 0.5  ' in out
+    assert err.splitlines()[-1] == f'error: cannot write {tmp_path}: No space left on device'
+
+
+def test_a_folder_that_can_never_be_written_is_met_before_the_passes(calibrate, adaptive_model, monkeypatch):
+    monkeypatch.setattr('timm_aig.calibrate_budget', None)
+    code, _, err = calibrate('--model', adaptive_model, '--output', '/proc/none')
+    assert code == 2 and err.splitlines()[-1].startswith("error: --output must be a folder to write to, '/proc/none'")
 
 
 def test_training_drops_the_table_of_the_weights_it_started_from(finetune, finetune_args, adaptive_model, tmp_path):

@@ -280,6 +280,10 @@ def test_a_model_that_cannot_be_used_is_refused(refused, model, named):
     assert named in refused(*extra, model=model)
 
 
+def test_a_size_that_the_model_does_not_take_is_refused(refused):
+    assert '--input-size: Requested' in refused('--static', '--input-size', 3, 32, 32, model='vit_tiny_patch16_224')
+
+
 def test_a_static_training_of_an_adaptive_model_is_refused(refused):
     assert '--static: --model cifar_resnet20_aig has gates' in refused('--static', model='cifar_resnet20_aig')
 
@@ -354,11 +358,8 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
     for args, differ in (
             (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
             (['--lr', 0.02], 'lr 0.01 there and 0.02 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
-            (['--static', '--teacher', 'STATIC'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
-        args = ['--epochs', 1, '--resume', 'auto', *args]
-        if 'STATIC' in args:
-            args = args[:-2]
-        error = refused(*args)
+            (['--static'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
+        error = refused('--epochs', 1, '--resume', 'auto', *args)
         assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
     parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
     assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0

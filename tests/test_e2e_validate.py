@@ -181,6 +181,19 @@ def test_all_models_are_opened_before_the_first_is_run(run_script, images, stati
         assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: {argument} no_such_model')
 
 
+@pytest.mark.parametrize('args,error', [
+    (['--gate-offset', -1, 0, '--against', 'resnet18'], '--against is for one row'),
+    (['--gate-offset', -1, 0, '--predictions', 'p.csv'], '--predictions is for one row'),
+    (['--optimize', '--alternatives', 'test_vit'], '--optimize, --alternatives test_vit: model (VisionTransformer)'),
+    (['--input-size', 3, 32, 32, '--alternatives', 'vit_tiny_patch16_224'], '--input-size: Requested image size'),
+])
+def test_what_cannot_be_done_is_said_before_a_model_is_run(
+        run_script, images, adaptive_model, capsys, monkeypatch, args, error):
+    monkeypatch.setattr('timm_aig.evaluate.forward_gates', None)
+    assert run_script('validate.py', '--data-dir', images, '--model', adaptive_model, '--workers', 0, *args) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: {error}')
+
+
 def test_the_figures_are_printed_before_a_file_that_cannot_be_written(
         run_script, images, static_model, tmp_path, capsys):
     arguments = ['--data-dir', images, '--model', static_model, '--workers', 0]

@@ -51,6 +51,22 @@ def test_a_model_converted_by_gate_loads_as_an_adaptive_one(config, tmp_path, tr
     assert list(gated_blocks(other)) == list(gated_blocks(model))
 
 
+def test_a_model_of_images_of_one_size_is_checked_at_that_size(tmp_path):
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=3).eval()
+    save_pretrained(model, tmp_path)
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+
+def test_weights_whose_logits_are_not_finite_are_not_saved(tmp_path):
+    model = timm.create_model('cifar_resnet20', num_classes=3)
+    torch.nn.init.constant_(model.fc.weight, 3e38)
+    torch.nn.init.constant_(model.bn1.weight, 1e3)
+    with pytest.raises(ValueError, match='logits of this model are not finite'):
+        save_pretrained(model, tmp_path / 'new')
+    assert not (tmp_path / 'new' / 'config.json').exists()
+
+
 def test_a_model_that_was_ungated_loads_as_a_static_one(tmp_path, train_norms):
     model = ungate_(train_norms(timm.create_model('resnet18_aig', num_classes=5))).eval()
     save_pretrained(model, tmp_path)

@@ -45,6 +45,12 @@ def test_an_optimizer_without_defaults_needs_a_learning_rate():
     assert (args.lr, args.gate_lr_scale, args.weight_decay) == (0.003, 1., OPTIMIZERS['sgd']['weight_decay'])
 
 
+def test_what_would_do_nothing_is_refused_or_not_in_the_recipe():
+    refused(['--recipe', 'paper', '--teacher', 'resnet50'], '--teacher needs a --distill-weight above 0')
+    assert recipe_of(parse_args(['--gate-loss', 'rate']))['anneal'] == 0
+    assert parse_args([]).anneal == RECIPES['distill']['anneal'] > 0
+
+
 def test_distill_is_the_default_recipe():
     assert parse_args([]).recipe == 'distill'
 

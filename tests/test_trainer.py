@@ -133,6 +133,20 @@ def test_gradients_that_overflow_float16_lower_the_scale_and_are_no_reason_to_st
     assert not torch.equal(trainer.model.fc.weight, before['fc.weight'])
 
 
+@pytest.mark.parametrize('nonfinite', ['stop', 'skip'])
+def test_gradients_that_are_never_finite_in_float16_do_not_pass_for_a_scale_to_be_found(nonfinite):
+    trainer = make_trainer(epochs=4, amp_dtype=torch.float16, nonfinite=nonfinite)
+    trainer.model.fc.weight.register_hook(lambda grad: grad * math.nan)
+    before = trainer.model.fc.weight.clone()
+    if nonfinite == 'stop':
+        with pytest.raises(NonFiniteError, match='step 17'):  # 65536 halved until it is below 1
+            trainer.fit()
+    else:
+        trainer.fit()
+        assert trainer.skipped == 24 - 17
+    assert torch.equal(trainer.model.fc.weight, before)
+
+
 def test_a_skipped_loss_in_float16_leaves_the_weights_and_statistics():
     trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=torch.float16)
     before = weights(trainer)
@@ -264,8 +278,12 @@ def test_batches_that_do_not_come_are_not_passed_over():
         def __len__(self):
             return 8
 
+    trainer = make_trainer(loader=Short(batches(6)), grad_accum_steps=4)
     with pytest.raises(DataError, match='only 6 of the 8 batches'):
-        make_trainer(loader=Short(batches(6)), grad_accum_steps=4).fit()
+        trainer.fit()
+    trainer.position = 7  # as a checkpoint of a time when they came
+    with pytest.raises(DataError, match='fewer batches came than the 7'):
+        trainer.fit()
 
 
 def test_a_label_without_a_class_is_refused():

@@ -131,7 +131,8 @@ def _like_paths(
     value = float(np.vdot(a, b)) / norm
     orders = (rng.permutation(len(a)) for _ in range(permutations))
     null = [float(np.vdot(a, b[order][:, order])) / norm for order in orders]
-    like = like_pairs >= np.quantile(like_pairs, quantile)
+    threshold = np.quantile(like_pairs, quantile)
+    like = like_pairs > threshold if threshold == like_pairs.min() else like_pairs >= threshold
     near, far = float(-close_pairs[like].mean()), float(-close_pairs[~like].mean())
     return _tested(
         claim,

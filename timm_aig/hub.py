@@ -140,8 +140,12 @@ def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     if differing:
         raise ValueError(f'timm rebuilds another model: {len(differing)} tensors differ, {", ".join(differing[:3])}...')
     channels, *size = reloaded.pretrained_cfg['input_size']
-    x = torch.randn(2, channels, *(min(s, 64) for s in size), generator=torch.Generator().manual_seed(0))
+    if not reloaded.pretrained_cfg.get('fixed_input_size'):
+        size = [min(s, 64) for s in size]
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
+        if not saved(x).isfinite().all():
+            raise ValueError('the logits of this model are not finite.')
         for name, a, b in zip(('logits', 'gates'), forward_gates(saved, x), forward_gates(reloaded, x)):
             if not torch.equal(a, b):
                 raise ValueError(

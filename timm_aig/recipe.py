@@ -2,8 +2,9 @@
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Dict, List, NoReturn, Optional, Union
 
 import torch
 import yaml
@@ -12,7 +13,7 @@ from timm.utils import init_distributed_device
 from .data import UNREADABLE
 from .trainer import NONFINITE
 
-__all__ = ['InputError', 'OPTIMIZERS', 'RECIPES', 'error_text', 'open_device', 'parse_args', 'recipe_of']
+__all__ = ['InputError', 'OPTIMIZERS', 'RECIPES', 'error_text', 'open_device', 'open_folder', 'parse_args', 'recipe_of']
 
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {
@@ -47,10 +48,10 @@ RANGES = (
         'validation_batch_size')),
     ('from 0', lambda v: 0 <= v < math.inf, (
         'checkpoint_interval', 'color_jitter', 'crop_padding', 'cutmix', 'decay_milestones',
-        'gate_loss_weight', 'gate_lr_scale', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
+        'gate_loss_weight', 'gate_weight_decay', 'holdout', 'min_lr', 'mixup',
         'mixup_off_epoch', 'warmup_epochs', 'weight_decay', 'workers')),
     ('above 0', lambda v: 0 < v < math.inf, (
-        'clip_grad', 'crop_pct', 'decay_rate', 'distill_temperature', 'lr', 'ratio', 'std')),
+        'clip_grad', 'crop_pct', 'decay_rate', 'distill_temperature', 'gate_lr_scale', 'lr', 'ratio', 'std')),
     ('in [0, 1]', lambda v: 0 <= v <= 1, (
         'anneal', 'distill_weight', 'hflip', 'model_ema_decay', 'noise_off', 'reprob')),
     ('in [0, 1)', lambda v: 0 <= v < 1, ('drop', 'drop_path', 'momentum', 'smoothing')),
@@ -123,11 +124,12 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
         help=f'one target for the whole network, or one for each block; {described(RECIPES, "gate_loss")}')
     arg('--gate-loss-weight', type=float, metavar='W', help=described(RECIPES, 'gate_loss_weight'))
     arg('--anneal', type=float, metavar='SHARE',
-        help=f'share of the training in which the target falls from 1, {described(RECIPES, "anneal")}')
+        help=f'share of the training in which the target of --gate-loss macs falls from 1, '
+        f'{described(RECIPES, "anneal")}')
     arg('--noise-off', type=float, metavar='SHARE',
         help=f'share of the training, at the end, without noise, {described(RECIPES, "noise_off")}')
     arg('--gate-lr-scale', type=float, metavar='F',
-        help=f'learning rate of the gates over --lr, {described(OPTIMIZERS, "gate_lr_scale")}')
+        help=f'learning rate of the gates over --lr, after the warm-up, {described(OPTIMIZERS, "gate_lr_scale")}')
     arg('--gate-weight-decay', type=float, metavar='WD', help='default: 0 (distill), --weight-decay (paper)')
 
     arg = parser.add_argument_group('distillation').add_argument
@@ -206,6 +208,8 @@ def parse_args(
     parser.set_defaults(**OPTIMIZERS.get(opt, {**OPTIMIZERS['sgd'], 'lr': None}))
     args = parser.parse_args(argv)
     check_args(args)
+    if args.gate_loss == 'rate':
+        args.anneal = 0.  # the recipe says what is done
     return args
 
 
@@ -254,6 +258,8 @@ def check_args(args: argparse.Namespace) -> None:
             if not all(map(is_allowed, values)):
                 shown = ' '.join(map(str, values))
                 raise InputError(f'--{name.replace("_", "-")} must be {allowed}, not {shown}.')
+    if args.teacher and not args.distill_weight:
+        raise InputError('--teacher needs a --distill-weight above 0.')
     if args.lr is None:
         raise InputError(f'--lr has no default for --opt {args.opt}, only for {" and ".join(OPTIMIZERS)}.')
     if not args.static and not 0 < args.target_rate < 1:
@@ -264,6 +270,21 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f'--batch-size must be even for mixup, not {args.batch_size}.')
     if args.batch_size == 1 and not args.static and args.gate_norm == 'bn':
         raise InputError('--batch-size must be from 2 for gates with a batch norm; --gate-norm none does without.')
+
+
+def open_folder(path: Union[str, Path], argument: str = '--output') -> Path:
+    """A folder to write to, made if missing: better known before the work than after it.
+
+    Raises:
+        InputError: It cannot be written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f'{argument} must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
+    return folder
 
 
 def open_device(args: argparse.Namespace) -> torch.device:

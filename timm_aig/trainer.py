@@ -3,6 +3,7 @@ import logging
 import signal
 import sys
 from contextlib import nullcontext
+from itertools import islice
 from math import isfinite
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -178,8 +179,8 @@ class Trainer:
         return {name: value / self.counted for name, value in self.sums.items()}
 
     def _train_batches(self, batches: Iterator[Any], count: int) -> None:
-        for _ in range(self.position):
-            next(batches)
+        if sum(1 for _ in islice(batches, self.position)) < self.position:
+            raise DataError(f'--dataset: fewer batches came than the {self.position} that the checkpoint has seen.')
         if self._rng is not None:
             set_rng_state(self._rng)
         bar = tqdm(
@@ -255,8 +256,9 @@ class Trainer:
         # after the reduction of gradients over processes, so that all of them decide alike
         finite = bool(torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite())
         skipped = not finite
-        if skipped and self.scaler.is_enabled():  # gradients alone overflow until it has found its scale
-            skipped = self._is_any(not all(isfinite(result['loss']) for result in results))
+        if skipped and self.scaler.is_enabled():  # gradients alone overflow until it has found its scale, 1 or more
+            skipped = self._is_any(not all(isfinite(result['loss']) for result in results)) \
+                or self.scaler.get_scale() < 1
         if skipped:
             self._meet_nonfinite(results)
         else:
