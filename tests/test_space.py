@@ -282,10 +282,10 @@ def test_colour_images_become_grey_and_grey_ones_colour_for_the_network(shipped,
 
 
 @pytest.mark.parametrize('name,message', [
-    ('nonsense', 'must be cifar_resnet32_aig'),
-    ('resnet50', 'must be cifar_resnet32_aig'),
-    ('', 'must be cifar_resnet32_aig'),
-    ('file:///etc/passwd', 'must be cifar_resnet32_aig'),
+    ('nonsense', 'must be cifar_resnet110_aig'),
+    ('resnet50', 'must be cifar_resnet110_aig'),
+    ('', 'must be cifar_resnet110_aig'),
+    ('file:///etc/passwd', 'must be cifar_resnet110_aig'),
     ('hf-hub:../../etc', 'no name of a model on the Hub'),
     ('local-dir:/no/such/folder', 'no config.json'),
 ])
