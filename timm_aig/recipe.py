@@ -272,8 +272,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError('--batch-size must be from 2 for gates with a batch norm; --gate-norm none does without.')
 
 
-def open_folder(path: Union[str, Path], argument: str = '--output') -> Path:
-    """A folder to write to, made if missing: better known before the work than after it.
+def open_folder(path: Union[str, Path]) -> Path:
+    """The folder of --output, made if missing: better known before the work than after it.
 
     Raises:
         InputError: It cannot be written to.
@@ -283,7 +283,7 @@ def open_folder(path: Union[str, Path], argument: str = '--output') -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise InputError(f'{argument} must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
+        raise InputError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
     return folder
 
 
