@@ -93,7 +93,8 @@ def test_a_checkpoint_and_a_hub_config_are_published(hub, folder, tmp_path):
     (['{folder}/none', 'alice/x'], 2, 'SOURCE must be a folder or a checkpoint, there is no'),
     (['{folder}/checkpoints', 'alice/x'], 2, 'config.json cannot be read'),
     (['{folder}/checkpoints/last.pth.tar', 'alice/x'], 2, 'a checkpoint needs --hub-config'),
-    (['{folder}', 'alice/x', '--hub-config', 'no'], 2, '--hub-config must be a JSON file or one of cifar_'),
+    (['{folder}', 'alice/x', '--hub-config', 'no'], 2,
+     '--hub-config must be a JSON file or one of cifar_resnet110_aig'),
     (['{folder}', 'alice', '--dry-run'], 1, "ValueError: repo_id must be 'user/name', not 'alice'"),
 ])
 def test_bad_input_is_said_in_one_line_with_its_exit_code(folder, args, code, message, capsys, run_script):
