@@ -56,6 +56,7 @@ from timm_aig.data import (
     count_unreadable,
     hold_out,
     open_dataset,
+    resolve_config,
     start_worker,
 )
 from timm_aig.evaluate import METRICS, Evaluation, evaluate
@@ -109,10 +110,7 @@ def create_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Mod
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, channels):
             raise InputError(f'--{name} must be one number or one for each of {channels} channels.')
-    try:
-        config = resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
-    except ValueError as e:  # a model for images of one size
-        raise InputError(f'--input-size: {e}') from e
+    config = resolve_config(model, given)
     common = dict(
         input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
         num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,

@@ -24,12 +24,20 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_input_data_config
+from timm.data import create_loader
 from torch.utils.data import IterableDataset, Subset
 
 import timm_aig
 from timm_aig.checkpoint import write_atomically
-from timm_aig.data import UNREADABLE, DataError, convert_images, count_unreadable, hold_out, open_dataset
+from timm_aig.data import (
+    UNREADABLE,
+    DataError,
+    convert_images,
+    count_unreadable,
+    hold_out,
+    open_dataset,
+    resolve_config,
+)
 from timm_aig.evaluate import Evaluation, evaluate
 from timm_aig.figures import plot_budgets
 from timm_aig.recipe import InputError, error_text, open_device
@@ -137,11 +145,7 @@ def create_model(args: argparse.Namespace, name: str, argument: str = '--model')
 
 def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
     """timm's data config of the model, with what the arguments say."""
-    given = {k: getattr(args, k) for k in ('input_size', 'crop_pct') if getattr(args, k) is not None}
-    try:
-        return resolve_input_data_config(model, given)
-    except ValueError as e:  # a model for images of one size
-        raise InputError(f'--input-size: {e}') from e
+    return resolve_config(model, {'input_size': args.input_size, 'crop_pct': args.crop_pct})
 
 
 def open_split(args: argparse.Namespace) -> Any:

@@ -10,13 +10,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_input_data_config
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
 __all__ = [
     'DataError', 'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
-    'hold_out', 'open_dataset', 'read_images', 'readable_images', 'start_worker',
+    'hold_out', 'open_dataset', 'read_images', 'readable_images', 'resolve_config', 'start_worker',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -216,6 +216,18 @@ def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
         raise DataError(f'--holdout must leave at least 2 images of a data set with random access, not {count}.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     return HeldOut(train, sorted(order[count:])), HeldOut(copy, sorted(order[:count]))
+
+
+def resolve_config(model: Any, given: Dict[str, Any]) -> Dict[str, Any]:
+    """timm's data config of a model, with what was given rather than None.
+
+    Raises:
+        DataError: Images of a size that the model does not take.
+    """
+    try:
+        return resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
+    except ValueError as e:
+        raise DataError(f'--input-size: {e}') from e
 
 
 def convert_images(dataset: Any, channels: int) -> None:

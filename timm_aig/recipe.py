@@ -124,7 +124,7 @@ def create_parser(description: Optional[str] = None, epilog: Optional[str] = Non
         help=f'one target for the whole network, or one for each block; {described(RECIPES, "gate_loss")}')
     arg('--gate-loss-weight', type=float, metavar='W', help=described(RECIPES, 'gate_loss_weight'))
     arg('--anneal', type=float, metavar='SHARE',
-        help=f'share of the training in which the target of --gate-loss macs falls from 1, '
+        help='share of the training in which the target of --gate-loss macs falls from 1, '
         f'{described(RECIPES, "anneal")}')
     arg('--noise-off', type=float, metavar='SHARE',
         help=f'share of the training, at the end, without noise, {described(RECIPES, "noise_off")}')
