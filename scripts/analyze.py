@@ -38,6 +38,7 @@ except ImportError as e:
 
 import torch
 import torch.nn as nn
+from _common import error_text, open_device, open_folder
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from validate import (
@@ -50,7 +51,9 @@ from validate import (
 )
 
 import timm_aig
-from timm_aig.analysis import (
+from timm_aig import InputError
+from timm_aig.analysis.claims import check_claims
+from timm_aig.analysis.counts import (
     ClassGates,
     block_kinds,
     cluster_classes,
@@ -58,18 +61,16 @@ from timm_aig.analysis import (
     path_statistics,
     wilson_interval,
 )
-from timm_aig.checkpoint import write_atomically
-from timm_aig.claims import check_claims
-from timm_aig.data import DataError, class_names, count_unreadable
-from timm_aig.evaluate import Evaluation, evaluate
-from timm_aig.figures import (
+from timm_aig.analysis.figures import (
     MAX_GROUPS,
     plot_block_rates,
     plot_blocks_run,
     plot_contact_sheet,
     plot_execution_rates,
 )
-from timm_aig.recipe import InputError, error_text, open_device, open_folder
+from timm_aig.training.checkpoint import write_atomically
+from timm_aig.training.data import class_names, count_unreadable
+from timm_aig.training.evaluate import Evaluation, evaluate
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
@@ -317,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     try:
         run(parse_args(argv))
-    except (InputError, DataError, OSError) as e:
+    except (InputError, OSError) as e:
         print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     return 0

@@ -28,11 +28,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import timm
 import timm.task
 import torch
+from _common import keep_freed_memory
 
 import timm_aig
-from timm_aig.data import read_images
-from timm_aig.export_check import FORCED
-from timm_aig.memory import keep_freed_memory
+from timm_aig.export.check import FORCED
+from timm_aig.training.data import read_images
 
 EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
@@ -130,7 +130,7 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
         import openvino
     except ImportError as e:
         sys.exit(f"benchmark: --runtimes needs pip install 'timm_aig[export]' ({e}).")
-    from timm_aig.onnx_runtime import load_onnx
+    from timm_aig.export.runtime import load_onnx
 
     config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
     rows = []

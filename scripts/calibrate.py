@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import torch
+from _common import error_text, open_device, open_folder
 from torch.utils.data import IterableDataset
 from validate import (
     add_evaluation_args,
@@ -32,10 +33,9 @@ from validate import (
 )
 
 import timm_aig
-from timm_aig.calibrate import BUDGETS, Calibration
-from timm_aig.checkpoint import write_atomically
-from timm_aig.data import DataError
-from timm_aig.recipe import InputError, error_text, open_device, open_folder
+from timm_aig import InputError
+from timm_aig.training.calibrate import BUDGETS, Calibration
+from timm_aig.training.checkpoint import write_atomically
 
 MOST_BYTES = 32 * 10 ** 9  # of calibration images
 
@@ -58,15 +58,11 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     arg('--max-accuracy-drop', type=float, metavar='POINTS', help='find the smallest budget that loses no more, '
         'compared with all gates open')
     arg('--confidence', type=float, default=0.95, metavar='X', help="of that drop's interval, default: %(default)s")
-    arg('--bn-recalibrate', type=int, default=0, metavar='N', help='measure the batch norms anew on N batches at the '
-        'budget, which must be one alone')
     arg('--output', metavar='DIR', help='folder for model.safetensors and config.json, may be that of the model')
     arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
     check_evaluation_args(args)
-    if args.bn_recalibrate and (args.hub_config or not args.output):
-        raise InputError('--bn-recalibrate changes the weights: it needs --output, and no --hub-config of other ones.')
     return args
 
 
@@ -126,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         result = timm_aig.calibrate_budget(
             model, loader, args.budgets, tolerance=args.tolerance, max_accuracy_drop=args.max_accuracy_drop,
-            confidence=args.confidence, bn_recalibrate=args.bn_recalibrate, progress=True)
+            confidence=args.confidence, progress=True)
     except ValueError as e:
         raise InputError(str(e)) from e
     # printed first: nothing that cannot be written loses it
@@ -148,7 +144,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         run(parse_args(argv))
-    except (InputError, DataError) as e:
+    except InputError as e:
         print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     return 0

@@ -33,14 +33,15 @@ except ImportError as e:
     sys.exit(2)
 
 import finetune
+from _recipes import parse_args as parse_training
 
 import timm_aig
-from timm_aig.analysis import block_kinds, class_rates
-from timm_aig.data import DataError, check_same_classes, class_names, open_dataset
-from timm_aig.evaluate import Evaluation, evaluate
-from timm_aig.figures import plot_execution_rates
-from timm_aig.recipe import InputError, parse_args as parse_training
-from timm_aig.trainer import NonFiniteError
+from timm_aig import InputError
+from timm_aig.analysis.counts import block_kinds, class_rates
+from timm_aig.analysis.figures import plot_execution_rates
+from timm_aig.training.data import check_same_classes, class_names, open_dataset
+from timm_aig.training.evaluate import Evaluation, evaluate
+from timm_aig.training.trainer import NonFiniteError
 
 EXAMPLES = """examples:
   scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
@@ -292,7 +293,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run(args)
     except NonFiniteError:
         error = '--lr: the loss is no longer finite, choose a lower one.'
-    except (InputError, DataError) as e:
+    except InputError as e:
         error = ' '.join(str(e).split())  # on one line, whatever a library said
     print(f'error: {error}', file=sys.stderr)
     return 2

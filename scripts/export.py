@@ -28,8 +28,9 @@ import torch
 from timm.data import resolve_input_data_config
 
 import timm_aig
-from timm_aig.data import read_images
-from timm_aig.export_check import FORCED, own_offsets
+from timm_aig import InputError
+from timm_aig.export.check import FORCED, own_offsets
+from timm_aig.training.data import read_images
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
@@ -41,10 +42,6 @@ EXAMPLES = """examples:
 exit code: 0 done, 1 the exported model disagrees, 2 bad input"""
 
 SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'program': '.pt2', 'aoti': '.pt2'}
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and what is allowed."""
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -121,7 +118,7 @@ def runner(args: argparse.Namespace, path: Path) -> Callable[[np.ndarray, Option
     """Runs a file on x and gate offsets, None for the default or for none."""
     threads = args.threads or torch.get_num_threads()
     if args.format == 'onnx':
-        from timm_aig.onnx_passes import create_session
+        from timm_aig.export.passes import create_session
 
         session = create_session(path.read_bytes(), threads, spinning=False)  # else the sessions fight for the cores
         return lambda x, offset: session.run(None, {'x': x} if offset is None else {'x': x, 'gate_offset': offset})

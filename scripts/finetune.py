@@ -34,6 +34,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
+from _common import error_text, keep_freed_memory, open_device, open_folder
+from _recipes import parse_args, recipe_of
 from timm.data import Mixup, create_loader, resolve_input_data_config
 from timm.data.transforms import str_to_interp_mode
 from timm.models import is_model, load_checkpoint
@@ -45,11 +47,12 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import timm_aig
+from timm_aig import InputError
+from timm_aig.analysis.figures import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.budget import set_budget_table
-from timm_aig.checkpoint import CheckpointError, Checkpoints, write_atomically
 from timm_aig.config import AIG_ARGS
-from timm_aig.data import (
-    DataError,
+from timm_aig.training.checkpoint import CheckpointError, Checkpoints, write_atomically
+from timm_aig.training.data import (
     check_same_classes,
     class_names,
     convert_images,
@@ -59,11 +62,9 @@ from timm_aig.data import (
     resolve_config,
     start_worker,
 )
-from timm_aig.evaluate import METRICS, Evaluation, evaluate
-from timm_aig.figures import plot_accuracy_macs, plot_rates_over_epochs
-from timm_aig.recipe import InputError, error_text, open_device, open_folder, parse_args, recipe_of
-from timm_aig.schedule import GateSchedule
-from timm_aig.trainer import NonFiniteError, Stopped, Trainer
+from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
+from timm_aig.training.schedule import GateSchedule
+from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
 
 EXAMPLES = """examples:
   scripts/finetune.py --data-dir photos --static --model resnet50.tv2_in1k --pretrained --num-classes 12 --opt sgd \\
@@ -417,7 +418,7 @@ def validate(args: argparse.Namespace, model: nn.Module, data: Data, trainer: Tr
     try:
         return evaluate(model, data.val, trainer.device, trainer.amp_dtype)
     except ValueError as e:
-        raise DataError(f'--val-split {args.val_split}: {e}') from e
+        raise InputError(f'{args.val_split}: {e}', 'val_split') from e
 
 
 def environment(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
@@ -534,8 +535,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         args = parse_args(argv, __doc__, EXAMPLES)
         args.command = shlex.join(['scripts/finetune.py', *(sys.argv[1:] if argv is None else argv)])
         logging.basicConfig(level=logging.INFO, format='%(message)s')
+        keep_freed_memory()
         results = run(args)
-    except (InputError, DataError) as e:
+    except InputError as e:
         print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     except NonFiniteError as e:

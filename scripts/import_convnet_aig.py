@@ -17,6 +17,7 @@ import torch
 from timm.models import load_state_dict
 
 import timm_aig
+from timm_aig import InputError
 
 EXAMPLES = """examples:
   scripts/import_convnet_aig.py runs/cifar/model_best.pth.tar output/cifar110
@@ -43,10 +44,6 @@ IMAGENET: Dict[str, Any] = dict(
 CIFAR: Dict[str, Any] = dict(
     ORIGIN, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bilinear',
     mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-
-
-class InputError(Exception):
-    """The checkpoint cannot be used; the message says why."""
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Publish scripts/space_app.py as a Hugging Face Space, in one commit, which also updates one.
+"""Publish scripts/space/app.py as a Hugging Face Space, in one commit, which also updates one.
 
 The Space gets this checkout's package, so that it shows what was tested here, the shipped models with their heatmaps,
 the samples, requirements.txt and a README.md. Text of your own in the README.md of a Space stays, and so does front
@@ -20,6 +20,8 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from timm_aig import InputError
+
 EXAMPLES = """examples:
   scripts/push_space.py user/adaptive-resnets --dry-run
   scripts/push_space.py user/adaptive-resnets --private
@@ -32,14 +34,10 @@ TITLE = 'Adaptive ResNets, block by block'
 TEXT = f"""# {TITLE}
 
 Which blocks of an adaptive ResNet (ConvNet-AIG, package `timm_aig`) run for an image, at any budget, and what that
-saves. `app.py` is `scripts/space_app.py`, unchanged; `scripts/push_space.py` made and updates this Space.
+saves. `app.py` is `scripts/space/app.py`, unchanged; `scripts/push_space.py` made and updates this Space.
 """
 # Of PyTorch, the wheels for CPUs: a tenth of the size, and what is timed is a CPU.
 CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and what is allowed."""
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -64,11 +62,9 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def collect_files(package: Optional[str]) -> Dict[str, Any]:
     """Path in the Space -> file here, or the content itself; all but README.md."""
-    scripts = CHECKOUT / 'scripts'
-    files: Dict[str, Any] = {'app.py': scripts / 'space_app.py', 'LICENSE': CHECKOUT / 'LICENSE'}
-    files.update((file.name, file) for file in sorted(scripts.glob('space_*.py')) if file.name != 'space_app.py')
-    here = [*(scripts / 'space_examples').iterdir()]
-    files.update((f'space_examples/{file.name}', file) for file in sorted(here))
+    page = CHECKOUT / 'scripts' / 'space'
+    files: Dict[str, Any] = {'LICENSE': CHECKOUT / 'LICENSE'}
+    files.update((str(file.relative_to(page)), file) for file in [*page.glob('*.py'), *page.glob('examples/*')])
     configs = CHECKOUT / 'hub_configs'
     of_package = [*(CHECKOUT / 'timm_aig').rglob('*.py'), *configs.glob('*.json'), *configs.glob('*.safetensors')]
     for file in sorted([*([] if package else of_package), *configs.glob('*/rates.csv')]):
@@ -118,7 +114,7 @@ def look_up(api: HfApi, repo_id: str, dry_run: bool) -> Tuple[Optional[bool], An
 
 def stale(info: Any, files: Dict[str, Any]) -> List[str]:
     """What an earlier version of this script left in the Space; files of its owner are not touched."""
-    ours = re.compile(r'space_\w+\.py|space_examples/.*|timm_aig/.*|hub_configs/.*')
+    ours = re.compile(r'space_\w+\.py|(space_)?examples/.*|timm_aig/.*|hub_configs/.*')
     names = [file.rfilename for file in info.siblings or []] if info else []
     return [name for name in names if ours.fullmatch(name) and name not in files]
 

@@ -21,10 +21,11 @@ from huggingface_hub.constants import ENDPOINT
 from timm.models import load_checkpoint
 
 import timm_aig
-from timm_aig.card import checked_results
-from timm_aig.config import AIGConfig, load_hub_configs
+from timm_aig import AIGConfig, InputError
 from timm_aig.convert import checkpoint_filter_fn
-from timm_aig.source import check_pretrained_cfg
+from timm_aig.hub.card import checked_results
+from timm_aig.hub.source import check_pretrained_cfg
+from timm_aig.models.hub_configs import load_hub_configs
 
 EXAMPLES = """examples:
   scripts/push_to_hub.py output/t06 user/resnet50_aig.t06 --dry-run
@@ -39,10 +40,6 @@ PICTURES = ('execution_rates.png', 'rates_over_epochs.png', 'accuracy_macs.png')
 WRITTEN = (
     'architecture', 'num_classes', 'num_features', 'global_pool', 'model_args', 'pretrained_cfg', 'label_names',
     'label_descriptions')
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and what is allowed."""
 
 
 def parse_args() -> argparse.Namespace:

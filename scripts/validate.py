@@ -24,23 +24,23 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import timm
 import torch
 import torch.nn as nn
+from _common import error_text, open_device
 from timm.data import create_loader
 from torch.utils.data import IterableDataset, Subset
 
 import timm_aig
-from timm_aig.checkpoint import write_atomically
-from timm_aig.data import (
+from timm_aig import InputError
+from timm_aig.analysis.figures import plot_budgets
+from timm_aig.training.checkpoint import write_atomically
+from timm_aig.training.data import (
     UNREADABLE,
-    DataError,
     convert_images,
     count_unreadable,
     hold_out,
     open_dataset,
     resolve_config,
 )
-from timm_aig.evaluate import Evaluation, evaluate
-from timm_aig.figures import plot_budgets
-from timm_aig.recipe import InputError, error_text, open_device
+from timm_aig.training.evaluate import Evaluation, evaluate
 
 EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
@@ -96,7 +96,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     gates = parser.add_mutually_exclusive_group().add_argument
     gates('--gate-offset', type=float, nargs='+', metavar='X', help="one row for each (default: the model's own)")
     gates('--budget', type=float, nargs='+', metavar='X', help='one row for each, of a model that calibrate.py wrote')
-    arg('--cap', type=float, metavar='X', help='with --budget: the largest share of the MACs that any image may take')
     arg('--sample', action='store_true', help="draw the gates, as the authors' code does in its tests")
     arg('--alternatives', nargs='+', metavar='NAME', default=[], help='static models to show beside it')
     arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs, alternatives beside the rows')
@@ -104,8 +103,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         'number in the split, from 0')
     arg('--json', action='store_true', help='print JSON rather than the table')
     args = parser.parse_args(argv)
-    if args.cap is not None and not args.budget:
-        raise InputError('--cap needs --budget.')
     if len(args.budget or args.gate_offset or ()) > 1:
         for argument, given in (('--against', args.against), ('--predictions', args.predictions)):
             if given:
@@ -172,9 +169,8 @@ def gate_offsets(
         name: str,
         argument: str,
         model: nn.Module,
-        input_size: Tuple[int, int, int],
 ) -> List[Tuple[Optional[float], float]]:
-    """Budget, if one was asked for, and offset of each row. Sets the cap."""
+    """Budget, if one was asked for, and offset of each row."""
     gated = timm_aig.gated_blocks(model)
     if not gated:
         if argument == '--model' and (args.budget or args.gate_offset):
@@ -182,7 +178,7 @@ def gate_offsets(
         return [(None, 0.)]
     if args.budget:
         try:
-            return [(budget, timm_aig.set_budget(model, budget, args.cap, input_size)) for budget in args.budget]
+            return [(budget, timm_aig.set_budget(model, budget)) for budget in args.budget]
         except ValueError as e:
             raise InputError(f'--budget, model {name}: {e}') from e
     return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
@@ -204,7 +200,7 @@ def open_model(args: argparse.Namespace, name: str, argument: str) -> Opened:
             timm_aig.optimize_for_inference(model)
         except ValueError as e:
             raise InputError(f'--optimize, {argument} {name}: {e}') from e
-    return Opened(name, model, config, gate_offsets(args, name, argument, model, config['input_size']))
+    return Opened(name, model, config, gate_offsets(args, name, argument, model))
 
 
 def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> List[Dict[str, Any]]:
@@ -226,7 +222,7 @@ def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> 
         try:
             evaluation = evaluate(timed, loader, device, torch.bfloat16 if args.amp else None, args.sample)
         except ValueError as e:
-            raise DataError(f'--split {args.split}: {e}') from e
+            raise InputError(f'{args.split}: {e}', 'split') from e
         seconds = torch.tensor(timed.seconds)
         if args.distributed:
             seconds = seconds.to(device)
@@ -343,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     try:
         run(parse_args(argv))
-    except (InputError, DataError) as e:
+    except InputError as e:
         print(f'error: {error_text(e)}', file=sys.stderr)
         return 2
     finally:

@@ -24,7 +24,7 @@ from timm_aig import (
     ungate_,
 )
 from timm_aig.budget import budget_offset, read_budget_table, set_budget_table
-from timm_aig.calibrate import drop_interval
+from timm_aig.training.calibrate import drop_interval
 
 TABLE = (BudgetPoint(.4, -2., .401, 50, 80.), BudgetPoint(.6, 0., .599, 50, 90.), BudgetPoint(1., 9., 1.001, 50))
 
@@ -110,8 +110,6 @@ def test_the_model_is_as_before_but_for_its_table(model, batches):
     ((), {}, 'at least one'), ((0.,), {}, r'in \(0, 1\]'), ((1.2,), {}, r'in \(0, 1\]'), ((float('nan'),), {}, 'in'),
     ((.5,), dict(tolerance=0), 'tolerance must be'), ((.5,), dict(max_accuracy_drop=-1), 'max_accuracy_drop must be'),
     ((.5,), dict(max_accuracy_drop=1, confidence=95), 'confidence must be'),
-    ((.5, .6), dict(bn_recalibrate=2), 'bn_recalibrate must be'), ((.5,), dict(bn_recalibrate=-1), 'bn_recalibrate'),
-    ((.001,), dict(bn_recalibrate=2), 'out of reach'),
     ([i / 300 for i in range(1, 300)], {}, 'at most 256, not 299'),
 ])
 def test_a_wrong_argument_and_a_budget_out_of_reach_are_named_and_change_nothing(
@@ -145,9 +143,9 @@ def test_a_calibration_that_is_interrupted_changes_nothing(model, batches, monke
             raise KeyboardInterrupt
         return forward_gates(*args)
 
-    monkeypatch.setattr('timm_aig.calibrate.forward_gates', interrupt)
+    monkeypatch.setattr('timm_aig.training.calibrate.forward_gates', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=1)
+        calibrate_budget(model, batches, budgets=(.5,))
     assert same(state(model), before)
 
 
@@ -202,50 +200,9 @@ def test_the_interval_of_a_drop_agrees_with_a_bootstrap(lost, won, images):
     assert drop_interval(lost, won, images, .99)[1] > result[1]
 
 
-def test_batch_norms_measured_anew_are_those_of_the_samples_that_run(model, batches):
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=3)
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and all(k.endswith(('running_mean', 'running_var')) and '.gate.' not in k for k in changed)
-    assert {'bn1.running_mean', 'layer3.1.bn2.running_var'} <= changed
-    set_budget(model, .5)
-    assert measure(model, batches)[0] == pytest.approx(result.table[0].macs_share, abs=1e-5)
-    assert result.table[0].macs_share == pytest.approx(.5, abs=.005)
-    with torch.no_grad():
-        images = torch.cat([images for images, _ in batches])
-        order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-        means = [model.conv1(images[rows]).mean((0, 2, 3)) for rows in order.split(32)]
-    assert torch.allclose(model.bn1.running_mean, torch.stack(means).mean(0), atol=1e-6)
-
-
 def test_a_model_in_half_precision_is_calibrated_on_the_images_as_they_are(model, batches):
     result = calibrate_budget(model.bfloat16(), batches, budgets=(.5,), tolerance=.03)
     assert result.table[0].macs_share == pytest.approx(.5, abs=.03)
-
-
-def test_batch_norms_are_measured_on_images_of_the_whole_though_they_come_class_by_class(model):
-    classes = torch.randn(96, 3, 8, 8) + torch.arange(4.).repeat_interleave(24)[:, None, None, None]
-    calibrate_budget(model, list(classes.split(24)), budgets=(.5,), tolerance=.05, bn_recalibrate=1)
-    with torch.no_grad():
-        features = model.conv1(classes)
-    mean, spread = features.mean((0, 2, 3)), features.var((0, 2, 3)).sqrt()
-    assert ((model.bn1.running_mean - mean).abs() < .3 * spread).all()
-    torch.testing.assert_close(model.bn1.running_var, spread ** 2, rtol=.3, atol=0)
-
-
-def test_a_batch_norm_that_no_sample_reaches_keeps_its_statistics(model, batches):
-    with torch.no_grad():
-        model.layer2[1].gate.fc2.bias[0] = 1e4  # closed whatever the offset
-    before = model.layer2[1].bn1.running_mean.clone()
-    calibrate_budget(model, batches, budgets=(.5,), bn_recalibrate=2)
-    assert torch.equal(model.layer2[1].bn1.running_mean, before)
-
-
-def test_a_batch_norm_with_one_value_of_a_channel_is_named(model):
-    images = torch.randn(9, 3, 4, 4)  # 1 x 1 behind the last stage
-    model.fc = torch.nn.Sequential(torch.nn.Unflatten(1, (64, 1, 1)), torch.nn.BatchNorm2d(64), torch.nn.Flatten())
-    with pytest.raises(ValueError, match='one value of each channel'):
-        calibrate_budget(model, list(images.split(8)), budgets=(.5,), bn_recalibrate=2)
 
 
 def test_static_and_optimized_models_cannot_be_calibrated(model, batches):
@@ -332,88 +289,6 @@ def test_the_table_is_saved_and_loaded_and_gate_offset_moves_only_the_offset(mod
     assert 'gate_budgets' not in (tmp_path / 'config.json').read_text()
 
 
-RATES = tuple(round(.1 * i, 1) for i in range(1, 10))
-CAPPED = tuple(BudgetPoint(b, o, b, 50, None, tuple(min(1., r * b * 2) for r in RATES)) for b, o in (
-    (.3, -3.), (.6, 0.), (1., 9.)))
-
-
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2 ** 31), budget=st.floats(.3, 1.), cap=st.floats(.08, 1.1), scale=st.floats(.5, 30))
-def test_no_image_exceeds_a_cap_and_blocks_are_closed_only_for_its_sake(seed, budget, cap, scale):
-    torch.manual_seed(seed)
-    model = timm.create_model('cifar_resnet20_aig', input_size=None, channels=[4, 8, 4], num_classes=3).eval()
-    with torch.no_grad():
-        for block in gated_blocks(model).values():
-            block.gate.fc1.weight.normal_(std=2.)
-            block.gate.fc2.weight.normal_(std=scale)
-            block.gate.fc2.bias.zero_()
-    set_budget_table(model, CAPPED)
-    images = torch.randn(12, 3, 8, 8) * torch.rand(12, 1, 1, 1) * 3
-    cost = compute_cost(model, (3, 8, 8))
-    with torch.no_grad():
-        set_budget(model, budget)
-        free = cost.executed(forward_gates(model, images)[1]) / (cost.total - cost.gates)
-        set_budget(model, budget, cap, (3, 8, 8))
-        capped = {mode: run_capped(model, images, mode) for mode in ('masked', 'sparse')}
-        fast = forward_gates(optimize_for_inference(model, micro_batch=5), images)[1]
-        alone = torch.cat([forward_gates(model, image[None])[1] for image in images])
-    gates = capped['masked']
-    shares = cost.executed(gates) / (cost.total - cost.gates)
-    assert shares.max() <= cap
-    assert torch.equal(gates, capped['sparse']) and torch.equal(gates, fast) and torch.equal(gates, alone)
-    if cap >= 1.01:
-        assert torch.equal(shares, free)
-
-
-def test_a_cap_fits_a_model_with_other_channels_than_its_weights():
-    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, in_chans=3).eval()
-    assert set_budget(model, .5, cap=.5) < 0
-    assert largest_share(model, compute_cost(model, (3, 28, 28)), torch.randn(4, 3, 28, 28)) <= .5
-
-
-def test_an_optimized_model_keeps_its_cap_when_its_budget_moves(model):
-    set_budget_table(model, CAPPED)
-    set_budget(model, 1., cap=.5)
-    fast = optimize_for_inference(model.eval())
-    set_budget(fast, .9)
-    assert largest_share(fast, compute_cost(model, (3, 8, 8)), torch.randn(4, 3, 8, 8)) <= .5
-
-
-def test_a_cap_refuses_stages_by_themselves_and_checkpointing_whose_gates_answer_out_of_turn(model):
-    set_budget_table(model, CAPPED)
-    set_budget(model.eval(), 1., cap=.5)
-    images = torch.randn(2, 3, 8, 8)
-    x = model.layer1(torch.randn(2, 16, 8, 8))
-    model.layer2(x)
-    with pytest.raises(RuntimeError, match='needs whole forward passes'):
-        model.layer2(x)
-    model.set_grad_checkpointing()
-    loss = model(images.requires_grad_()).sum()
-    with pytest.raises(RuntimeError, match='no gradient checkpointing'):
-        loss.backward()
-    model.set_grad_checkpointing(False)
-    model(images).sum().backward()
-    assert images.grad.abs().sum() > 0
-
-
-def test_a_model_with_a_cap_is_not_scripted(model):
-    set_budget_table(model, CAPPED)
-    set_budget(model, 1., cap=.5)
-    with pytest.raises(RuntimeError, match='cannot be compiled, traced or scripted'):
-        torch.jit.script(model.eval())
-
-
 def test_other_gates_than_the_tags_do_not_take_its_budgets():
     with pytest.raises(RuntimeError, match='Pass the target_rate'):
         timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, schedule='paper')
-
-
-def largest_share(model, cost, images):
-    with torch.no_grad():
-        gates = forward_gates(model, images)[1]
-    return cost.executed(gates).max() / (cost.total - cost.gates)
-
-
-def run_capped(model, images, mode):
-    timm_aig.set_execution(model, mode)
-    return forward_gates(model, images)[1]

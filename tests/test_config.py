@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from timm_aig import AIGConfig
-from timm_aig.config import load_hub_configs
+from timm_aig.models.hub_configs import load_hub_configs
 
 rates = st.floats(0, 1, exclude_min=True) | st.just(1)
 

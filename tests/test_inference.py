@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import timm_aig
-from timm_aig import inference
-from timm_aig.inference import FusedConv, InferenceBlock
+from timm_aig.inference import optimize as inference
+from timm_aig.inference.optimize import FusedConv, InferenceBlock
 
 ARCHS = ['resnet18', 'resnet26d', 'ecaresnet26t', 'resnetblur18', 'seresnext26d_32x4d', 'resnet50_gn', 'cifar_resnet20']
 SCRIPT = Path(__file__).parent.parent / 'scripts' / 'benchmark.py'

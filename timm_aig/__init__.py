@@ -1,7 +1,10 @@
 """timm_aig: adaptive inference graphs for timm's ResNets. Importing it registers every <arch>_aig with timm."""
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, List
 
-from . import resnet_aig  # noqa: F401, registers the entry points
+__version__ = '0.1.0'
+
+from . import models  # noqa: F401, registers the entry points
 from .blocks import (
     GatedBasicBlock,
     GatedBottleneck,
@@ -12,37 +15,49 @@ from .blocks import (
     set_gate_offset,
 )
 from .budget import BudgetPoint, budget_table, set_budget
-from .config import AIGConfig
+from .config import AIGConfig, InputError
 from .convert import gate_, ungate_
 from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import ComputeTargetLoss, TargetRateLoss
-from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .export.onnx import export_aoti, export_onnx, export_openvino, export_program
+    from .export.runtime import load_onnx, optimize_onnx
+    from .hub.save import push_to_hub, save_pretrained
+    from .task import AIGTask
+    from .training.calibrate import calibrate_budget
+    from .training.evaluate import evaluate
 
 __all__ = [
     'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
-    'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'export_aoti', 'export_onnx',
-    'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks', 'load_onnx',
-    'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_budget', 'set_execution',
-    'set_gate_offset', 'summary', 'ungate_',
+    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate', 'export_aoti',
+    'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
+    'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_budget',
+    'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
+
+_LAZY = {  # imported when first used: slow to import, and most users never need them
+    'AIGTask': '.task',
+    'calibrate_budget': '.training.calibrate',
+    'evaluate': '.training.evaluate',
+    'export_aoti': '.export.onnx',
+    'export_onnx': '.export.onnx',
+    'export_openvino': '.export.onnx',
+    'export_program': '.export.onnx',
+    'load_onnx': '.export.runtime',
+    'optimize_onnx': '.export.runtime',
+    'push_to_hub': '.hub.save',
+    'save_pretrained': '.hub.save',
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == 'AIGTask':  # timm.task is slow to import and only training needs it
-        from .task import AIGTask
-        return AIGTask
-    if name == 'calibrate_budget':
-        from .calibrate import calibrate_budget
-        return calibrate_budget
-    if name in ('push_to_hub', 'save_pretrained'):
-        from . import hub
-        return getattr(hub, name)
-    if name in ('export_aoti', 'export_onnx', 'export_openvino', 'export_program'):
-        from . import export
-        return getattr(export, name)
-    if name in ('load_onnx', 'optimize_onnx'):
-        from . import onnx_runtime
-        return getattr(onnx_runtime, name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})

@@ -1,23 +1,17 @@
 """set_budget: one checkpoint at many budgets. A table of gate offsets, measured by calibrate_budget, and its use."""
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from math import floor, inf
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch.nn as nn
 
-from .blocks import GatedBlock, gated_blocks, require_gated_blocks, set_gate_offset
-from .cap import Cap
-from .cost import compute_cost, own_input_size
+from .blocks import gated_blocks, require_gated_blocks, set_gate_offset
 
 __all__ = ['BudgetPoint', 'budget_offset', 'budget_table', 'read_budget_table', 'set_budget', 'set_budget_table']
 
 LARGEST_OFFSET = 65536.
 LONGEST_TABLE = 256
 MOST_BLOCKS = 4096
-# Of the expected MACs of later, more decisive gates, what a cap keeps for them. Chosen on training images of
-# Fashion-MNIST: with 1 the images at the cap lose their last blocks, and 2.5 points where 2 loses none.
-RESERVE = 2.
 OPTIONAL = ('top1', 'block_rates')
 
 
@@ -31,7 +25,7 @@ class BudgetPoint:
         macs_share: Mean MACs share that it gave on the calibration images.
         images: Number of calibration images.
         top1: Accuracy on them, percent; None if they had no labels.
-        block_rates: Execution rate of each of the L gated blocks on them, in [0, 1]; a cap needs them.
+        block_rates: Execution rate of each of the L gated blocks on them, in [0, 1].
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -138,65 +132,25 @@ def budget_offset(table: Sequence[BudgetPoint], budget: float) -> float:
     return high.gate_offset
 
 
-def set_budget(
-        model: nn.Module,
-        budget: float,
-        cap: Optional[float] = None,
-        input_size: Optional[Tuple[int, int, int]] = None,
-) -> float:
+def set_budget(model: nn.Module, budget: float) -> float:
     """Let a calibrated model spend a share of the MACs of its static parent, in the mean over images like those it was
-    calibrated on. What optimize_for_inference makes of it takes budgets too, and keeps a cap that was set before.
+    calibrated on. What optimize_for_inference makes of it takes budgets too.
 
     Args:
         model: Model with a table of calibrate_budget, its own or loaded.
         budget: Mean MACs over those of the static parent.
-        cap: Largest share of these MACs that any one image may take, None for no cap. In eval, each open gate is closed
-            whose block would take what more decisive ones are expected to need (see Cap): the mean falls below the
-            budget, and single images that stay under the cap by themselves may lose a block. It costs some Python at
-            each gate, no second pass, cannot be compiled or traced, and is not saved. force_gates overrules it.
-        input_size: Of the images (C, H, W), to count a cap's MACs by; the pretrained_cfg's by default.
 
     Returns:
         The gate offset that was set.
 
     Raises:
-        ValueError: The model is static, was not calibrated, or budget or cap are out of range. The model is unchanged
-            then.
+        ValueError: The model is static, was not calibrated, or the budget is out of range. The model is
+            unchanged then.
     """
-    blocks = require_gated_blocks(model)
+    require_gated_blocks(model)
     table = budget_table(model)
     if not table:
         raise ValueError('model has no calibrated budgets, call timm_aig.calibrate_budget on held-out images first.')
     offset = budget_offset(table, budget)
-    caps = [None] * len(blocks) if cap is None else _caps(model, table, cap, input_size)
     set_gate_offset(model, offset)
-    for block, part in zip(blocks.values(), caps):
-        if isinstance(block, GatedBlock):  # else optimized
-            block.gate.cap = part
     return offset
-
-
-def _caps(
-        model: nn.Module,
-        table: Sequence[BudgetPoint],
-        cap: float,
-        input_size: Optional[Tuple[int, int, int]],
-) -> List[Any]:
-    """Each gate's part in a cap."""
-    if not all(isinstance(block, GatedBlock) for block in gated_blocks(model).values()):
-        raise ValueError('cap: model is optimized for inference, set the cap on the original and optimize it again.')
-    points = [point for point in table if point.block_rates is not None]
-    if not points:
-        raise ValueError('cap: the table of budgets has no block_rates, calibrate the model anew.')
-    cost = compute_cost(model, input_size or own_input_size(model))
-    lowest = cost.fixed / cost.static
-    if not lowest <= cap < inf:
-        raise ValueError(f'cap must be at least {lowest:.4f}, the MACs share that always runs, not {cap!r}.')
-    budget = floor(cap * cost.static) - cost.fixed
-    at = {-point.gate_offset: point.block_rates for point in points}  # of those with one offset, the last
-    margins = sorted(at)
-    return [
-        Cap(i, budget, macs, margins,
-            [sum(m * min(1., RESERVE * rate) for m, rate in zip(cost.blocks[i + 1:], (at[margin] or ())[i + 1:]))
-             for margin in margins])
-        for i, macs in enumerate(cost.blocks)]

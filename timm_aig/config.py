@@ -1,17 +1,28 @@
 """AIGConfig: which blocks of a ResNet are gated, how often they should run, and what their gates look like.
 
-And load_hub_configs: those of the known checkpoints.
+And InputError, which every module raises for a value that it cannot use.
 """
-import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from .gate import GATE_NORMS
+__all__ = ['AIGConfig', 'InputError']
 
-__all__ = ['AIGConfig', 'load_hub_configs']
-
+GATE_NORMS = ('bn', 'none')
 SCHEDULES = ('paper',)
+
+
+class InputError(ValueError):
+    """A value that cannot be used. The message says which, what it was and what is allowed."""
+
+    def __init__(self, problem: str, argument: Optional[str] = None) -> None:
+        """
+        Args:
+            problem: What is wrong, without the argument's name.
+            argument: Its Python name, which scripts show as a flag. None if no single argument is at fault.
+        """
+        super().__init__(problem if argument is None else f'{argument} {problem}')
+        self.problem = problem
+        self.argument = argument
 
 
 def _paper_schedule(stages: Sequence[int], bottleneck: bool, t: float) -> List[float]:
@@ -118,21 +129,3 @@ def _is_int(value: Any) -> bool:
 def _check_rate(name: str, rate: Any) -> None:
     if not (_is_int(rate) or isinstance(rate, float)) or not 0 < rate <= 1:
         raise ValueError(f'{name} must be a number in (0, 1], not {rate!r}.')
-
-
-def load_hub_configs() -> Dict[str, Dict[str, Any]]:
-    """The checkpoints this package knows, one file of hub_configs each, by its name, '<architecture>.<tag>'.
-
-    Weights that lie beside a file, <its name>.safetensors, are in its pretrained_cfg as `file`.
-    """
-    package = Path(__file__).parent
-    installed, checkout = package / 'hub_configs', package.parent / 'hub_configs'  # a wheel has them inside the package
-    folder = installed if installed.is_dir() else checkout
-    configs = {}
-    for file in sorted(folder.glob('*.json')):
-        config = json.loads(file.read_text(encoding='utf-8'))
-        weights = file.with_name(f'{file.stem}.safetensors')  # a tag may hold a dot
-        if weights.is_file():
-            config['pretrained_cfg']['file'] = str(weights)
-        configs[file.stem] = config
-    return configs

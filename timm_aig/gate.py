@@ -10,12 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .cap import Cap
-
-__all__ = ['Gate', 'GATE_NORMS']
-
-GATE_NORMS = ('bn', 'none')
-CAP_IN_PYTHON = 'a cap on the MACs of each image is kept in Python: it cannot be compiled, traced or scripted.'
+__all__ = ['Gate']
 
 
 class _GatePass(threading.local):
@@ -58,14 +53,13 @@ def rows_of_batch(start: int, stop: int, batch: int) -> Iterator[None]:
         gate_pass.rows, gate_pass.whole = slice(None), None
 
 
-def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.Tensor:
+def sample_gate(logits: torch.Tensor, noise: bool = True) -> torch.Tensor:
     """Draw open (1) or closed (0) with probability softmax(logits), the Gumbel-max trick (paper, eq. 3 to 6).
 
-    The forward value is exactly 0 or 1, the gradient that of softmax((logits + noise) / tau) (straight-through).
+    The forward value is exactly 0 or 1, the gradient that of softmax(logits + noise) (straight-through).
 
     Args:
         logits: Closed and open logits [B, 2].
-        tau: Temperature of the softmax that the gradient is taken of.
         noise: Draw; False takes the larger logit, as eval does, and keeps the gradient.
 
     Returns:
@@ -77,7 +71,7 @@ def sample_gate(logits: torch.Tensor, tau: float, noise: bool = True) -> torch.T
         uniform = torch.rand_like(gumbel).clamp(1.1754944e-38, 1. - 2. ** -24)
         gumbel = -torch.log(-torch.log(uniform))
     noisy = logits + gumbel
-    soft = F.softmax(noisy / tau, dim=1)[:, 1]
+    soft = F.softmax(noisy, dim=1)[:, 1]
     hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
 
@@ -129,11 +123,9 @@ class Gate(nn.Module):
         self.fc1 = nn.Linear(in_channels, hidden_channels, **dd)
         self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
-        self.tau = 1.  # temperature of the training gradient
         self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
         self.offset = 0.  # added to the open logit before the eval threshold
         self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
-        self.cap: Optional[Cap] = None  # of set_budget
         self.init_weights()
 
     @torch.jit.ignore
@@ -169,25 +161,12 @@ class Gate(nn.Module):
         if not torch.jit.is_scripting():
             sample = gate_pass.sample
         if self.training or sample:
-            z = sample_gate(logits, self.tau, self.noise or sample)
+            z = sample_gate(logits, self.noise or sample)
         else:
             z = (logits[:, 1] + self.offset > logits[:, 0]).float()
         if not torch.jit.is_scripting():
-            if self.cap is not None and not self.training and not x.is_meta:
-                z = self._capped(z, x, logits)
             z = self._note(z)
         return z
-
-    def __prepare_scriptable__(self) -> 'Gate':
-        if self.cap is not None:
-            raise RuntimeError(CAP_IN_PYTHON)
-        return self
-
-    def _capped(self, z: torch.Tensor, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if not runs_eagerly(x):
-            raise RuntimeError(CAP_IN_PYTHON)
-        assert self.cap is not None
-        return z.new_tensor(self.cap.answers(z.tolist(), (logits[:, 1] - logits[:, 0]).tolist()))
 
     def _note(self, z: torch.Tensor) -> torch.Tensor:
         """Serve the force_gates and forward_gates of this thread."""

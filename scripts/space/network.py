@@ -1,0 +1,324 @@
+"""Models of scripts/space/app.py: loading by name, an image through the gates at some budget, time over the parent."""
+import copy
+import csv
+import math
+import os
+import re
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from images import UploadError, read_image
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models.resnet import BasicBlock, Bottleneck
+
+import timm_aig
+from timm_aig.budget import budget_offset, budget_table
+from timm_aig.models.hub_configs import load_hub_configs
+from timm_aig.training.data import MODES
+
+__all__ = ['DEFAULT_MODEL', 'ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
+
+ON_A_SPACE = 'SPACE_ID' in os.environ
+DEFAULT_MODEL = 'cifar_resnet32_aig.fmnist_t06'  # trained on what the page's samples are of
+HERE = Path(__file__).resolve().parent
+MAX_SIDE = 1024  # of a model's images
+MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
+LARGEST_CSV = 10_000_000
+TIMED_SECONDS, LEAST_TURNS, MOST_TURNS = .7, 5, 51
+
+# One at a time: the budget is state of a model that all tabs share, and passes side by side would disturb the timing.
+_computing = threading.Lock()
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message is for the person at the page."""
+
+
+@dataclass(frozen=True)
+class Slider:
+    """What the budget slider of a model sets: a calibrated share of the MACs in percent, or the offset of its gates.
+
+    Args:
+        calibrated: Which of the two.
+        low: Its lowest value.
+        high: Its highest.
+        step: Between its values.
+        value: What the model was saved with.
+    """
+    calibrated: bool
+    low: float
+    high: float
+    step: float
+    value: float
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> 'Slider':
+        own = next(iter(timm_aig.gated_blocks(model).values())).gate.offset
+        table = budget_table(model)
+        low, high = (math.ceil(table[0].budget * 100), math.floor(table[-1].budget * 100)) if table else (0, 0)
+        if low >= high:
+            return cls(False, min(-5., own), max(5., own), .1, own)
+        distance = {share: abs(budget_offset(table, share / 100) - own) for share in range(low, high + 1)}
+        return cls(True, low, high, 1, min(distance, key=lambda share: distance[share]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One image at one budget.
+
+    Args:
+        probabilities: Of the classes, [num_classes].
+        gates: Which of the L gated blocks ran, 0./1. [1, L].
+        opens: Probability of open that each gate gives, the softmax of its two logits, L numbers.
+        threshold: What it must exceed for the block to run: 0.5 at offset 0.
+    """
+    probabilities: torch.Tensor
+    gates: torch.Tensor
+    opens: List[float]
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one image, medians of so many passes in turns, and the quartiles of adaptive over parent."""
+    adaptive: float
+    parent: float
+    quartiles: Tuple[float, float]
+    passes: int
+
+
+class Network:
+    """An adaptive model, with what the page shows of it."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        """
+        Args:
+            name: What it was loaded by.
+            model: The model.
+
+        Raises:
+            ModelError: Static, or for images that this page does not make.
+        """
+        if not timm_aig.gated_blocks(model):
+            raise ModelError(f'{name} is a static model, none of its blocks has a gate.')
+        self.name = name
+        self.model = model.eval()
+        config = resolve_data_config(model=model)
+        self.input_size: Tuple[int, int, int] = config['input_size']
+        if self.input_size[0] not in MODES or max(self.input_size) > MAX_SIDE:
+            raise ModelError(f'{name} takes images of {" x ".join(map(str, self.input_size))}; '
+                             f'this page makes 1 or 3 channels and at most {MAX_SIDE} pixels a side.')
+        self.transform = create_transform(**config)
+        self.blocks = [name for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))]
+        self.gated = list(timm_aig.gated_blocks(model))
+        self.slider = Slider.of(model)
+        parent = timm_aig.ungate_(copy.deepcopy(model))
+        self.cost = timm_aig.compute_cost(model, self.input_size)
+        self.fast = timm_aig.optimize_for_inference(model)
+        self.fast_parent = timm_aig.optimize_for_inference(parent)
+        self.rates: Optional[List[List[float]]] = None  # of classes and gated blocks, if they come with the model
+        self.picture: Optional[Image.Image] = None  # or a picture of them
+        self._read_heatmap()
+
+    def _read_heatmap(self) -> None:
+        try:
+            if (path := _find_file(self.name, 'rates.csv')) is not None:
+                self.rates = _read_rates(path, self.gated, self.model.num_classes)
+                return
+        except ValueError as e:
+            print(f'app.py: {e}', file=sys.stderr)
+        try:
+            if (path := _find_file(self.name, 'execution_rates.png')) is not None:
+                self.picture, _ = read_image(path)
+        except UploadError as e:
+            print(f'app.py: {path}: {e}', file=sys.stderr)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """What the network sees of an image, before it is normalised."""
+        steps = [step for step in self.transform.transforms if type(step).__name__ in ('Resize', 'CenterCrop')]
+        image = image.convert(MODES[self.input_size[0]])
+        for step in steps:
+            image = step(image)
+        return image
+
+    def tensor(self, image: Image.Image) -> torch.Tensor:
+        """An image as input of the network, [1, C, H, W]."""
+        return self.transform(image.convert(MODES[self.input_size[0]]))[None]
+
+    def run(self, x: torch.Tensor, budget: Optional[float] = None) -> Run:
+        """Run one image.
+
+        Args:
+            x: From tensor().
+            budget: A value of the slider, None for the one the model was saved with.
+        """
+        value = self.slider.value if budget is None else min(max(budget, self.slider.low), self.slider.high)
+        offset = budget_offset(budget_table(self.model), value / 100) if self.slider.calibrated else value
+        logits: List[torch.Tensor] = []
+        blocks = timm_aig.gated_blocks(self.model).values()
+        with _computing, torch.inference_mode():
+            hooks = [block.gate.fc2.register_forward_hook(lambda m, args, output: logits.append(output[0]))
+                     for block in blocks]
+            try:
+                timm_aig.set_gate_offset(self.model, offset)
+                output, gates = timm_aig.forward_gates(self.model, x)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        opens = [pair.softmax(0)[1].item() for pair in logits]
+        threshold = torch.tensor(-offset).sigmoid().item()
+        return Run(output[0].softmax(0), gates, opens, threshold)
+
+    def measure(
+            self,
+            x: torch.Tensor,
+            gates: torch.Tensor,
+            wanted: Callable[[], bool] = lambda: True,
+    ) -> Optional[Timing]:
+        """Time one image against the static parent, optimised the same way, pass by pass in turns.
+
+        Args:
+            x: From tensor().
+            gates: Those of its run(), which the optimised copy is made to give.
+            wanted: Asked before each turn; False ends the measurement.
+
+        Returns:
+            The timing, None if it was not wanted to its end.
+        """
+        times: List[Tuple[float, float]] = []
+        begin = time.perf_counter()
+        turns = 0
+        while turns < 2 + LEAST_TURNS or (time.perf_counter() < begin + TIMED_SECONDS and turns < 2 + MOST_TURNS):
+            if not wanted():
+                return None
+            with _computing, torch.inference_mode(), timm_aig.force_gates(self.fast, gates):
+                turn = _milliseconds(self.fast, x), _milliseconds(self.fast_parent, x)
+            turns += 1
+            if turns > 2:  # those before warm up
+                times.append(turn)
+            time.sleep(.001)  # lets a tab that waits for its answer go first
+        adaptive, parent = (statistics.median(column) for column in zip(*times))
+        low, _, high = statistics.quantiles([a / p for a, p in times], n=4)
+        return Timing(adaptive, parent, (low, high), len(times))
+
+    def class_name(self, index: int) -> str:
+        names = self.model.pretrained_cfg.get('label_names')
+        if isinstance(names, dict):
+            names = names.get(index, names.get(str(index)))
+            return f'class {index}' if names is None else str(names)
+        if names and index < len(names):
+            return str(names[index])
+        subset = infer_imagenet_subset(self.model)
+        return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
+
+
+def _milliseconds(model: Any, x: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    model(x)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def shipped_models() -> List[str]:
+    """Names of the trained models that come with the package."""
+    return [name for name, config in load_hub_configs().items() if 'file' in config['pretrained_cfg']]
+
+
+def load_network(name: str) -> Network:
+    """A network by its name: a shipped model, hf-hub:user/name[@revision] (or without hf-hub:), or local-dir:folder.
+
+    Raises:
+        ModelError: It cannot be loaded, or folders are not served here.
+    """
+    name = name.strip()
+    if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', name):
+        name = f'hf-hub:{name}'
+    return _load(name)
+
+
+@lru_cache(maxsize=4)
+def _load(name: str) -> Network:
+    try:
+        if name in shipped_models():
+            return Network(name, timm.create_model(name, pretrained=True))
+        source, _, place = name.partition(':')
+        if source == 'hf-hub':
+            validate_repo_id(place.partition('@')[0])
+            _, architecture, _ = load_model_config_from_hf(place)
+        elif source == 'local-dir' and not ON_A_SPACE:
+            _, architecture, _ = load_model_config_from_path(place)
+        else:
+            folder = '' if ON_A_SPACE else ' or local-dir:folder'
+            raise ModelError(f'must be {", ".join(shipped_models())}, hf-hub:user/name{folder}, not {name[:80]!r}.')
+        if not str(architecture).endswith('_aig'):
+            raise ModelError(f'{name} has the architecture {str(architecture)[:80]!r}; only adaptive models, '
+                             '<name>_aig, have gates to show.')
+        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        if parameters > MAX_PARAMETERS:
+            raise ModelError(
+                f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
+        return Network(name, timm.create_model(name, pretrained=True))
+    except ModelError:
+        raise
+    except HFValidationError as e:
+        raise ModelError(f'{name[:80]!r} is no name of a model on the Hub: hf-hub:user/name.') from e
+    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+        raise ModelError(f'{name} is not on the Hub, or not public.') from e
+    except LocalEntryNotFoundError as e:
+        raise ModelError(f'{name} cannot be loaded: the Hub does not answer.') from e
+    except (FileNotFoundError, EntryNotFoundError) as e:
+        raise ModelError(f'{name} has no config.json or no model.safetensors.') from e
+    except Exception as e:  # of a folder or repository of any content
+        print(f'app.py: {name}: {type(e).__name__}: {e}', file=sys.stderr)
+        reason = str(e) if isinstance(e, (ValueError, RuntimeError)) else ''
+        reason = re.sub(r'(?<![\w:])(/[^\s/:\'"]+){2,}', '...', ' '.join(reason.split()))  # paths of this machine
+        raise ModelError(f'{name} cannot be loaded: {reason[:300] or type(e).__name__}') from e
+
+
+def _find_file(name: str, filename: str) -> Optional[Path]:
+    """A file that belongs to a model: in hub_configs for a shipped one, else in its folder or repository."""
+    source, _, place = name.partition(':')
+    if source == 'hf-hub':
+        repo_id, _, revision = place.partition('@')
+        try:
+            return Path(hf_hub_download(repo_id, filename, revision=revision or None))
+        except Exception:  # not there, or the Hub does not answer: the page does without
+            return None
+    folders = [Path(place)] if source == 'local-dir' else [
+        root / 'hub_configs' / name for root in (HERE, HERE.parent)]  # a Space and a checkout
+    return next((folder / filename for folder in folders if (folder / filename).is_file()), None)
+
+
+def _read_rates(path: Path, blocks: Sequence[str], classes: int) -> List[List[float]]:
+    """Rates [classes, blocks] from a CSV with a row for each class and a column for each block.
+
+    Raises:
+        ValueError: It is another file.
+    """
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file.read(LARGEST_CSV).splitlines()))
+    try:
+        rates = [[float(row[block] or 'nan') for block in blocks] for row in rows]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f'{path} has no column for each block.') from e
+    if len(rates) != classes or any(not 0 <= rate <= 1 for row in rates for rate in row if rate == rate):
+        raise ValueError(f'{path} has no row of rates in [0, 1] for each class.')
+    return rates

@@ -1,0 +1,300 @@
+"""save_pretrained: a folder that timm loads the same model from."""
+import copy
+import json
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+
+import timm_aig
+from timm_aig import AIGConfig, forward_gates, gate_, gated_blocks, save_pretrained, ungate_
+
+
+def reload(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+@pytest.mark.parametrize('arch,kwargs', [
+    ('resnet18_aig', dict(schedule='paper', target_rate=0.3, num_classes=7)),
+    ('resnet50d_aig', dict(target_rates=[1, 0.5] * 8, gate_channels=4)),
+    ('ecaresnet50d_pruned_aig', dict(gate_norm='none', in_chans=1)),
+    ('cifar_resnet20_aig', dict(global_pool='catavgmax')),
+    ('resnet50_aig.t06_paper', {}),
+])
+def test_what_is_saved_loads_with_the_same_outputs_gates_and_config(arch, kwargs, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model(arch, **kwargs))).eval()
+    assert save_pretrained(model, tmp_path / 'new' / 'folder') == tmp_path / 'new' / 'folder'
+    other = reload(tmp_path / 'new' / 'folder')
+    x = torch.randn(4, kwargs.get('in_chans', 3), 32, 32)
+    with torch.no_grad():
+        expected, result = forward_gates(model, x), forward_gates(other, x)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+    assert 0 < expected[1].mean() < 1
+    assert list(other.state_dict()) == list(model.state_dict())
+    assert {n: b.target_rate for n, b in gated_blocks(other).items()} == {
+        n: b.target_rate for n, b in gated_blocks(model).items()}
+    assert other.pretrained_cfg['architecture'] == arch.partition('.')[0]
+
+
+@pytest.mark.parametrize('config', [AIGConfig(), AIGConfig(0.25, schedule='paper', gate_channels=8, gate_norm='none')])
+def test_a_model_converted_by_gate_loads_as_an_adaptive_one(config, tmp_path, train_norms):
+    model = gate_(train_norms(timm.create_model('resnet18', num_classes=5)), config).eval()
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+    assert list(gated_blocks(other)) == list(gated_blocks(model))
+
+
+def test_a_model_of_images_of_one_size_is_checked_at_that_size(tmp_path):
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=3).eval()
+    save_pretrained(model, tmp_path)
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+
+def test_weights_whose_logits_are_not_finite_are_not_saved(tmp_path):
+    model = timm.create_model('cifar_resnet20', num_classes=3)
+    torch.nn.init.constant_(model.fc.weight, 3e38)
+    torch.nn.init.constant_(model.bn1.weight, 1e3)
+    with pytest.raises(ValueError, match='logits of this model are not finite'):
+        save_pretrained(model, tmp_path / 'new')
+    assert not (tmp_path / 'new' / 'config.json').exists()
+
+
+def test_a_model_that_was_ungated_loads_as_a_static_one(tmp_path, train_norms):
+    model = ungate_(train_norms(timm.create_model('resnet18_aig', num_classes=5))).eval()
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'resnet18'
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_model_with_every_block_always_on_loads(tmp_path, train_norms):
+    model = train_norms(timm.create_model('resnet18_aig', target_rate=1)).eval()
+    assert not gated_blocks(model)
+    save_pretrained(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(reload(tmp_path)(x), model(x))
+
+
+def test_the_folder_holds_safetensors_of_the_pt_format_and_json_and_no_pickle(tmp_path):
+    model = timm.create_model('resnet18_aig', num_classes=2).to(memory_format=torch.channels_last)
+    save_pretrained(model, tmp_path, model_config={'label_names': ['a', 'b']})
+    assert {'model.safetensors', 'config.json'} <= {file.name for file in tmp_path.iterdir()}
+    assert not [f for f in tmp_path.iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.pkl') or f.is_dir()]
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt'}
+        assert set(file.keys()) == set(model.state_dict())
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == 'resnet18_aig'
+    assert config['model_args']['target_rate'] == 0.6
+    assert config['label_names'] == ['a', 'b']
+
+
+def test_it_saves_from_inside_compile_and_data_parallel_wrappers(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig')
+    for i, wrapped in enumerate((torch.compile(model, backend='eager'), torch.nn.DataParallel(model))):
+        save_pretrained(wrapped, tmp_path / str(i))
+        assert torch.equal(reload(tmp_path / str(i)).fc.weight, model.fc.weight)
+
+
+def test_the_way_timms_scripts_load_a_model_gives_the_same_one(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig', target_rate=0.3)).eval()
+    save_pretrained(model, tmp_path)
+    arguments = timm.models.resolve_model_input_args(f'local-dir:{tmp_path}', dict(input_size=[3, 64, 64]))
+    other = timm.create_model(**arguments, pretrained=True).eval()
+    x = torch.randn(4, 3, 64, 64)
+    assert torch.equal(other(x), model(x)) and {b.target_rate for b in gated_blocks(other).values()} == {0.3}
+
+
+def test_a_reset_head_and_pool_are_saved(tmp_path):
+    model = timm.create_model('resnet18_aig', num_classes=7).eval()
+    model.reset_classifier(3, global_pool='catavgmax')
+    save_pretrained(model, tmp_path)
+    other = reload(tmp_path)
+    assert other.num_classes == 3 and other.global_pool.pool_type == 'catavgmax'
+    assert torch.equal(other.fc.weight, model.fc.weight)
+
+
+def test_a_disk_that_is_full_is_an_oserror_and_what_was_there_stays(tmp_path, monkeypatch):
+    timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def save_file(*args, **kwargs):
+        raise SafetensorError('I/O error: No space left on device')
+    monkeypatch.setattr('timm_aig.hub.save.save_file', save_file)
+    with pytest.raises(OSError, match='No space left'):
+        timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_training_regularization_is_not_saved(tmp_path):
+    rates = dict(drop_rate=0.2, drop_path_rate=0.1, drop_block_rate=0.1)
+    model = timm.create_model('resnet18_aig', **rates)
+    assert not rates.keys() & timm.models.get_model_args(model).keys()
+    save_pretrained(model, tmp_path)
+    assert not rates.keys() & json.loads((tmp_path / 'config.json').read_text())['model_args'].keys()
+    assert reload(tmp_path).drop_rate == 0
+
+
+def test_a_saved_model_takes_other_classes_and_channels_and_gives_features(tmp_path, train_norms):
+    model = train_norms(timm.create_model('resnet18_aig')).eval()
+    save_pretrained(model, tmp_path)
+    assert reload(tmp_path, num_classes=3)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert reload(tmp_path, in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 1000)
+    x = torch.randn(1, 3, 64, 64)
+    features = reload(tmp_path, features_only=True)(x)
+    assert torch.equal(features[-1], model.forward_features(x))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: torch.nn.Linear(3, 3),
+    lambda: gate_(torch.nn.Sequential(timm.create_model('resnet18').layer1)),
+])
+def test_a_model_timm_could_not_rebuild_is_refused_and_nothing_is_written(make, tmp_path):
+    with pytest.raises(ValueError, match="cannot be rebuilt from timm's registry"):
+        save_pretrained(make(), tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_an_unserializable_argument_leaves_the_old_folder_whole(tmp_path):
+    model = timm.create_model('resnet18_aig').eval()
+    save_pretrained(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    odd = timm.create_model('resnet18_aig', act_layer=torch.nn.SiLU)
+    with pytest.raises(ValueError, match="'act_layer' is not serializable"):
+        save_pretrained(odd, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert timm_aig.gated_blocks(reload(tmp_path))
+
+
+def test_any_memory_layout_wrapper_average_and_device_type_saves_the_same_bytes(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    expected = (save_pretrained(model, tmp_path / 'plain') / 'model.safetensors').read_bytes()
+    views = copy.deepcopy(model)
+    flat = torch.cat([p.detach().flatten() for p in views.parameters()])  # as flattened optimizers and FSDP keep them
+    start = 0
+    for p in views.parameters():
+        p.data = flat[start:start + p.numel()].view_as(p)
+        start += p.numel()
+    for i, other in enumerate((
+            copy.deepcopy(model).to(memory_format=torch.channels_last),
+            ModelEmaV3(model),
+            torch.nn.DataParallel(torch.compile(model, backend='eager')),
+            torch.compile(torch.nn.DataParallel(model), backend='eager'),
+            copy.deepcopy(model).train().requires_grad_(False),
+            views,
+    )):
+        assert (save_pretrained(other, tmp_path / str(i)) / 'model.safetensors').read_bytes() == expected
+
+
+def test_a_model_inside_distributed_data_parallel_is_saved(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig')
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        save_pretrained(torch.nn.parallel.DistributedDataParallel(model), tmp_path)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight)
+
+
+def test_half_precision_is_saved_as_it_is(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).bfloat16()
+    save_pretrained(model, tmp_path)
+    assert load_file(tmp_path / 'model.safetensors')['fc.weight'].dtype == torch.bfloat16
+    assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight.float())
+
+
+def test_saving_leaves_the_model_its_mode_and_the_random_numbers_alone(tmp_path):
+    model = timm.create_model('cifar_resnet20_aig').train()
+    timm_aig.set_execution(model, 'masked')
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    save_pretrained(model, tmp_path)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert {block.execution for block in gated_blocks(model).values()} == {'masked'}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def not_finite(model):
+    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = float('inf')
+    return model
+
+
+def other_activation(model):
+    model.act1 = torch.nn.Tanh()
+    return model
+
+
+def longer(model):
+    model.layer3.append(copy.deepcopy(model.layer3[-1]))
+    return model
+
+
+@pytest.mark.parametrize('change,message', [
+    (not_finite, 'layer1.0.conv1.weight has no values or values that are not finite'),
+    (lambda model: model.to('meta'), 'conv1.weight has no values'),
+    (other_activation, 'timm rebuilds a model with other logits'),
+    (longer, 'timm cannot rebuild this model .CifarResNet.: .*it has gates on 10 blocks'),
+    (timm_aig.optimize_for_inference, 'cannot be rebuilt|cannot rebuild'),
+])
+def test_a_model_that_would_come_back_as_another_is_refused_and_nothing_is_written(change, message, tmp_path):
+    save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(change(timm.create_model('cifar_resnet20_aig')), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_backbone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='is a backbone without a head'):
+        save_pretrained(timm.create_model('cifar_resnet20_aig', features_only=True), tmp_path)
+
+
+@pytest.mark.parametrize('arch,kwargs', [
+    ('cifar_resnet20_aig', dict(num_classes=3, target_rate=0.3)), ('resnet18_aig', dict(in_chans=1, num_classes=3)),
+])
+def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model(arch, **kwargs))).eval()
+    save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'dog', 'owl']})
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(8, model.in_chans, 32, 32)
+    with torch.no_grad():
+        (expected, expected_gates), (result, gates) = forward_gates(model, x), forward_gates(other, x)
+    assert torch.equal(result.logits, expected) and torch.equal(gates, expected_gates)
+    assert 0 < gates.mean() < 1 and other.config.id2label == {0: 'cat', 1: 'dog', 2: 'owl'}
+    assert reload(tmp_path).pretrained_cfg['label_names'] == ['cat', 'dog', 'owl']
+    again = save_pretrained(reload(tmp_path), tmp_path / 'again')
+    assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
+
+
+def test_label_names_that_are_not_one_for_each_class_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='label_names has 2 names, the model 3 classes'):
+        save_pretrained(
+            timm.create_model('cifar_resnet20_aig', num_classes=3), tmp_path, model_config={'label_names': ['a', 'b']})
+    assert not list(tmp_path.iterdir())
+
+
+def test_label_names_of_a_head_that_was_replaced_are_not_saved(tmp_path):
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True, num_classes=3)
+    assert len(model.pretrained_cfg['label_names']) == 10
+    assert 'label_names' not in (save_pretrained(model, tmp_path) / 'config.json').read_text()
+
+
+def test_the_pipeline_of_transformers_classifies_an_image_as_timm_does(tmp_path, train_norms):
+    model = train_norms(timm.create_model('cifar_resnet20_aig', num_classes=3)).eval()
+    save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'dog', 'owl']})
+    image = Image.effect_noise((40, 50), 90).convert('RGB')
+    answers = transformers.pipeline('image-classification', model=str(tmp_path))(image)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=reload(tmp_path)))
+    with torch.no_grad():
+        expected = model(transform(image)[None]).softmax(1)[0]
+    scores = {answer['label']: answer['score'] for answer in answers}
+    assert scores == pytest.approx(dict(zip(['cat', 'dog', 'owl'], expected.tolist())), abs=1e-3)

@@ -1,0 +1,333 @@
+"""Folders from outside: bad configs, damaged weights, pickles. Clear errors, nothing executed."""
+import json
+import logging
+import os
+import pickle
+import random
+import struct
+import traceback
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
+
+from timm_aig import forward_gates, gated_blocks, save_pretrained, set_gate_offset
+from timm_aig.convert import checkpoint_filter_fn
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A saved model, the smallest there is."""
+    torch.manual_seed(0)
+    model = timm.create_model('cifar_resnet20_aig', layers=(1, 1, 1), target_rates=(0.5, 0.5, 1))
+    return save_pretrained(model, tmp_path_factory.mktemp('saved'))
+
+
+@pytest.fixture
+def executed(tmp_path):
+    """Creates this file where it is unpickled."""
+    return tmp_path / 'executed'
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def load(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+
+
+def changed(folder, new, change):
+    """A copy of a folder with another config.json."""
+    new.mkdir(exist_ok=True)
+    config = json.loads((folder / 'config.json').read_text())
+    change(config)
+    (new / 'config.json').write_text(json.dumps(config))
+    if not (new / 'model.safetensors').exists():
+        os.link(folder / 'model.safetensors', new / 'model.safetensors')
+    return new
+
+
+@pytest.mark.parametrize('name,value', [
+    ('input_size', [3, 32]), ('input_size', [3, 0, 32]), ('input_size', '3x32x32'), ('num_classes', -1),
+    ('num_classes', 10 ** 9), ('num_classes', '10'), ('num_classes', True), ('mean', [float('nan')] * 3), ('mean', []),
+    ('std', 'x'), ('crop_pct', 0), ('first_conv', 3), ('classifier', {}), ('label_names', 7), ('pool_size', [8, 'x']),
+    ('fixed_input_size', 'no'), ('license', ['mit']), ('test_input_size', [3, 10 ** 9, 32]),
+])
+def test_a_wrong_field_of_pretrained_cfg_is_named_with_its_file(folder, tmp_path, name, value):
+    new = changed(folder, tmp_path / 'new', lambda config: config['pretrained_cfg'].update({name: value}))
+    if name == 'num_classes':  # the one beside pretrained_cfg wins
+        changed(folder, new, lambda config: config.update(num_classes=value))
+    with pytest.raises(ValueError, match=f'{new}/config.json: {name} must be'):
+        load(new)
+
+
+@pytest.mark.parametrize('args,message', [
+    (dict(block='os.system'), "model_args has 'block', known are aa_layer"),
+    (dict(pretrained_strict=False), "model_args has 'pretrained_strict'"),
+    (dict(pretrained_filter_fn='eval'), "model_args has 'pretrained_filter_fn'"),
+    (dict(base_width=10 ** 12), 'base_width must be at most 65536'),
+    (dict(layers=[10 ** 5, 1, 1]), 'layers must be at most'), (dict(layers=3), 'layers must be a list'),
+    (dict(layers=[5000, 1, 1]), 'layers must be a list of whole numbers'),
+    (dict(gate_channels=0), 'gate_channels must be'), (dict(target_rates=[2, 1, 1]), r'target_rates\[0\] must be'),
+    (dict(target_rates=[0.5] * 2000), 'at most 1024 entries'), (dict(schedule='x'), 'schedule must be'),
+    (dict(target_rates=[0.5, 1, 1]), 'it has gates on 2 blocks'), (dict(gate_channels=8), 'Pass the gate_channels'),
+    (dict(gate_norm='none'), 'Pass the gate_channels and gate_norm'), (dict(layers=[1, 1, 2]), 'target_rates has 3'),
+    (dict(gate_offset='x'), 'could not convert'),
+    (dict(channels=[]), 'describes no cifar_resnet20_aig, or an argument does not fit it: IndexError'),
+    (dict(gate_budgets=[{'budget': .5, 'gate_offset': 1e300, 'macs_share': .5, 'images': 9}]), 'gate_offset must be'),
+    (dict(gate_budgets={}), 'gate_budgets must be a list'), (dict(gate_budgets=[[.5, 0]]), 'must be an object of'),
+    (dict(gate_budgets=[{'budget': .5, 'gate_offset': 0, 'macs_share': .5, 'images': 9, 'block_rates': [.5]}]),
+     'has 1 block_rates, the model 2'),
+    (dict(gate_offset=1e300), 'gate_offset must be at most'),
+])
+def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
+    new = changed(folder, tmp_path / 'new', lambda config: config['model_args'].update(args))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(new)
+
+
+def test_a_wrong_argument_of_a_static_cifar_model_is_named(tmp_path):
+    folder = save_pretrained(timm.create_model('cifar_resnet20', channels=[4, 4, 4]), tmp_path / 'static')
+    new = changed(folder, tmp_path / 'new', lambda config: config['model_args'].update(layers=[3, 3, 'x']))
+    with pytest.raises(ValueError, match='layers must be a list of whole numbers'):
+        load(new)
+
+
+def test_an_unknown_field_or_architecture_is_named(folder, tmp_path):
+    new = changed(folder, tmp_path / 'new', lambda config: config['pretrained_cfg'].update(evil=1))
+    with pytest.raises(ValueError, match="pretrained_cfg has no field 'evil'"):
+        load(new)
+    changed(folder, new, lambda config: config.update(architecture='../../evil'))
+    with pytest.raises(RuntimeError, match=r'Unknown model \(\.\./\.\./evil\)'):
+        load(new)
+    changed(folder, new, lambda config: config.pop('architecture'))
+    with pytest.raises(KeyError, match='architecture'):
+        load(new)
+    (new / 'config.json').write_text('{"architecture": ')
+    with pytest.raises(json.JSONDecodeError):
+        load(new)
+    (new / 'config.json').unlink()
+    with pytest.raises(FileNotFoundError, match=r'Config file not found: .*config\.json'):
+        load(new)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner:
+    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=3), max_leaves=6)
+FIELDS = (
+    'architecture', 'num_classes', 'num_features', 'global_pool', 'model_args', 'pretrained_cfg', 'label_names',
+    'model_args.target_rate', 'model_args.target_rates', 'model_args.gate_channels', 'model_args.gate_norm',
+    'model_args.gate_offset', 'model_args.gate_budgets', 'model_args.schedule', 'model_args.layers',
+    'model_args.in_chans', 'model_args.global_pool', 'model_args.block', 'model_args.norm_layer',
+    'model_args.act_layer', 'model_args.channels', 'model_args.features_only', 'model_args.pretrained',
+    'model_args.cache_dir',
+    'pretrained_cfg.input_size', 'pretrained_cfg.num_classes', 'pretrained_cfg.first_conv', 'pretrained_cfg.classifier',
+    'pretrained_cfg.url', 'pretrained_cfg.file', 'pretrained_cfg.source', 'pretrained_cfg.hf_hub_id',
+    'pretrained_cfg.hf_hub_filename', 'pretrained_cfg.custom_load', 'pretrained_cfg.state_dict',
+    'pretrained_cfg.label_offset', 'pretrained_cfg.mean', 'pretrained_cfg.architecture', 'pretrained_cfg.evil',
+)
+
+
+def test_500_generated_bad_configs_are_refused_or_give_the_weights_of_the_folder(folder, tmp_path):
+    weights = load_file(folder / 'model.safetensors')
+    new = changed(folder, tmp_path / 'new', lambda config: None)
+    counts = dict(refused=0, loaded=0)
+
+    @settings(max_examples=500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3), st.sets(st.sampled_from(FIELDS[:6])))
+    def check(changes, removed):
+        def change(config):
+            for field, value in changes.items():
+                *parents, name = field.split('.')
+                target = config[parents[0]] if parents else config
+                if isinstance(target, dict):
+                    target[name] = value
+            for name in removed:
+                config.pop(name, None)
+
+        changed(folder, new, change)
+        try:
+            model = load(new)
+        except (ValueError, RuntimeError) as e:  # ours; torch's for a shape or a size that does not fit
+            assert str(e)
+            counts['refused'] += 1
+            return
+        except (AttributeError, KeyError, TypeError) as e:  # timm's own, before it asks us
+            assert e.__traceback__ and 'resnet_aig.py' not in str(traceback.extract_tb(e.__traceback__)[1:])
+            counts['refused'] += 1
+            return
+        counts['loaded'] += 1  # harmless: the changed field is not used, or says what is true
+        state = model.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in weights.items()
+                   if name in state and not name.startswith('fc.'))
+
+    check()
+    assert counts['refused'] >= 250 and sum(counts.values()) >= 500
+
+
+def header(data):
+    (length,) = struct.unpack('<Q', data[:8])
+    return length, json.loads(data[8:8 + length])
+
+
+def with_header(data, change):
+    """The same weights behind another header."""
+    length, content = header(data)
+    change(content)
+    text = json.dumps(content).encode()
+    return struct.pack('<Q', len(text)) + text + data[8 + length:]
+
+
+def mutated(data, kind, rng):
+    """Damaged bytes of a safetensors file."""
+    length, content = header(data)
+    name = rng.choice([n for n in content if n != '__metadata__' and not n.endswith('num_batches_tracked')])
+    other = rng.choice(['../../etc/passwd', 'layer1.0.gate.__class__', 'a' * 10000, '\x00', 'layer9.9.gate.fc1.weight'])
+
+    def rename(c):
+        c[other] = c.pop(name)
+
+    if kind == 'cut':
+        return data[:rng.randrange(len(data))]
+    if kind == 'longer':
+        return data + rng.randbytes(rng.randrange(1, 100))
+    if kind == 'length':
+        return struct.pack('<Q', rng.choice([0, 1, length - 1, length + 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1])) + data[8:]
+    if kind == 'header':
+        at = rng.randrange(8, 8 + length)
+        return data[:at] + rng.randbytes(1) + data[at + 1:]
+    if kind == 'noise':
+        return rng.randbytes(rng.randrange(300))
+    if kind == 'name':
+        return with_header(data, rename)
+    if kind == 'missing':
+        return with_header(data, lambda c: c.pop(name))
+    if kind == 'shape':
+        return with_header(data, lambda c: c[name].update(shape=[*c[name]['shape'], rng.choice([0, 2, 2 ** 62, -1])]))
+    if kind == 'offsets':
+        return with_header(data, lambda c: c[name].update(data_offsets=[rng.randrange(-5, 2 ** 40), 2 ** 41]))
+    return with_header(data, lambda c: c[name].update(dtype=rng.choice(['F64', 'I8', 'os.system', '', 'F32x'])))
+
+
+KINDS = ('cut', 'longer', 'length', 'header', 'noise', 'name', 'missing', 'shape', 'offsets', 'dtype')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_damaged_weights_are_refused_with_an_error_or_are_the_same_weights(kind, folder, tmp_path):
+    data = (folder / 'model.safetensors').read_bytes()
+    weights = load_file(folder / 'model.safetensors')
+    new = changed(folder, tmp_path / 'new', lambda config: None)
+    (new / 'model.safetensors').unlink()
+    rng = random.Random(0)
+    refused = 0
+    for i in range(25):
+        (new / 'model.safetensors').write_bytes(mutated(data, kind, rng))
+        try:
+            model = load(new, **({} if i % 2 else dict(num_classes=3)))  # which timm loads without strict=True
+        except (RuntimeError, ValueError) as e:
+            assert str(e)
+            refused += 1
+            continue
+        state = model.state_dict()
+        assert kind in ('header', 'length', 'longer', 'name', 'missing')
+        assert all(torch.equal(value, state[name]) for name, value in weights.items()
+                   if not name.startswith('fc.') and not name.endswith('num_batches_tracked'))
+    assert refused >= 15
+
+
+def test_a_header_that_is_too_long_is_said(folder, tmp_path):
+    new = changed(folder, tmp_path / 'new', lambda config: None)
+    (new / 'model.safetensors').unlink()
+    (new / 'model.safetensors').write_bytes(struct.pack('<Q', 2 ** 40) + b'{}')
+    with pytest.raises(RuntimeError, match='weights of cifar_resnet20_aig are no whole safetensors file'):
+        load(new)
+
+
+def test_weights_of_another_shape_are_named(folder, tmp_path):
+    new = changed(folder, tmp_path / 'new', lambda config: None)
+    state = load_file(folder / 'model.safetensors')
+    (new / 'model.safetensors').unlink()
+    save_file({**state, 'layer2.0.conv1.weight': torch.zeros(1, 2, 3, 3)}, new / 'model.safetensors')
+    with pytest.raises(RuntimeError, match=r'size mismatch for layer2\.0.conv1.weight'):
+        load(new)
+    state.pop('layer2.0.conv1.weight')
+    save_file(state, new / 'model.safetensors')
+    for kwargs in ({}, dict(num_classes=3), dict(features_only=True)):
+        with pytest.raises(RuntimeError, match=r'it lacks 1 tensors, layer2\.0.conv1.weight'):
+            load(new, **kwargs)
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth', 'other.pth.tar'])
+def test_a_folder_with_a_malicious_pickle_executes_nothing(folder, tmp_path, name, executed):
+    new = changed(folder, tmp_path / 'new', lambda config: None)
+    torch.save(dict(state_dict=Evil(executed)), new / name)
+    load(new)  # safetensors come first
+    (new / 'model.safetensors').unlink()
+    for evil in (None, pickle.dumps(Evil(executed))):  # as torch.save wrote it, and bare
+        if evil:
+            (new / name).write_bytes(evil)
+        with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+            load(new)
+    assert not executed.exists()
+
+
+def test_nothing_in_the_package_or_the_scripts_reads_a_pickle_by_itself():
+    root = Path(__file__).parent.parent.parent
+    files = [*root.glob('timm_aig/*.py'), *root.glob('scripts/*.py')]
+    assert len(files) > 15
+    for file in files:
+        text = file.read_text()
+        assert 'pickle.load' not in text and 'weights_only=False' not in text, file
+        assert text.count('torch.load(') <= text.count('weights_only=True'), file
+
+
+def test_an_adaptive_checkpoint_loads_into_the_plain_parent_without_its_gates(tmp_path, caplog, train_norms):
+    model = train_norms(timm.create_model('resnet18_aig', schedule='paper')).eval()
+    file = str(save_pretrained(model, tmp_path) / 'model.safetensors')
+    x = torch.randn(2, 3, 32, 32)
+    with caplog.at_level(logging.WARNING):
+        static = timm.create_model('resnet18').eval()
+        load_checkpoint(static, file, filter_fn=checkpoint_filter_fn)
+    assert 'its 2 gates are dropped' in caplog.text
+    assert torch.equal(static(x), model(x))  # the gates were open
+    created = timm.create_model(
+        'resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=file), pretrained_filter_fn=checkpoint_filter_fn)
+    assert torch.equal(created.eval()(x), static(x))
+
+
+def test_the_cifar_parents_take_an_adaptive_checkpoint_by_themselves(tmp_path, caplog, train_norms):
+    model = train_norms(timm.create_model('cifar_resnet20_aig')).eval()
+    overlay = dict(file=str(save_pretrained(model, tmp_path) / 'model.safetensors'))
+    with caplog.at_level(logging.WARNING):
+        static = timm.create_model('cifar_resnet20', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert 'its 9 gates are dropped' in caplog.text and not gated_blocks(static)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(static(x), model(x))
+
+
+def test_a_gate_offset_is_saved_and_a_mixture_of_them_is_refused(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    set_gate_offset(model, -0.75)
+    save_pretrained(model, tmp_path)
+    loaded = load(tmp_path).eval()
+    x = torch.randn(8, 3, 32, 32)
+    assert torch.equal(forward_gates(loaded, x)[1], forward_gates(model, x)[1])
+    assert {block.gate.offset for block in gated_blocks(loaded).values()} == {-0.75}
+    set_gate_offset(loaded, 0)
+    config = json.loads((save_pretrained(loaded, tmp_path) / 'config.json').read_text())
+    assert 'gate_offset' not in config['model_args']
+    next(iter(gated_blocks(model).values())).gate.offset = 1.
+    with pytest.raises(ValueError, match='gate offsets must be one finite number for all gates'):
+        save_pretrained(model, tmp_path)
+    set_gate_offset(model, float('inf'))
+    with pytest.raises(ValueError, match='gate offsets must be one finite number'):
+        save_pretrained(model, tmp_path)

@@ -1,0 +1,55 @@
+"""hub_configs: the one source of what checkpoints there are."""
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import timm
+
+from timm_aig import AIGConfig, gated_blocks
+from timm_aig.hub.card import checked_results
+from timm_aig.hub.source import check_pretrained_cfg
+from timm_aig.models.hub_configs import load_hub_configs
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = sorted((ROOT / 'hub_configs').glob('*.json'))
+SCHEMA = json.loads((ROOT / 'tests' / 'hub_config.schema.json').read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_a_hub_config_fits_the_schema_its_name_and_what_reads_it(file):
+    config = json.loads(file.read_text())
+    VALIDATOR.validate(config)
+    name = f"{config['architecture']}.{config['tag']}"
+    assert file.stem == name
+    check_pretrained_cfg(config['pretrained_cfg'], file)
+    if 'metrics' not in config:  # a training would see and measure other images than the registry says
+        for key in ('input_size', 'crop_pct', 'interpolation'):
+            assert config['recipe'][key] == config['pretrained_cfg'][key]
+    assert checked_results(config, config['architecture']) == config
+    aig = AIGConfig.from_dict(config['aig'])
+    model = timm.create_model(name, device='meta')
+    assert {b.target_rate for b in gated_blocks(model).values()} <= {aig.target_rate, *(aig.target_rates or ()), .7, .8}
+    assert model.num_classes == config['pretrained_cfg']['num_classes']
+
+
+def test_every_file_is_in_the_registry_and_only_those_with_weights_are_listed_as_pretrained():
+    configs = load_hub_configs()
+    assert set(configs) == {file.stem for file in FILES} and len(configs) >= 6
+    listed = set(timm.list_pretrained())
+    for name, config in configs.items():
+        cfg = timm.get_pretrained_cfg(name)
+        own = config['pretrained_cfg']
+        assert cfg.license == own['license'] and cfg.mean == tuple(own['mean'])
+        has_weights = bool(own.get('hf_hub_id')) or (bool(cfg.file) and Path(cfg.file).exists())
+        assert (name in listed) == has_weights
+
+
+@pytest.mark.parametrize('change', [
+    dict(architecture='resnet50'), dict(tag='A b'), dict(description=''), dict(evil=1), dict(metrics=dict(top1=94)),
+    dict(reported=dict(top1=1)), dict(aig=dict(target_rate=2, version=1)), dict(pretrained_cfg={}),
+])
+def test_the_schema_refuses_what_is_wrong(change):
+    config = {**json.loads((ROOT / 'hub_configs' / 'resnet50_aig.t05_paper.json').read_text()), **change}
+    assert not VALIDATOR.is_valid(config)

@@ -1,0 +1,560 @@
+"""Tests that run scripts/finetune.py: killed, stopped, out of space, in two processes, and with bad input."""
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from _recipes import parse_args
+from PIL import Image
+
+import timm_aig
+
+SCRIPT = Path(__file__).parents[2] / 'scripts' / 'finetune.py'
+
+# Both recipes; average, accumulation, mixup, loader workers, a static model with a teacher.
+TRAININGS = {
+    'distill, average': ['--model', 'STATIC', '--model-ema', '--workers', '0'],
+    'distill, accumulation, workers': [
+        '--model', 'STATIC', '--grad-accum-steps', '2', '--workers', '2', '--opt', 'adamw', '--lr', '0.01'],
+    'paper, mixup': ['--model', 'STATIC', '--recipe', 'paper', '--mixup', '0.3', '--reprob', '0.5', '--drop', '0.2'],
+    'static, teacher': ['--static', '--model', 'cifar_resnet20', '--teacher', 'STATIC', '--workers', '2'],
+}
+NAMES = sorted(TRAININGS)
+
+
+@pytest.fixture
+def training(finetune_args, static_model, tmp_path):
+    """Arguments of one of TRAININGS that writes to tmp_path/name."""
+    def _training(which, name):
+        args = [static_model if arg == 'STATIC' else arg for arg in TRAININGS[which]]
+        return [
+            *finetune_args, '--checkpoint-interval', '1', *args, '--output', str(tmp_path), '--experiment', name,
+            '--resume', 'auto']
+    return _training
+
+
+@pytest.fixture
+def uninterrupted(training, fork_main, wait, tmp_path):
+    """Runs it once, into tmp_path/whole."""
+    def _uninterrupted(which):
+        assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
+    return _uninterrupted
+
+
+def last_step(checkpoints):
+    return max((int(path.stem[-8:]) for path in checkpoints.glob('*.pt')), default=-1)
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_training(a, b):
+    assert (a / 'model.safetensors').read_bytes() == (b / 'model.safetensors').read_bytes()
+    assert [row['epoch'] for row in rows(a)] == ['0', '1']
+    assert rows(a) == rows(b)
+    one, two = (json.loads((folder / 'results.json').read_text()) for folder in (a, b))
+    assert one['metrics'] == two['metrics'] and one['unreadable'] == two['unreadable']
+    assert not [path for path in a.rglob('.*')]  # nothing half written is left
+
+
+@pytest.mark.parametrize('which', NAMES)
+def test_killed_at_random_moments_it_ends_with_the_same_weights(
+        which, training, uninterrupted, fork_main, wait, tmp_path):
+    uninterrupted(which)
+    chance = random.Random(NAMES.index(which))
+    checkpoints = tmp_path / 'killed' / 'checkpoints'
+    ended, kills = False, 0
+    while not ended:
+        step = last_step(checkpoints) + chance.randint(1, 3)
+        process = fork_main(training(which, 'killed'))
+        while last_step(checkpoints) < step and not ended:
+            time.sleep(0.002)
+            ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        time.sleep(chance.uniform(0, 0.05))
+        if not ended:
+            os.killpg(process, signal.SIGKILL)
+            kills += 1
+        assert wait(process) == (0 if ended else -signal.SIGKILL), (tmp_path / 'stderr').read_text()
+    assert kills >= 2
+    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+
+
+class KilledAt:
+    """Makes a process die by SIGKILL before, after or in the middle of its nth atomic write."""
+
+    def __init__(self, count, when):
+        self.count, self.when = count, when
+
+    def __call__(self):
+        replace, fsync = os.replace, os.fsync
+
+        def die_in_time(call, when, *args):
+            if when == 'after':
+                call(*args)
+            if self.count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count -= 1
+            if when == 'before':
+                call(*args)
+
+        if self.when == 'writing':
+            def cut(fd):
+                if self.count == 0 and stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.ftruncate(fd, os.fstat(fd).st_size // 2)
+                die_in_time(fsync, 'before', fd)
+            os.fsync = cut
+        else:
+            os.replace = lambda *args: die_in_time(replace, self.when, *args)
+
+
+def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_weights(
+        training, uninterrupted, fork_main, wait, tmp_path):
+    which = 'distill, average'
+    uninterrupted(which)
+    # an even fsync is that of a file, the odd one behind it that of its folder
+    for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
+        for count in counts:
+            code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
+            assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
+    assert wait(fork_main(training(which, 'killed'))) == 0
+    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_weights(
+        training, uninterrupted, fork_main, wait, tmp_path):
+    which = 'distill, average'
+    uninterrupted(which)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
+    for name in ('model.safetensors', 'config.json', 'results.json', 'rates_over_epochs.png', 'accuracy_macs.png'):
+        (tmp_path / 'killed' / name).unlink()
+    for count in range(7):  # summary.csv twice, model, config, results, two pictures
+        assert wait(fork_main(training(which, 'killed'), KilledAt(count, 'before'))) == -signal.SIGKILL
+    assert wait(fork_main(training(which, 'killed'), KilledAt(7, 'before'))) == 0
+    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def wait_for(step, checkpoints, process):
+    while last_step(checkpoints) < step:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize('which', ['distill, accumulation, workers', 'paper, mixup'])
+def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
+        which, training, uninterrupted, fork_main, wait, tmp_path):
+    uninterrupted(which)
+    args = training(which, 'stopped')
+    args[args.index('--checkpoint-interval') + 1] = '0'
+    process = fork_main(args)
+    wait_for(0, tmp_path / 'stopped' / 'checkpoints', process)
+    os.killpg(process, signal.SIGTERM)
+    assert wait(process) == 143, (tmp_path / 'stderr').read_text()
+    error = (tmp_path / 'stderr').read_text()
+    assert 'stopped by SIGTERM in epoch 1 after step 1, saved. Go on with --resume auto.' in error
+    assert wait(fork_main(args)) == 0
+    assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
+    assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \
+        (tmp_path / 'whole' / 'model.safetensors').read_bytes()
+
+
+def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted, fork_main, wait, tmp_path):
+    which = 'distill, average'
+    uninterrupted(which)
+    folder = tmp_path / 'whole' / 'checkpoints'
+    last = sorted(folder.iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    expected = (tmp_path / 'whole' / 'model.safetensors').read_bytes()
+    assert wait(fork_main(training(which, 'whole'))) == 0
+    error = (tmp_path / 'stderr').read_text()
+    assert f'{last} is torn' in error and 'going on with the one before' in error and 'after step 11' in error
+    assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
+
+
+@pytest.mark.parametrize('kilobytes', [20, 1500])
+def test_a_full_disk_is_exit_code_3_with_a_message_and_the_checkpoints_stay(
+        kilobytes, training, fork_main, wait, tmp_path):
+    which = 'distill, average'
+    process = fork_main(training(which, 'full'))
+    folder = tmp_path / 'full' / 'checkpoints'
+    wait_for(3, folder, process)
+    os.killpg(process, signal.SIGKILL)
+    wait(process)
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pt')}
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    reader, writer = os.pipe()  # stderr is a file otherwise, that takes no more
+
+    def prepare():
+        for fd in (1, 2):
+            os.dup2(writer, fd)
+        fill()
+
+    code = wait(fork_main(training(which, 'full'), prepare))
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        error = file.read()
+    assert code == 3, error
+    assert error.splitlines()[-1].startswith('error: ') and 'File too large' in error and 'Traceback' not in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert wait(fork_main(training(which, 'full'))) == 0
+
+
+@pytest.fixture
+def run(finetune, finetune_args, static_model, tmp_path, capsys):
+    """Runs finetune.main on a static model; returns its exit code and what it wrote to stderr."""
+    def _run(*args, model=static_model, name='run'):
+        argv = [*finetune_args, '--output', str(tmp_path), '--experiment', name, '--model', model]
+        capsys.readouterr()
+        code = finetune.main([*argv, *map(str, args)])
+        return code, capsys.readouterr().err
+    return _run
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Runs with bad input, which must end with exit code 2 and one line of error, and must not write a model."""
+    def _refused(*args, **kwargs):
+        before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+        code, err = run(*args, **kwargs)
+        lines = [line for line in err.splitlines() if line.startswith('error: ')]
+        assert code == 2 and len(lines) == 1 and err.splitlines()[-1] == lines[0], err
+        assert 'Traceback' not in err
+        after = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+        assert {path: after.get(path) for path in before} == before
+        assert not [path for path in after.keys() - before.keys() if path.suffix in ('.safetensors', '.json')]
+        return lines[0]
+    return _refused
+
+
+@pytest.mark.parametrize('args,named', [
+    (['--dataset', 'cifar10'], '--dataset must start with'),
+    (['--dataset', 'torch/none'], '--dataset torch/none'),
+    (['--data-dir', '/nowhere'], '--data-dir must be a folder'),
+    (['--train-split', 'test'], "--data-dir must have a subfolder for split 'test'"),
+    (['--num-classes', '5'], '--num-classes: the data set has 3 classes, the head of --model'),
+    (['--batch-size', '50'], '--batch-size 50: the 48 training images'),
+    (['--holdout', '47'], '--holdout must leave'),
+    (['--holdout', '42', '--batch-size', '8'], '--batch-size 8: the 6 training images'),
+    (['--target-rate', '0.001'], '--target-rate: target must be in'),
+    (['--teacher', 'no_such_model'], '--teacher no_such_model'),
+    (['--teacher', 'cifar_resnet32'], '--teacher'),
+    (['--initial-checkpoint', '/nowhere.pt'], '--initial-checkpoint /nowhere.pt'),
+    (['--gate-channels', '0'], '--gate-channels must be from 1'),
+    (['--opt', 'sgdd'], '--opt sgdd'), (['--sched', 'cosin'], '--sched cosin'), (['--sched', 'plateau'], '--sched'),
+    (['--aa', 'nonsense'], '--aa nonsense'), (['--interpolation', 'cubist'], '--interpolation cubist'),
+    (['--device', 'cuda:99'], '--device cuda:99'), (['--device', 'abc'], '--device abc'),
+    (['--mean', '0.1', '0.2'], '--mean must be one number or one for each of 3 channels'),
+    (['--torchcompile', 'gcc'], '--torchcompile must be one of'),
+    (['--config', '/nowhere.yaml'], '--config /nowhere.yaml'),
+    (['--epochs', 'many'], 'argument --epochs'),
+    (['--static', '--teacher', 'no_such_model'], '--teacher no_such_model'),
+])
+def test_bad_input_is_refused_by_the_name_of_its_argument(refused, args, named):
+    assert named in refused(*args)
+
+
+@pytest.mark.parametrize('model,named', [
+    ('no_such_model', '--model no_such_model'), ('local-dir:/nowhere', '--model local-dir:/nowhere'),
+    ('vit_tiny_patch16_224', '--model must be a ResNet'),
+    ('cifar_resnet20', '--distill-weight 0.5 needs a teacher'),
+    ('cifar_resnet20_aig', '--distill-weight 0.5 needs a teacher'),
+])
+def test_a_model_that_cannot_be_used_is_refused(refused, model, named):
+    extra = ['--distill-weight', '0', '--input-size', '3', '224', '224'] if 'vit' in model else []
+    assert named in refused(*extra, model=model)
+
+
+def test_a_size_that_the_model_does_not_take_is_refused(refused):
+    assert '--input-size: Requested' in refused('--static', '--input-size', 3, 32, 32, model='vit_tiny_patch16_224')
+
+
+def test_a_static_training_of_an_adaptive_model_is_refused(refused):
+    assert '--static: --model cifar_resnet20_aig has gates' in refused('--static', model='cifar_resnet20_aig')
+
+
+def test_a_parent_whose_head_is_new_cannot_teach(refused, run, make_images, tmp_path):
+    data = make_images(tmp_path / 'two', classes=('ape', 'bee'))
+    error = refused('--data-dir', data, '--num-classes', 2)
+    assert 'gets a new head of 2 classes and so cannot be the teacher' in error and '--distill-weight 0' in error
+    code, err = run('--data-dir', data, '--num-classes', 2, '--distill-weight', 0, '--epochs', 1)
+    assert code == 0, err
+    assert 'parent_metrics' not in json.loads((tmp_path / 'run' / 'results.json').read_text())
+
+
+def test_a_teacher_with_another_head_or_normalization_is_refused(refused, run, make_images, tmp_path):
+    data = make_images(tmp_path / 'two', classes=('ape', 'bee'))
+    code, err = run('--static', '--data-dir', data, '--num-classes', 2, '--epochs', 1, '--mean', 0.2, '--std', 0.3,
+                    model='cifar_resnet20', name='two classes')
+    assert code == 0, err
+    other = f'local-dir:{tmp_path}/two classes'
+    assert '--teacher has 2 classes, the model 3' in refused('--teacher', other)
+    error = refused('--data-dir', data, '--num-classes', 2, '--teacher', other)
+    assert '--teacher' in error and 'needs --mean 0.2 0.2 0.2 --std 0.3 0.3 0.3' in error
+
+
+def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
+    data = make_images(tmp_path / 'data', splits=[('train', 16)])
+    make_images(data, splits=[('validation', 2)], classes=('ape', 'bee', 'dog'))
+    error = refused('--data-dir', data)
+    assert "--data-dir: both splits must have the same classes, only one has ['cat', 'dog']" in error
+
+
+def test_a_set_without_images_is_refused(refused, make_images, tmp_path):
+    data = make_images(tmp_path / 'data', splits=[('train', 16)])
+    (data / 'validation' / 'ape').mkdir(parents=True)
+    assert "--data-dir, split 'validation': Found 0 images" in refused('--data-dir', data)
+
+
+def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refused, make_images, tmp_path):
+    data = make_images(tmp_path / 'data')
+    for bad in ('train/ape/3.png', 'train/cat/0.png', 'validation/bee/2.png'):
+        (data / bad).write_bytes(b'no image')
+    for workers in (0, 2):
+        error = refused('--data-dir', data, '--unreadable', 'error', '--workers', workers, name=f'error {workers}')
+        assert error.startswith('error: cannot read ') and '.png, UnidentifiedImageError' in error
+    code, err = run('--data-dir', data, '--workers', 2)
+    assert code == 0, err
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    assert results['unreadable'] == {'train': 2, 'val': 1} and results['images'] == 20
+    code, err = run('--data-dir', data, '--resume', 'auto')  # none is read for training any more
+    assert code == 0, err
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['unreadable'] == {'train': 2, 'val': 1}
+    for file in (data / 'validation').rglob('*.png'):
+        file.write_bytes(b'no image')
+    assert '--val-split validation: the data set has no labelled images' in refused('--data-dir', data, name='blind')
+
+
+def test_gates_have_a_learning_rate_and_a_weight_decay_of_their_own_and_vectors_none(finetune):
+    args = parse_args(['--lr', '.2', '--weight-decay', '.3', '--gate-lr-scale', '.5', '--gate-weight-decay', '.4'])
+    model = timm.create_model('cifar_resnet20_aig')
+    groups = finetune.create_optimizer(args, model).param_groups
+    found = {id(p): (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    for name, p in model.named_parameters():
+        lr, decay = (.1, .4) if '.gate.' in name else (.2, .3)
+        assert found.pop(id(p)) == (lr, decay if p.ndim > 1 else 0.), name
+    assert not found
+
+
+def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weights(
+        run, refused, static_model, tmp_path):
+    assert run('--epochs', 1)[0] == 0
+    assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
+    for args, differ in (
+            (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
+            (['--lr', 0.02], 'lr 0.01 there and 0.02 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
+            (['--static'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
+        error = refused('--epochs', 1, '--resume', 'auto', *args)
+        assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
+    parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
+    assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0
+    assert run('--epochs', 1, '--resume', 'auto', '--val-split', 'train', '--crop-pct', .9)[0] == 0
+    other = timm.create_model(static_model, pretrained=True)
+    other.fc.bias.data += 1
+    timm_aig.save_pretrained(other, parent)
+    for args in (dict(model=f'local-dir:{parent}'), {}):
+        more = ['--teacher', f'local-dir:{parent}'] if not args else []
+        assert 'teacher_weights' in refused('--epochs', 1, '--resume', 'auto', *more, **args)
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+    assert 'holds a model but no checkpoints' in refused('--epochs', 1, '--resume', 'auto')
+
+
+def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images, tmp_path):
+    data = make_images(tmp_path / 'data')
+    assert run('--epochs', 1, '--data-dir', data)[0] == 0
+    for split in ('train', 'validation'):
+        (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
+    error = refused('--epochs', 1, '--data-dir', data, '--resume', 'auto')
+    assert "classes ['ape', 'bee', 'cat'] there and ['bee', 'cat', 'yak'] here" in error
+
+
+def test_the_teachers_gates_are_its_own(finetune):
+    args = parse_args(['--model', 'cifar_resnet20', '--schedule', 'paper'])
+    teacher = finetune.create_model(args, 'cifar_resnet20_aig', None, False, '--teacher')
+    assert len(timm_aig.gated_blocks(teacher)) == 9
+
+
+def test_without_a_whole_checkpoint_a_resume_is_refused(run, refused, tmp_path):
+    assert run('--epochs', 1)[0] == 0
+    for path in (tmp_path / 'run' / 'checkpoints').iterdir():
+        path.write_bytes(b'')
+    assert '--resume: no checkpoint can be read' in refused('--epochs', 1, '--resume', 'auto')
+
+
+def test_an_output_that_is_no_folder_is_refused(refused, tmp_path):
+    (tmp_path / 'file').write_text('')
+    for output in (tmp_path / 'file', '/proc/finetune'):
+        assert '--output must be a folder to write to' in refused('--output', output)
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_1(run, tmp_path):
+    code, err = run('--lr', '1e30', '--warmup-epochs', 0)
+    assert code == 1 and 'error: epoch 1, step ' in err.splitlines()[-1] and '--nonfinite skip' in err
+    assert not (tmp_path / 'run' / 'model.safetensors').exists()
+    code, err = run('--gate-loss-weight', '1e300', '--nonfinite', 'skip', name='skipped')
+    assert code == 1 and 'not finite in any of the 12 steps' in err.splitlines()[-1]
+    assert not (tmp_path / 'skipped' / 'model.safetensors').exists()
+
+
+def test_the_recipe_of_a_result_given_back_is_the_same_training(run, finetune, images, tmp_path):
+    args = ['--recipe', 'paper', '--smoothing', 0.1, '--target-rate', 0.4, '--amp', '--model-ema', '--clip-grad', 1]
+    code, err = run(*args, name='first')
+    assert code == 0, err
+    assert finetune.main([
+        '--config', str(tmp_path / 'first' / 'results.json'), '--data-dir', str(images), '--workers', '0',
+        '--output', str(tmp_path), '--experiment', 'second', '--device', 'cpu']) == 0
+    assert (tmp_path / 'first' / 'model.safetensors').read_bytes() == \
+        (tmp_path / 'second' / 'model.safetensors').read_bytes()
+
+
+def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, images, tmp_path):
+    code, err = run('--tensorboard', '--holdout', 8)
+    assert code == 0, err
+    folder = tmp_path / 'run'
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['images'] == 8 and results['split'] == 'train, 8 held out'
+    assert results['unreadable'] == {'train': 0, 'val': 0}
+    assert results['metrics'].keys() == results['parent_metrics'].keys()
+    for picture in ('rates_over_epochs.png', 'accuracy_macs.png'):
+        with Image.open(folder / picture) as image:
+            image.load()
+    assert list((folder / 'tensorboard').iterdir())
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert model.pretrained_cfg['input_size'] == (3, 8, 8) and model.pretrained_cfg['label_names'] == [
+        'ape', 'bee', 'cat']
+    assert list(results['block_rates']) == list(timm_aig.gated_blocks(model))
+
+
+def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):
+    model = timm.create_model('resnet50_aig.tv2_in1k', device='meta')
+    assert model.pretrained_cfg['test_crop_pct'] != .9
+    config = dict(input_size=(3, 224, 224), interpolation='bilinear', mean=(.5,) * 3, std=(.5,) * 3, crop_pct=.9)
+    finetune.describe_data(model, SimpleNamespace(config=config))
+    for use_test_size in (False, True):
+        assert config.items() <= timm.data.resolve_data_config(model=model, use_test_size=use_test_size).items()
+
+
+def test_an_adaptive_model_goes_on_at_the_target_that_is_asked_for(run, tmp_path):
+    assert run('--recipe', 'paper', '--target-rate', 0.7, '--epochs', 1, name='first')[0] == 0
+    first = timm.create_model(f'local-dir:{tmp_path}/first', pretrained=True)
+    timm_aig.set_gate_offset(first, -1)
+    timm_aig.save_pretrained(first, tmp_path / 'first')
+    code, err = run('--recipe', 'paper', '--target-rate', 0.4, '--epochs', 1, model=f'local-dir:{tmp_path}/first')
+    assert code == 0, err
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert config['model_args']['target_rate'] == 0.4
+    assert 'gate_offset' not in config['model_args']  # was of the weights before
+
+
+def test_an_adaptive_model_keeps_its_own_gates_and_the_recipe_says_so(run, refused, tmp_path):
+    model = timm.create_model(
+        'cifar_resnet20_aig', num_classes=3, target_rates=[.9] * 9, gate_channels=4, gate_norm='none')
+    name = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "own")}'
+    error = refused('--recipe', 'paper', '--gate-channels', 32, model=name)
+    assert '--gate-loss rate' in error and 'target_rates of its own' in error
+    assert run('--distill-weight', 0, '--gate-channels', 32, '--epochs', 1, model=name)[0] == 0
+    recipe = json.loads((tmp_path / 'run' / 'results.json').read_text())['recipe']
+    assert (recipe['gate_channels'], recipe['gate_norm'], recipe['schedule']) == (4, 'none', None)
+
+
+def test_readers_that_share_images_by_the_batch_know_its_size_and_the_seed(finetune, finetune_args, monkeypatch):
+    seen = []
+    create = timm_aig.training.data.create_dataset
+    monkeypatch.setattr(timm_aig.training.data, 'create_dataset', lambda *args, **kwargs: (
+        seen.append((kwargs['batch_size'], kwargs['seed'])), create(*args, **kwargs))[1])
+    finetune.open_data(finetune.parse_args([*finetune_args, '--seed', '3']))
+    assert seen == [(8, 3)] * 2
+
+
+def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetune, finetune_args):
+    orders = []
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for seed in ('1', '2', '1'):
+            args = finetune.parse_args([*finetune_args, '--seed', seed])
+            args.distributed = True
+            model = timm.create_model('cifar_resnet20', num_classes=3)
+            data = finetune.create_loaders(args, *finetune.open_data(args), model)
+            orders.append(list(data.train.sampler))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_crop_padding_keeps_the_whole_image_at_any_input_size(finetune, finetune_args, images):
+    args = finetune.parse_args([*finetune_args, '--crop-padding', '1', '--hflip', '0'])
+    args.distributed = False
+    model = timm.create_model('cifar_resnet20', num_classes=3)
+    data = finetune.create_loaders(args, *finetune.open_data(args), model)
+    image = Image.open(images / 'train' / 'ape' / '0.png').resize((160, 160))
+    image.paste((255, 255, 255), (0, 0, 80, 160))  # the left half; a crop of 8 px would be all of one half
+    crops = [data.train.dataset.transform(image)[0] for _ in range(20)]
+    white_columns = {((crop > 0.7 * crop.max()).sum(0) >= 6).sum().item() for crop in crops}
+    assert white_columns <= {3, 4, 5} and len(white_columns) > 1
+
+
+def test_help_has_examples_and_exit_codes(finetune, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(['--help'])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and 'examples:' in text and 'exit code: 0 done' in text
+
+
+def torchrun(args):
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(SCRIPT), *args],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def family(process):
+    children = Path(f'/proc/{process}/task/{process}/children').read_text().split()
+    return [process, *(each for child in children for each in family(int(child)))]
+
+
+def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_weights(training, tmp_path):
+    args = training('distill, average', 'two')
+    args[args.index('--batch-size') + 1] = '4'
+    whole = torchrun(args)
+    assert whole.wait() == 0, whole.stderr.read()
+    results = json.loads((tmp_path / 'two' / 'results.json').read_text())
+    assert results['images'] == 21 and len(rows(tmp_path / 'two')) == 2
+    assert results['environment']['processes'] == 2
+    os.rename(tmp_path / 'two', tmp_path / 'whole')
+    killed = torchrun(args)
+    while last_step(tmp_path / 'two' / 'checkpoints') < 4:
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.005)
+    for process in family(killed.pid):  # torchrun gives its workers sessions of their own
+        os.kill(process, signal.SIGKILL)
+    killed.wait()
+    resumed = torchrun(args)
+    _, error = resumed.communicate()
+    assert resumed.returncode == 0 and 'Resumed in epoch' in error, error
+    assert_same_training(tmp_path / 'two', tmp_path / 'whole')
+
+
+def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training, tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, *training('paper, mixup', 'script'), '--epochs', '200'],
+                               stderr=subprocess.PIPE, text=True)
+    while last_step(tmp_path / 'script' / 'checkpoints') < 0:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143
+    assert process.stderr.read().splitlines()[-1].endswith('saved. Go on with --resume auto.')
+    assert torch.load(sorted((tmp_path / 'script' / 'checkpoints').iterdir())[-1], weights_only=True)['step'] >= 1

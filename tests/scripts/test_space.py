@@ -1,0 +1,421 @@
+"""The parts of scripts/space/app.py: uploads, networks at a budget, drawings."""
+import copy
+import io
+import re
+import struct
+import threading
+import zlib
+
+import network as space_network
+import numpy as np
+import pytest
+import timm
+import torch
+from drawing import draw_cost, draw_heatmap, draw_images, draw_message, draw_network
+from hypothesis import given, settings, strategies as st
+from images import KEPT_SIDE, MAX_BYTES, UploadError, read_image
+from network import DEFAULT_MODEL, ModelError, Network, load_network, shipped_models
+from PIL import Image
+
+import timm_aig
+from timm_aig.budget import BudgetPoint, set_budget_table
+
+SHIPPED = DEFAULT_MODEL
+
+
+def png(width, height, depth=8, colour=0, pixels=b''):
+    """A PNG file as its specification says, whatever Pillow would write."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    header = struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
+
+
+def saved(image, kind, **kwargs):
+    file = io.BytesIO()
+    image.save(file, kind, **kwargs)
+    return file.getvalue()
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads bytes as an upload."""
+    def _read(content):
+        path = tmp_path / 'secret' / 'x.png'
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return read_image(path)
+    return _read
+
+
+RED = Image.new('RGB', (8, 6), (255, 0, 0))
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+BAD = {
+    'zero bytes': (b'', 'empty'),
+    'not an image': (b'<html>no image</html>', 'no image'),
+    'a pickle': (b'\x80\x04\x95', 'no image'),
+    'PostScript, which Pillow would run': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no image'),
+    '100 megapixels': (saved(Image.new('1', (10_000, 10_000)), 'PNG'), '100 megapixels (10000 x 10000), at most 64'),
+    '4,000 megapixels': (png(63_000, 63_000), 'more than 179 megapixels, at most 64'),
+    'a stripe': (saved(Image.new('L', (2100, 100)), 'PNG'), 'at most 20 times'),
+    'cut off': (saved(PHOTO, 'JPEG')[:1500], 'damaged'),
+    'a header alone': (png(28, 28), 'damaged'),
+}
+
+
+@pytest.mark.parametrize('content,message', BAD.values(), ids=BAD)
+def test_a_bad_upload_gets_a_sentence_without_paths(read, content, message):
+    with pytest.raises(UploadError, match=re.escape(message)) as error:
+        read(content)
+    assert 'secret' not in str(error.value) and str(error.value).endswith('.')
+
+
+def test_a_file_that_is_too_large_is_not_opened(tmp_path):
+    with open(tmp_path / 'x', 'wb') as file:
+        file.truncate(MAX_BYTES + 10_000_000)  # sparse
+    with pytest.raises(UploadError, match='60 MB, at most 50'):
+        read_image(tmp_path / 'x')
+
+
+def test_grey_of_16_bits_is_scaled_and_not_clipped(read):
+    values = np.array([[0, 257, 32768, 65535]], dtype='>u2')
+    image, notes = read(png(4, 1, 16, 0, b'\0' + values.tobytes()))
+    assert image.mode == 'L' and np.asarray(image).tolist() == [[0, 1, 128, 255]] and '16 bits' in notes[0]
+
+
+def test_colours_of_16_bits_are_scaled_and_not_clipped(read):
+    values = np.array([[[65535, 32768, 0]]], dtype='>u2')
+    image, _ = read(png(1, 1, 16, 2, b'\0' + values.tobytes()))
+    assert image.mode == 'RGB' and image.getpixel((0, 0)) == (255, 128, 0)
+
+
+@pytest.mark.parametrize('values', [[[-1., 0., 3.]], [[0., .25, 1.]]])
+def test_floats_are_stretched_to_their_range(read, values):
+    image, notes = read(saved(Image.fromarray(np.array(values, dtype=np.float32)), 'TIFF'))
+    assert np.asarray(image)[0].tolist() == [0, 64, 255] and '32 bits' in notes[0]
+
+
+@pytest.mark.parametrize('kind,image,pixel,note', [
+    ('JPEG', RED.convert('CMYK'), (255, 0, 0), 'CMYK'),
+    ('TIFF', RED.convert('CMYK'), (255, 0, 0), 'CMYK'),
+    ('PNG', RED.convert('P'), (255, 0, 0), None),
+    ('GIF', RED.convert('P'), (255, 0, 0), None),
+    ('WEBP', RED, (255, 0, 0), None),
+    ('PNG', RED.convert('1'), None, None),
+    ('PNG', Image.new('RGBA', (8, 6), (0, 0, 0, 0)), (255, 255, 255), 'white'),
+    ('PNG', Image.new('RGBA', (8, 6), (9, 8, 7, 255)), (9, 8, 7), None),
+    ('PNG', Image.new('LA', (8, 6), (0, 0)), 255, 'white'),
+    ('BMP', Image.new('L', (8, 6), 7), 7, None),
+])
+def test_every_kind_of_pixel_becomes_grey_or_rgb(read, kind, image, pixel, note):
+    read_back, notes = read(saved(image, kind))
+    assert read_back.size == (8, 6) and read_back.mode in ('L', 'RGB')
+    if pixel is not None:
+        assert np.abs(np.subtract(read_back.getpixel((3, 3)), pixel)).max() <= 3
+    assert [note in n for n in notes] == ([True] if note else [])
+
+
+def test_a_transparent_palette_is_laid_on_white(read):
+    image = Image.new('P', (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.putpixel((0, 0), 0)
+    result, notes = read(saved(image, 'PNG', transparency=0))
+    assert result.getpixel((0, 0)) == (255, 255, 255) and result.getpixel((1, 1)) == (255, 0, 0) and 'white' in notes[0]
+
+
+def test_a_photo_is_turned_as_its_exif_says(read):
+    image = RED.copy()
+    image.paste((0, 0, 255), (0, 0, 4, 6))  # its left half is blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise: what was left is on top
+    result, notes = read(saved(image, 'JPEG', exif=exif, quality=100, subsampling=0))
+    assert result.size == (6, 8) and 'turned' in notes[0]
+    assert result.getpixel((3, 0))[2] > 200 and result.getpixel((3, 7))[0] > 200
+
+
+@pytest.mark.parametrize('kind,word', [('GIF', 'animated'), ('WEBP', 'animated'), ('PNG', 'animated'),
+                                       ('TIFF', 'of several pages')])
+def test_of_several_frames_the_first_is_taken_and_it_says_so(read, kind, word):
+    frames = [Image.new('RGB', (8, 6), colour) for colour in ('red', 'lime', 'blue')]
+    image, notes = read(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert image.getpixel((2, 2))[0] > 250 and image.getpixel((2, 2))[1] < 5
+    assert notes == [f'The image is {word}: the first of 3 is used.']
+
+
+def test_a_large_image_is_kept_small(read):
+    image, _ = read(saved(Image.new('L', (4100, 3000), 77), 'PNG'))
+    assert KEPT_SIDE <= min(image.size) <= 2 * KEPT_SIDE and image.getpixel((5, 5)) == 77
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), start=st.sampled_from(
+    [saved(PHOTO, kind) for kind in ('PNG', 'JPEG', 'GIF', 'TIFF', 'WEBP', 'BMP', 'PPM')]))
+def test_damage_of_any_kind_gives_an_image_or_a_sentence(tmp_path_factory, data, start):
+    content = bytearray(start)
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, min(len(content), 300) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / 'damaged'
+    path.write_bytes(content[:data.draw(st.integers(0, len(content)))])
+    try:
+        image, notes = read_image(path)
+        assert image.mode in ('L', 'RGB') and all(isinstance(note, str) for note in notes)
+    except UploadError as e:
+        assert str(path) not in str(e)
+
+
+@pytest.fixture(scope='module')
+def shipped():
+    return load_network(SHIPPED)
+
+
+@pytest.fixture(scope='module')
+def images(shipped):
+    """Inputs whose gates answer differently."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, *shipped.input_size, generator=generator) * scale for scale in (.3, 1., 3.)]
+
+
+@pytest.fixture
+def partly_gated(train_gates):
+    """A network of which some blocks have no gate."""
+    torch.manual_seed(3)
+    model = train_gates(timm.create_model('cifar_resnet20_aig', target_rate=.5, schedule='paper'))
+    return Network('partly gated', model)
+
+
+def budgeted():
+    model = timm.create_model(SHIPPED, pretrained=True).eval()
+    offsets = {.3: -6., .5: -2., .62: 0., .8: 4.}
+    set_budget_table(model, [BudgetPoint(budget, offset, budget, 100) for budget, offset in offsets.items()])
+    return model
+
+
+def test_a_run_gives_what_the_model_gives_and_the_gates_probabilities(images):
+    model = timm.create_model(SHIPPED, pretrained=True).eval()
+    set_budget_table(model, ())
+    network, logits = Network('x', copy.deepcopy(model)), []
+    for block in timm_aig.gated_blocks(model).values():
+        block.gate.fc2.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    for x in images:
+        logits.clear()
+        with torch.inference_mode():
+            output, gates = timm_aig.forward_gates(model, x)
+        run = network.run(x)
+        assert torch.equal(run.probabilities, output[0].softmax(0)) and torch.equal(run.gates, gates)
+        assert run.opens == [pair.softmax(0)[1].item() for pair in logits] and run.threshold == 0.5
+        assert [p > run.threshold for p in run.opens] == (run.gates[0] > 0).tolist()
+
+
+def test_without_budgets_the_slider_moves_the_offset():
+    model = timm.create_model(SHIPPED, pretrained=True).eval()
+    set_budget_table(model, ())
+    network = Network('x', model)
+    assert not network.slider.calibrated and network.slider.low <= network.slider.value == 0 <= network.slider.high
+    x = torch.zeros(1, 1, 28, 28)
+    runs = [network.run(x, offset) for offset in (-5, 0, 5)]
+    assert runs[0].gates.sum() < runs[1].gates.sum() < runs[2].gates.sum()
+    assert [run.threshold for run in runs] == pytest.approx([0.9933071, 0.5, 0.0066929], abs=1e-6)
+
+
+def test_the_slider_sets_calibrated_budgets_as_set_budget_does(images):
+    network, model = Network('x', budgeted()), budgeted()
+    assert network.slider == space_network.Slider(True, 30, 80, 1, 62)
+    for percent in (30, 43, 62, 80):
+        timm_aig.set_budget(model, percent / 100)
+        for x in images:
+            with torch.inference_mode():
+                output, gates = timm_aig.forward_gates(model, x)
+            run = network.run(x, percent)
+            assert torch.equal(run.gates, gates) and torch.equal(run.probabilities, output[0].softmax(0))
+    assert torch.equal(network.run(images[0], 5).gates, network.run(images[0], 30).gates)  # from an older slider
+
+
+def test_tabs_with_different_budgets_do_not_disturb_each_other(images):
+    network = Network('x', budgeted())
+    jobs = [(x, percent) for x in images for percent in (30, 50, 80)]
+    expected = [network.run(*job).gates.tolist() for job in jobs]
+    assert len({str(gates) for gates in expected}) > 3
+    differ, timings = [], []
+
+    def tab(number):
+        for i in range(60):
+            index = (number * 2 + i) % len(jobs)
+            if network.run(*jobs[index]).gates.tolist() != expected[index]:
+                differ.append(index)
+
+    def timer():
+        timings.append(network.measure(images[0], network.run(images[0], 50).gates))
+
+    threads = [threading.Thread(target=tab, args=(number,)) for number in range(4)] + [threading.Thread(target=timer)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not differ and timings[0].passes >= 5
+
+
+def test_the_time_is_of_the_run_and_ends_when_it_is_not_wanted(shipped, images):
+    run = shipped.run(images[0])
+    timing = shipped.measure(images[0], run.gates)
+    assert 0 < timing.adaptive < 1e4 and 0 < timing.parent < 1e4 and 5 <= timing.passes <= 51
+    assert 0 < timing.quartiles[0] <= timing.quartiles[1]
+    asked = []
+    assert shipped.measure(images[0], run.gates, lambda: len(asked) < 3 and not asked.append(0)) is None
+    assert len(asked) == 3
+
+
+def test_what_is_timed_computes_what_is_shown(shipped, images):
+    for x in images:
+        run = shipped.run(x, shipped.slider.low)
+        with torch.inference_mode(), timm_aig.force_gates(shipped.fast, run.gates):
+            output, gates = timm_aig.forward_gates(shipped.fast, x)
+        assert torch.equal(gates, run.gates)
+        torch.testing.assert_close(output[0].softmax(0), run.probabilities, rtol=1e-4, atol=1e-5)
+
+
+def test_colour_images_become_grey_and_grey_ones_colour_for_the_network(shipped, partly_gated):
+    for image in (RED, RED.convert('L')):
+        assert shipped.tensor(image).shape == (1, 1, 28, 28) and shipped.crop(image).size == (28, 28)
+        assert partly_gated.tensor(image).shape == (1, 3, 32, 32) and partly_gated.crop(image).mode == 'RGB'
+
+
+@pytest.mark.parametrize('name,message', [
+    ('nonsense', 'must be cifar_resnet110_aig'),
+    ('resnet50', 'must be cifar_resnet110_aig'),
+    ('', 'must be cifar_resnet110_aig'),
+    ('file:///etc/passwd', 'must be cifar_resnet110_aig'),
+    ('hf-hub:../../etc', 'no name of a model on the Hub'),
+    ('local-dir:/no/such/folder', 'no config.json'),
+])
+def test_a_model_that_cannot_be_loaded_is_said_in_a_sentence(name, message):
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load_network(name)
+
+
+def test_a_hub_that_has_no_such_model_or_does_not_answer_is_said_in_a_sentence():
+    with pytest.raises(ModelError, match=r'is not on the Hub, or not public|the Hub does not answer'):
+        load_network('nobody-at-all-0/no-such-model-0')
+
+
+@pytest.mark.parametrize('config,message', [
+    ('{', 'cannot be loaded'),
+    ('{"architecture": "vit_base_patch16_224", "num_classes": 2}', 'only adaptive models'),
+    ('{"architecture": "cifar_resnet20", "num_classes": 2}', 'only adaptive models'),
+    ('{"architecture": "resnet18_aig", "pretrained_cfg": {"input_size": [3, 60000, 60000]}}', 'cannot be loaded'),
+    ('{"architecture": "no_such_aig", "pretrained_cfg": {}}', 'cannot be loaded'),
+    ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 20000}}',
+     'at most 300,000,000'),
+])
+def test_a_folder_of_any_content_is_refused_in_a_sentence(tmp_path, config, message):
+    (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(ModelError, match=message) as error:
+        load_network(f'local-dir:{tmp_path}')
+    assert 'site-packages' not in str(error.value)
+
+
+def test_models_whose_images_are_huge_or_not_pictures_are_refused():
+    for size, kwargs in (((3, 4096, 4096), {}), ((4, 32, 32), dict(in_chans=4))):
+        model = timm.create_model('cifar_resnet20_aig', **kwargs)
+        model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size)
+        with pytest.raises(ModelError, match='this page makes 1 or 3 channels and at most 1024'):
+            Network('x', model)
+
+
+def test_a_static_model_is_refused():
+    with pytest.raises(ModelError, match='static'):
+        Network('x', timm.create_model('cifar_resnet20'))
+
+
+def test_a_space_does_not_read_folders_of_its_server(tmp_path, monkeypatch):
+    timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
+    monkeypatch.setattr(space_network, 'ON_A_SPACE', True)
+    for name in (f'local-dir:{tmp_path}', f' local-dir:{tmp_path} '):
+        with pytest.raises(ModelError, match='must be') as error:
+            load_network(name)
+        assert 'local-dir:folder' not in str(error.value)
+
+
+def test_the_drawing_says_of_every_block_in_order_whether_it_ran(shipped, images):
+    run = shipped.run(images[0])
+    drawn = draw_network(shipped, run)
+    states = re.findall(r'<li class="(\w+)".*?<b>(\w+)</b>', drawn)
+    assert [a for a, _ in states] == [b for _, b in states]  # a word for each colour
+    assert [word == 'run' for _, word in states] == (run.gates[0] > 0).tolist()
+    numbers = re.findall(r'([\d.]+) (&gt;|&le;) ([\d.]+)<', drawn)
+    assert [float(p) for p, _, _ in numbers] == [round(p, 3) for p in run.opens]
+    assert [sign == '&gt;' for _, sign, _ in numbers] == (run.gates[0] > 0).tolist()
+    assert f'{int(run.gates.sum())} of 15 gated blocks run' in drawn
+
+
+def test_blocks_without_a_gate_are_drawn_as_always_running(partly_gated):
+    run = partly_gated.run(torch.randn(1, 3, 32, 32))
+    drawn = draw_network(partly_gated, run)
+    words = re.findall(r'<b>(run|skipped|always)</b>', drawn)
+    assert len(words) == len(partly_gated.blocks) == 9
+    assert [word == 'always' for word in words] == [name not in partly_gated.gated for name in partly_gated.blocks]
+    assert 0 < words.count('always') < 9
+
+
+def test_the_cost_is_that_of_the_gates(shipped, images):
+    run = shipped.run(images[0])
+    share = shipped.cost.executed(run.gates).item() / shipped.cost.static
+    assert 'measuring' in draw_cost(shipped, run) and f'<td>{share:.0%}</td>' in draw_cost(shipped, run)
+    slow = space_network.Timing(3., 2., (1.4, 1.6), 9)
+    drawn = draw_cost(shipped, run, slow)
+    assert '<td>3.00</td><td>2.00</td><td>150%</td>' in drawn and 'more time than the skipped blocks save' in drawn
+    assert 'medians of 9 passes' in drawn and 'between 140% and 160%' in drawn
+    noisy = draw_cost(shipped, run, space_network.Timing(3., 2., (1.1, 1.6), 9))
+    assert 'gates take' not in noisy and 'a wide range' in noisy  # nothing is claimed that was not measured
+
+
+def make_folder(folder, rates=None, picture=None, **config):
+    model = timm.create_model('cifar_resnet20_aig', num_classes=3)
+    timm_aig.save_pretrained(model, folder, model_config=config)
+    if rates is not None:
+        (folder / 'rates.csv').write_text(rates)
+    if picture is not None:
+        (folder / 'execution_rates.png').write_bytes(picture)
+    return load_network(f'local-dir:{folder}')
+
+
+BLOCKS = [f'layer{stage}.{block}' for stage in (1, 2, 3) for block in range(3)]
+RATES = '\n'.join([
+    ','.join(['class', 'group', 'images', *BLOCKS]), ','.join(['ape', 'x', '5', *['0.25'] * 9]),
+    ','.join(['bee', 'x', '0', *['nan'] * 9]), ','.join(['cat', 'x', '5', *['1'] * 9])])
+
+
+def test_the_heatmap_is_a_table_with_the_predicted_class_marked(tmp_path):
+    network = make_folder(tmp_path, RATES, label_names=['ape', '<b>', 'cat'])
+    run = network.run(torch.randn(1, 3, 32, 32))
+    table = draw_heatmap(network, run)
+    assert table.count('>25</td>') == 9 and table.count('<td>-</td>') == 9 and table.count('>100</td>') == 9
+    assert table.count('<tr class=this>') == 1 and '&lt;b&gt;</th>' in table and '<b>' not in table
+    marked = re.search(r'▸ (.*?)</th>', table)[1]
+    assert marked == ['ape', '&lt;b&gt;', 'cat'][run.probabilities.argmax()]
+
+
+def test_without_a_table_the_published_picture_is_shown_and_without_both_a_sentence(tmp_path):
+    bare = make_folder(tmp_path / 'bare')
+    assert 'No execution rates come with this model' in draw_heatmap(bare, bare.run(torch.randn(1, 3, 32, 32)))
+    for name, rates in (('no', None), ('foreign', 'a,b\n1,2'), ('short', '\n'.join(RATES.splitlines()[:2])),
+                        ('wrong', RATES.replace('0.25', '2.5'))):
+        network = make_folder(tmp_path / name, rates, saved(RED, 'PNG'))
+        drawn = draw_heatmap(network, network.run(torch.randn(1, 3, 32, 32)))
+        assert '<img src="data:image/png' in drawn and 'alt="Heatmap' in drawn and '<td' not in drawn
+    broken = make_folder(tmp_path / 'broken', 'a,b\n1,2', b'<script>')
+    assert 'No execution rates' in draw_heatmap(broken, broken.run(torch.randn(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize('name', shipped_models())
+def test_the_heatmap_of_a_shipped_model_is_beside_its_weights(name):
+    network = load_network(name)
+    assert network.rates is not None and len(network.rates) == 10
+    assert {len(row) for row in network.rates} == {len(network.gated)}
+
+
+def test_text_from_outside_is_escaped():
+    assert draw_message('<script>') == \
+        '<div class="aig aig-message" role="alert">&lt;script&gt;</div>' and draw_message('') == ''
+    assert '<script>' not in draw_images(RED, '<script>"', load_network(SHIPPED))

@@ -1,0 +1,153 @@
+"""Data sets: what is refused, unreadable images, held-out ones."""
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from timm_aig import InputError
+from timm_aig.training.data import class_names, hold_out, open_dataset, readable_images, start_worker
+
+
+def to_tensor(image):
+    return torch.tensor(list(image.getdata())).double().mean()
+
+
+def opened(root, split='train', **kwargs):
+    dataset = open_dataset('folder', str(root), split, **kwargs)
+    dataset.transform = to_tensor
+    return dataset
+
+
+@pytest.fixture
+def broken(make_images, tmp_path):
+    """3 classes of 4 training and 4 validation images; the second of class bee is broken in both."""
+    root = make_images(tmp_path / 'broken', splits=(('train', 4), ('validation', 4)))
+    for split in ('train', 'validation'):
+        (root / split / 'bee' / '1.png').write_bytes(b'no image')
+    return root
+
+
+def test_a_folder_gives_its_images_labels_and_class_names(images):
+    train, val = opened(images, is_training=True), opened(images, 'validation')
+    assert (len(train), len(val)) == (48, 21)
+    assert [label for _, label in val] == [0] * 7 + [1] * 7 + [2] * 7
+    assert class_names(train) == class_names(val) == ['ape', 'bee', 'cat']
+    means = torch.tensor([float(image) for image, _ in val]).view(3, 7).mean(1)
+    assert means[0] < means[1] < means[2]
+
+
+def test_an_unreadable_training_image_is_replaced_by_the_next_and_counted_once(broken):
+    dataset = opened(broken, is_training=True)
+    assert dataset[5] == dataset[6] and dataset[5] == dataset[5]
+    assert readable_images(dataset).failed.nonzero().tolist() == [[5]]
+    assert dataset[4] != dataset[5]
+
+
+def test_an_unreadable_evaluation_image_is_black_and_has_no_label(broken):
+    dataset = opened(broken, 'validation')
+    assert dataset[5] == (0., -1)
+    assert [label for _, label in dataset] == [0, 0, 0, 0, 1, -1, 1, 1, 2, 2, 2, 2]
+
+
+def test_loader_workers_count_into_the_data_set_of_the_trainer(broken):
+    dataset = opened(broken, 'validation')
+    labels = torch.cat([labels for _, labels in DataLoader(dataset, 4, num_workers=2)])
+    assert (labels == -1).sum() == 1
+    assert readable_images(dataset).failed.sum() == 1
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+def test_an_unreadable_image_is_an_error_that_names_the_file_if_asked_for(broken, is_training):
+    dataset = opened(broken, is_training=is_training, unreadable='error')
+    with pytest.raises(InputError, match=r'cannot read .*/train/bee/1.png, UnidentifiedImageError'):
+        dataset[5]
+
+
+def test_a_column_that_is_not_there_is_an_error_at_once_and_no_unreadable_image(images):
+    dataset = opened(images)
+    dataset.reader = {}
+    with pytest.raises(InputError, match='input_key or target_key'):
+        dataset[0]
+    assert not dataset.failed.any()
+
+
+def test_a_training_set_without_a_readable_image_is_an_error(broken):
+    dataset = opened(broken, is_training=True)
+    for file in (broken / 'train').rglob('*.png'):
+        file.write_bytes(b'')
+    with pytest.raises(InputError, match='none of the training images'):
+        dataset[0]
+
+
+def test_held_out_images_are_other_ones_the_same_for_every_training_and_have_their_own_transform(images):
+    parts = []
+    for seed in (1, 2):  # of a training
+        torch.manual_seed(seed)
+        train, val = hold_out(opened(images, is_training=True), opened(images), 10)
+        parts.append((list(train.indices), list(val.indices)))
+    assert parts[0] == parts[1]
+    assert not set(parts[0][0]) & set(parts[0][1]) and sorted(parts[0][0] + parts[0][1]) == list(range(48))
+    assert (len(train), len(val)) == (38, 10) and len({label for _, label in val}) > 1
+    val.transform = lambda image: 'val'
+    assert val[0][0] == 'val' and train[0][0] != 'val'
+    assert class_names(train) == class_names(val) == ['ape', 'bee', 'cat']
+
+
+def test_a_held_out_image_never_replaces_an_unreadable_training_image(images, make_images, tmp_path):
+    root = make_images(tmp_path)
+    train, val = hold_out(opened(root, is_training=True), opened(root), 24)
+    before = next(i for i in train.indices if i + 1 in val.indices)
+    whole = opened(root)
+    files = sorted((root / 'train').rglob('*.png'), key=lambda file: str(file))
+    names = {i: whole.reader.filename(i, absolute=True) for i in range(48)}
+    assert sorted(names.values()) == [str(file) for file in files]
+    after = next((i for i in train.indices if i > before), train.indices[0])
+    with open(names[before], 'wb'):
+        pass
+    assert train[list(train.indices).index(before)] == whole[after]
+    assert readable_images(train).failed.nonzero().tolist() == [[before]]
+
+
+@pytest.mark.parametrize('count', [0, -1, 47, 48, 100])
+def test_holding_out_none_or_almost_all_is_refused(images, count):
+    with pytest.raises(InputError, match='holdout must leave at least 2 images'):
+        hold_out(opened(images), opened(images), count)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'torch/no_such_data', 'folders', ' '])
+def test_an_unknown_data_set_is_refused(images, name):
+    with pytest.raises(InputError, match='dataset'):
+        open_dataset(name, str(images), 'train')
+
+
+def test_a_folder_that_is_not_there_or_has_no_such_split_or_no_images_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match='data_dir is missing: folder needs one'):
+        open_dataset('folder', None, 'train')
+    with pytest.raises(InputError, match="data_dir must be a folder, '/nowhere' is not"):
+        open_dataset('folder', '/nowhere', 'train')
+    with pytest.raises(InputError, match="data_dir must have a subfolder for split 'test'"):
+        open_dataset('folder', str(images), 'test')
+    (tmp_path / 'train' / 'ape').mkdir(parents=True)
+    with pytest.raises(InputError, match=r"data_dir .*, split 'train': Found 0 images"):
+        open_dataset('folder', str(tmp_path), 'train')
+    with pytest.raises(InputError, match="dataset torch/fashion_mnist, split 'train': Dataset not found"):
+        open_dataset('torch/fashion_mnist', str(tmp_path), 'train')
+
+
+def test_a_loader_worker_lives_through_one_sigterm_and_not_through_two():
+    alive = os.pipe()
+    process = os.fork()
+    if process == 0:
+        assert start_worker(SimpleNamespace(seed=5)) == 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # the handler runs between two instructions of Python
+        os.write(alive[1], b'!')
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    assert os.read(alive[0], 1) == b'!'
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM

@@ -1,0 +1,144 @@
+"""evaluate: exact figures, in one process and in two."""
+import os
+import sys
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_aig
+from timm_aig.training.evaluate import METRICS, evaluate
+
+IMAGES = torch.randn(23, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(23) % 10
+
+
+@pytest.fixture
+def model(train_norms, train_gates):
+    return train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
+
+
+def loader(images=IMAGES, labels=LABELS, batch_size=8):
+    return DataLoader(TensorDataset(images, labels), batch_size)
+
+
+def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
+    cost = timm_aig.compute_cost(model, (3, 8, 8))
+    evaluation = evaluate(model, loader(), likeness=True)
+    losses, correct, among5, all_gates, given = [], [], [], [], []
+    with torch.no_grad():
+        for image, label in zip(IMAGES, LABELS):
+            logits, gates = timm_aig.forward_gates(model, image[None])
+            losses.append(F.cross_entropy(logits, label[None]).item())
+            order = logits[0].argsort(descending=True).tolist()
+            correct.append(order[0] == label.item())
+            among5.append(label.item() in order[:5])
+            all_gates.append(tuple(gates[0].tolist()))
+            given.append(logits[0].double().softmax(0))
+    assert evaluation.loss == pytest.approx(sum(losses) / 23, rel=1e-5)
+    assert evaluation.top1 == pytest.approx(100 * sum(correct) / 23)
+    assert evaluation.top5 == pytest.approx(100 * sum(among5) / 23)
+    assert torch.equal(evaluation.labels, LABELS)
+    assert (evaluation.predictions == evaluation.labels).tolist() == correct
+    assert torch.equal(evaluation.gates.float(), torch.tensor(all_gates))
+    assert 1 < evaluation.paths == len(set(all_gates))
+    of_class = [torch.stack(given)[LABELS == label].mean(0) for label in range(10)]
+    assert torch.allclose(evaluation.likeness, torch.stack(of_class), rtol=1e-5)
+    static = cost.total - cost.gates
+    shares = [(cost.fixed + sum(g * b for g, b in zip(gates, cost.blocks))) / static for gates in all_gates]
+    assert evaluation.macs_shares(cost).tolist() == pytest.approx(shares)
+    rate = sum(map(sum, all_gates)) / (23 * 9)
+    assert evaluation.metrics(cost) == pytest.approx(dict(zip(METRICS, (
+        100 * sum(correct) / 23, 100 * sum(among5) / 23, rate, sum(shares) / 23, len(set(all_gates))))))
+
+
+@pytest.mark.parametrize('batch_size', [1, 5, 23])
+def test_they_do_not_depend_on_the_batches(model, batch_size):
+    a, b = evaluate(model, loader(batch_size=batch_size)), evaluate(model, loader())
+    assert (a.top1, a.top5) == (b.top1, b.top5) and torch.equal(a.gates, b.gates)
+
+
+def test_images_without_a_label_are_left_out(model):
+    labels = LABELS.clone()
+    labels[[0, 9, 10, 22]] = -1
+    evaluation = evaluate(model, loader(labels=labels))
+    kept = evaluate(model, loader(IMAGES[labels >= 0], LABELS[labels >= 0]))
+    assert len(evaluation.labels) == 19
+    assert (evaluation.top1, evaluation.top5) == (kept.top1, kept.top5)
+    assert torch.equal(evaluation.gates, kept.gates)
+    assert evaluation.likeness is None
+    with pytest.raises(ValueError, match='no labelled images'):
+        evaluate(model, loader(labels=torch.full((23,), -1)))
+    with pytest.raises(ValueError, match='no labelled images'):
+        evaluate(model, [])
+
+
+def test_the_likeness_of_a_class_without_images_is_nan(model):
+    alike = evaluate(model, loader(labels=LABELS.clamp(max=3)), likeness=True).likeness
+    assert alike[:4].sum(1).tolist() == pytest.approx([1] * 4) and alike[4:].isnan().all()
+
+
+def test_a_label_without_a_class_is_refused(model):
+    with pytest.raises(ValueError, match='the model has 10 classes, the data set has a label 10'):
+        evaluate(model, loader(labels=LABELS + 1))
+    assert not model.training
+
+
+def test_a_static_model_has_one_path_and_all_macs():
+    model = timm.create_model('cifar_resnet20')
+    cost = timm_aig.compute_cost(model, (3, 8, 8))
+    evaluation = evaluate(model, loader())
+    assert evaluation.gates.shape == (23, 0)
+    figures = evaluation.metrics(cost)
+    assert (figures['execution_rate'], figures['macs_share'], figures['paths']) == (1., 1., 1)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_is_restored_and_the_statistics_stay(model, training):
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate(model, loader())
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, (1 / 0 for _ in range(1)))
+    assert model.training is training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_gates_can_be_drawn(model):
+    torch.manual_seed(1)
+    drawn = evaluate(model, loader(), sample=True)
+    assert not torch.equal(drawn.gates, evaluate(model, loader()).gates)
+
+
+def test_autocast_changes_the_logits_a_little(model):
+    a, b = evaluate(model, loader()), evaluate(model, loader(), amp_dtype=torch.bfloat16)
+    assert a.loss != b.loss and a.loss == pytest.approx(b.loss, rel=0.05)
+
+
+def run_process(rank, folder, model):
+    os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    dataset = TensorDataset(IMAGES, LABELS)
+    sampler = OrderedDistributedSampler(dataset, num_replicas=2, rank=rank)
+    evaluation = evaluate(model, DataLoader(dataset, 4, sampler=sampler), likeness=True)
+    torch.save(vars(evaluation), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_exact_counts_of_one_though_23_images_do_not_divide(model, tmp_path):
+    mp.start_processes(run_process, args=(str(tmp_path), model), nprocs=2, start_method='fork')
+    one = evaluate(model, loader(), likeness=True)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f'{rank}.pt')
+        assert len(two['labels']) == 23
+        assert (two['top1'], two['top5']) == (one.top1, one.top5)
+        assert torch.allclose(two['likeness'], one.likeness)
+        assert two['loss'] == pytest.approx(one.loss, rel=1e-6)
+        for name in ('labels', 'predictions', 'gates', 'positions'):  # in the order of the images
+            assert torch.equal(two[name], getattr(one, name))

@@ -1,0 +1,429 @@
+"""Trainer: what an update is, what it leaves out, how it goes on, in one process and in two."""
+import copy
+import math
+import os
+import sys
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+from timm.data import Mixup
+from timm.layers import GroupNorm
+from timm.models.resnet import BasicBlock
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+
+import timm_aig
+from timm_aig import AIGTask, ComputeTargetLoss, InputError, TargetRateLoss
+from timm_aig.training.checkpoint import CheckpointError, Checkpoints
+from timm_aig.training.schedule import GateSchedule
+from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
+
+
+def batches(count=6, size=4, classes=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, 8, 8, generator=generator, dtype=dtype), torch.arange(size) % classes)
+        for _ in range(count)]
+
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('cifar_resnet20_aig', num_classes=3, **kwargs)
+
+
+def make_trainer(model=None, loader=None, epochs=2, criterion=None, ema=False, sched='cosine', opt='sgd', **kwargs):
+    model = small_model() if model is None else model
+    loader = batches() if loader is None else loader
+    task = AIGTask(model, criterion or nn.CrossEntropyLoss(), verbose=False)
+    if ema:
+        task.setup_ema(decay=0.9)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=0.02, momentum=0.9)
+    scheduler = create_scheduler_v2(
+        optimizer, sched, num_epochs=epochs, decay_milestones=[1], step_on_epochs=False, updates_per_epoch=6)[0]
+    return Trainer(task, loader, optimizer, epochs, scheduler, **kwargs)
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class NaNAt:
+    """Cross-entropy that is made NaN (or infinite) in its nth call, in value alone if `detached`."""
+
+    def __init__(self, at, value=math.nan, detached=False):
+        self.at, self.value, self.detached, self.calls = at, value, detached, 0
+
+    def __call__(self, output, target):
+        loss = nn.functional.cross_entropy(output, target)
+        self.calls += 1
+        if self.calls - 1 not in self.at:
+            return loss
+        return loss + self.value if self.detached else loss * self.value
+
+
+def test_an_epoch_is_the_plain_loop_over_its_batches():
+    trainer = make_trainer(epochs=1, sched='none', cost=timm_aig.compute_cost(small_model(), (3, 8, 8)))
+    reference = copy.deepcopy(trainer.model)
+    results = []
+    trainer.fit(lambda epoch, result: results.append((epoch, result)))
+
+    optimizer = create_optimizer_v2(reference, opt='sgd', lr=0.02, momentum=0.9)
+    task = AIGTask(reference, nn.CrossEntropyLoss(), verbose=False).train()
+    timm.utils.random_seed(0, 0)
+    losses, rates = [], []
+    for x, y in batches():
+        result = task(x.to(memory_format=torch.channels_last), y)
+        losses.append(result['loss'].item())
+        rates.append(result['block_rates'])
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+    assert_equal(weights(trainer), dict(reference.state_dict()))
+    (epoch, result), = results
+    assert epoch == 0 and result['loss'] == pytest.approx(sum(losses) / 6)
+    mean = torch.stack(rates).mean(0).tolist()
+    assert [result[f'rate_{name}'] for name in timm_aig.gated_blocks(reference)] == pytest.approx(mean)
+    assert result['execution_rate'] == pytest.approx(sum(mean) / 9)
+    cost = trainer.cost
+    share = (cost.fixed + sum(m * b for m, b in zip(mean, cost.blocks))) / (cost.total - cost.gates)
+    assert result['macs_share'] == pytest.approx(share)
+
+
+@pytest.mark.parametrize('amp_dtype', [None, torch.float16])
+@pytest.mark.parametrize('value,detached', [(math.nan, False), (math.inf, False), (math.inf, True), (math.nan, True)])
+def test_stop_says_at_which_step_and_keeps_the_weights(value, detached, amp_dtype):
+    trainer = make_trainer(criterion=NaNAt({8}, value, detached), amp_dtype=amp_dtype)
+    with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: .* finite; the loss is not, the answers of all gat'):
+        trainer.fit()
+    assert trainer.step == 8
+    assert all(v.isfinite().all() for k, v in weights(trainer).items() if 'running' not in k)
+
+
+def test_gradients_that_overflow_float16_lower_the_scale_and_are_no_reason_to_stop():
+    trainer = make_trainer(epochs=1, amp_dtype=torch.float16)
+    overflowing = [True]  # in the first step
+    trainer.model.fc.weight.register_hook(lambda grad: grad * math.inf if overflowing.pop() else grad)
+    before, scale = weights(trainer), trainer.scaler.get_scale()
+    update = trainer._update
+
+    def watched(results):
+        assert update(results)
+        if trainer.step == 1:
+            assert trainer.scaler.get_scale() == scale / 2
+            assert torch.equal(trainer.model.fc.weight, before['fc.weight'])
+        overflowing.append(False)
+        return True
+
+    trainer._update = watched
+    trainer.fit()
+    assert trainer.skipped == 0 and trainer.step == 6
+    assert not torch.equal(trainer.model.fc.weight, before['fc.weight'])
+
+
+@pytest.mark.parametrize('nonfinite', ['stop', 'skip'])
+def test_gradients_that_are_never_finite_in_float16_do_not_pass_for_a_scale_to_be_found(nonfinite):
+    trainer = make_trainer(epochs=4, amp_dtype=torch.float16, nonfinite=nonfinite)
+    trainer.model.fc.weight.register_hook(lambda grad: grad * math.nan)
+    before = trainer.model.fc.weight.clone()
+    if nonfinite == 'stop':
+        with pytest.raises(NonFiniteError, match='step 17'):  # 65536 halved until it is below 1
+            trainer.fit()
+    else:
+        trainer.fit()
+        assert trainer.skipped == 24 - 17
+    assert torch.equal(trainer.model.fc.weight, before)
+
+
+def test_a_skipped_loss_in_float16_leaves_the_weights_and_statistics():
+    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=torch.float16)
+    before = weights(trainer)
+    trainer.fit()
+    assert trainer.skipped == 6
+    assert_equal(weights(trainer), before)
+
+
+def test_stop_names_the_first_gate_whose_answer_is_not_finite():
+    trainer = make_trainer()
+    trainer.model.layer2[1].gate.fc1.weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r'step 0: .*the answer of gate layer2\.1 is the first that is not'):
+        trainer.fit()
+
+
+def test_stop_names_the_gate_whose_gradient_is_not_finite():
+    trainer = make_trainer()
+    trainer.model.layer3[0].gate.fc2.bias.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteError, match=r'step 0: .*the gradients of gates layer3.0 are not$'):
+        trainer.fit()
+
+
+@pytest.mark.parametrize('detached', [False, True])
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_skip_leaves_weights_statistics_and_average_as_they_were_counts_it_and_goes_on(accumulate, detached):
+    bad = {2, 3} if accumulate == 2 else {2}  # the second update, or the third
+    trainer = make_trainer(
+        epochs=1, criterion=NaNAt(bad, detached=detached), ema=True, nonfinite='skip', grad_accum_steps=accumulate)
+    seen = []
+    update = trainer._update
+
+    def watched(results):
+        done = update(results)
+        average = trainer.task.get_checkpoint_state(ema=True)['state_dict_ema']
+        seen.append((done, weights(trainer), {k: v.clone() for k, v in average.items()}))
+        return done
+
+    trainer._update = watched
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    bad_update = 1 if accumulate == 2 else 2
+    assert [done for done, _, _ in seen] == [i != bad_update for i in range(6 // accumulate)]
+    assert_equal(seen[bad_update][1], seen[bad_update - 1][1])
+    assert_equal(seen[bad_update][2], seen[bad_update - 1][2])
+    assert any('num_batches_tracked' in k for k in seen[0][1])
+    assert not torch.equal(seen[-1][1]['fc.weight'], seen[bad_update][1]['fc.weight'])
+    assert trainer.skipped == 1 and trainer.counted == 0 and trainer.step == 6 // accumulate
+    assert all(math.isfinite(value) for value in results[0].values())
+    assert all(v.isfinite().all() for v in weights(trainer).values())
+
+
+def test_an_epoch_of_skipped_updates_has_no_results_but_ends():
+    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip')
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    assert results == [{}] and trainer.skipped == 6
+
+
+def snapshots(trainer):
+    """All states that a trainer saves, by step and position."""
+    states = []
+    trainer.checkpoints.save = lambda step, state: states.append(copy.deepcopy(state))
+    return states
+
+
+@pytest.mark.parametrize('opt,sched,ema,accumulate,mixup', [
+    ('sgd', 'cosine', False, 1, False), ('adamw', 'multistep', True, 1, False), ('sgd', 'cosine', True, 2, True)])
+def test_from_every_checkpoint_on_it_ends_with_the_same_weights_optimizer_and_scheduler(
+        opt, sched, ema, accumulate, mixup, tmp_path):
+    def make():
+        model = small_model(drop_rate=0.1)
+        return make_trainer(
+            model, opt=opt, sched=sched, ema=ema, grad_accum_steps=accumulate, checkpoint_interval=1,
+            criterion=timm.loss.SoftTargetCrossEntropy() if mixup else None,
+            mixup=Mixup(0.4, num_classes=3, label_smoothing=0.) if mixup else None, clip_grad=1.,
+            gate_schedule=GateSchedule(model, noise_off=.2), checkpoints=Checkpoints(tmp_path, {}))
+
+    trainer = make()
+    states = snapshots(trainer)
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    steps = 12 // accumulate
+    assert [state['step'] for state in states] == list(range(steps + 1))
+    for state in [states[step] for step in sorted({0, 1, steps // 2, steps // 2 + 1, steps})]:
+        resumed = make()
+        snapshots(resumed)
+        torch.randn(5)  # whatever the generators did before
+        resumed.load_state_dict(copy.deepcopy(state))
+        again = {}
+        resumed.fit(again.__setitem__)
+        assert_equal(weights(resumed), weights(trainer))
+        assert again == {epoch: results[epoch] for epoch in range(state['epoch'], 2)}
+        a, b = (t.optimizer.state_dict() for t in (resumed, trainer))
+        assert a['param_groups'] == b['param_groups']
+        for key in a['state']:
+            for name, value in a['state'][key].items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(b['state'][key][name]))
+        assert resumed.scheduler.state_dict() == trainer.scheduler.state_dict()
+        if ema:
+            assert_equal(*(t.task.get_checkpoint_state(ema=True)['state_dict_ema'] for t in (resumed, trainer)))
+
+
+def test_sigterm_ends_it_saved_after_the_update_under_way(tmp_path):
+    trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
+    original = trainer._update
+
+    def update(results):
+        if trainer.step == 3:
+            os.kill(os.getpid(), 15)
+        return original(results)
+
+    trainer._update = update
+    with pytest.raises(Stopped, match='in epoch 1 after step 4, saved'):
+        trainer.fit()
+    assert trainer.checkpoints.load_last()[0]['step'] == 4
+
+
+def test_a_disk_that_cannot_be_written_is_met_before_the_first_update(tmp_path):
+    trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
+    tmp_path.rmdir()
+    tmp_path.write_text('a file')
+    with pytest.raises((CheckpointError, OSError)):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_batches_that_do_not_come_are_not_passed_over():
+    class Short(list):
+        def __len__(self):
+            return 8
+
+    trainer = make_trainer(loader=Short(batches(6)), grad_accum_steps=4)
+    with pytest.raises(InputError, match='only 6 of the 8 batches'):
+        trainer.fit()
+    trainer.position = 7  # as a checkpoint of a time when they came
+    with pytest.raises(InputError, match='fewer batches than the 7'):
+        trainer.fit()
+
+
+def test_a_label_without_a_class_is_refused():
+    for label in (3, -1):
+        loader = [(torch.randn(2, 3, 8, 8), torch.tensor([0, label]))]
+        with pytest.raises(InputError, match=r'num_classes is 3, the labels must be in \[0, 3\)'):
+            make_trainer(loader=loader).fit()
+
+
+def test_it_trains_finite_in_bfloat16():
+    trainer = make_trainer(amp_dtype=torch.bfloat16)
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    assert all(math.isfinite(v) for result in results for v in result.values())
+    assert all(v.isfinite().all() for v in weights(trainer).values())
+    plain = make_trainer()
+    plain.fit()
+    assert not torch.equal(weights(trainer)['fc.weight'], weights(plain)['fc.weight'])
+
+
+def test_a_static_model_is_trained_too():
+    model = timm.create_model('cifar_resnet20', num_classes=3)
+    before = model.fc.weight.clone()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    trainer = Trainer(task, batches(), torch.optim.SGD(model.parameters(), 0.1), 1)
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    assert set(results[0]) == {'loss', 'top1'} and not torch.equal(before, model.fc.weight)
+
+
+def test_adaptive_gradient_clipping_leaves_the_head_alone():
+    trainer = make_trainer(epochs=1, loader=batches(1), clip_grad=1e-4, clip_mode='agc', opt='sgd', sched='none')
+    before = weights(trainer)
+    trainer.fit()
+    moved = {k: (v - before[k]).abs().max().item() for k, v in weights(trainer).items()}
+    assert moved['fc.weight'] > 1e-4 and moved['layer1.0.conv1.weight'] < 1e-4
+
+
+def test_a_schedule_recompiles_only_where_the_noise_ends():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = timm_aig.gate_(nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
+        nn.Linear(4, 3)))
+    task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task.compile(backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    Trainer(task, batches(12), optimizer, 1, gate_schedule=GateSchedule(model, noise_off=.3)).fit()
+    assert model[1][0].gate.noise is False
+    assert 1 <= len(graphs) <= 2  # with noise and without
+
+
+# two processes: a model without batch statistics and draws, so that the global batch is all that counts
+
+def exact_model():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'cifar_resnet20_aig', num_classes=3, gate_norm='none', norm_layer=partial(GroupNorm, num_groups=8)).double()
+    with torch.no_grad():
+        for block in timm_aig.gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=4.)
+            block.gate.fc2.weight.normal_()
+            block.gate.fc2.bias.zero_()
+            block.bn2.weight.fill_(0.5)
+            block.gate.noise = False
+    return model
+
+
+def gate_losses(model):
+    return {'rate': TargetRateLoss([0.6] * 9, 2.),
+            'macs': ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.5, 10.)}
+
+
+def exact_run(name, accumulate, loader, distributed=False):
+    """Mean results, gradients of the first update and weights after two updates."""
+    model = exact_model()
+    task = AIGTask(model, nn.CrossEntropyLoss(), gate_loss=gate_losses(model)[name], verbose=False)
+    if distributed:
+        task.prepare_distributed()
+    trainer = Trainer(task, loader, torch.optim.SGD(model.parameters(), 0.01), 1, grad_accum_steps=accumulate)
+    gradients, results, update = [], [], trainer._update
+
+    def watched(batch_results):
+        if not gradients:
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        return update(batch_results)
+
+    trainer._update = watched
+    trainer.fit(lambda epoch, result: results.append(result))
+    return results[0], gradients[0], {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def run_process(rank, folder):
+    os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    shards = [(x.chunk(2)[rank], y.chunk(2)[rank]) for x, y in batches(4, dtype=torch.float64)]
+    torch.save({(name, n): exact_run(name, n, shards, True) for name in ('rate', 'macs') for n in (1, 2)},
+               f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('gloo'))
+    mp.start_processes(run_process, args=(folder,), nprocs=2, start_method='fork')
+    return [torch.load(f'{folder}/{rank}.pt') for rank in (0, 1)]
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('name', ['rate', 'macs'])
+def test_two_processes_train_as_one_with_the_whole_batch(name, accumulate, two_processes):
+    result, gradients, final = exact_run(name, accumulate, batches(4, dtype=torch.float64))
+    a, b = (run[name, accumulate] for run in two_processes)
+    assert a[0] == b[0] == pytest.approx(result, rel=1e-6)
+    for part, expected in ((1, gradients), (2, final)):
+        for key, value in expected.items():
+            torch.testing.assert_close(a[part][key], value, rtol=1e-6, atol=1e-12, msg=lambda m, k=key: f'{k}: {m}')
+            assert torch.equal(a[part][key], b[part][key])
+    assert all(gradients[f'layer{i}.1.gate.fc2.bias'].abs().sum() > 0 for i in (1, 2, 3))
+
+
+def test_a_local_rate_loss_would_be_seen(two_processes):
+    halves = [exact_run('macs', 1, [(x.chunk(2)[i], y.chunk(2)[i]) for x, y in batches(4, dtype=torch.float64)])
+              for i in (0, 1)]
+    local = {k: (halves[0][1][k] + halves[1][1][k]) / 2 for k in halves[0][1]}
+    pooled = two_processes[0]['macs', 1][1]
+    assert any(not torch.allclose(local[k], pooled[k], rtol=1e-3) for k in local if '.gate.' in k)
+
+
+def test_accumulated_batches_count_each_by_itself():
+    x, y = batches(1, dtype=torch.float64)[0]
+    parts = list(zip(x.chunk(2), y.chunk(2)))
+    accumulated = exact_run('macs', 2, parts)[1]
+    separate = [exact_run('macs', 1, [part])[1] for part in parts]
+    whole = exact_run('macs', 1, [(x, y)])[1]
+    for key in whole:
+        torch.testing.assert_close(accumulated[key], (separate[0][key] + separate[1][key]) / 2, rtol=1e-6, atol=1e-12)
+    assert any(not torch.allclose(accumulated[k], whole[k], rtol=1e-3) for k in whole)

@@ -1,0 +1,1 @@
+"""What the gates do: counts over images, claims that can be tested, pictures."""
