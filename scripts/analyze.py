@@ -172,7 +172,7 @@ def results_of(
     return {
         'model': args.model, 'dataset': args.dataset,
         'split': args.split if args.holdout is None else f'{args.split}, {args.holdout} held out',
-        'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset,
+        'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset.item(),
         'images': n,
         **{name: metrics[name] for name in ('top1', 'execution_rate', 'macs_share')},
         'blocks': {

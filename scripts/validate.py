@@ -181,7 +181,7 @@ def gate_offsets(
             return [(budget, timm_aig.set_budget(model, budget)) for budget in args.budget]
         except ValueError as e:
             raise InputError(f'--budget, model {name}: {e}') from e
-    return [(None, offset) for offset in args.gate_offset or [next(iter(gated.values())).gate.offset]]
+    return [(None, offset) for offset in args.gate_offset or [float(next(iter(gated.values())).gate.offset)]]
 
 
 class Opened(NamedTuple):

@@ -516,7 +516,7 @@ def test_forced_gates_are_still_computed():
 @pytest.mark.parametrize('shape', [(2, 8), (2, 10), (9,), (2, 9, 1)])
 def test_forced_gates_of_the_wrong_shape_are_refused(shape):
     model = timm.create_model('cifar_resnet20_aig').eval()
-    with pytest.raises(ValueError, match=r'open must be \[batch, 9\] for 9 gated blocks'):
+    with pytest.raises(ValueError, match=r'gates must be \[batch, 9\] for 9 gated blocks'):
         with force_gates(model, torch.ones(shape, dtype=torch.bool)):
             raise AssertionError('must not get here')
 
@@ -524,5 +524,5 @@ def test_forced_gates_of_the_wrong_shape_are_refused(shape):
 def test_forced_gates_for_another_batch_are_refused():
     model = timm.create_model('cifar_resnet20_aig').eval()
     with force_gates(model, torch.ones(2, 9, dtype=torch.bool)):
-        with pytest.raises(ValueError, match='open is for a batch of 2, the input has 3'):
+        with pytest.raises(ValueError, match='for the 3 images of the input, not for 2'):
             model(torch.randn(3, 3, 16, 16))

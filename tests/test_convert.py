@@ -90,7 +90,7 @@ def test_a_gated_block_has_its_parents_keys_plus_its_gates():
     assert before.items() <= after.items()
     added = set(after) - set(before)
     gate_keys = {f'{layer}.{p}' for layer in ('fc1', 'bn', 'fc2') for p in ('weight', 'bias')} | {
-        f'bn.{b}' for b in ('running_mean', 'running_var', 'num_batches_tracked')}
+        f'bn.{b}' for b in ('running_mean', 'running_var', 'num_batches_tracked')} | {'offset'}
     assert added == {f'{name}.gate.{key}' for name in gated_blocks(model) for key in gate_keys}
     assert len(gated_blocks(model)) == 16
 

@@ -98,7 +98,8 @@ def test_without_noise_it_answers_as_in_eval_with_the_gradient_of_the_softmax():
 
 def test_the_offset_is_of_eval_alone_also_without_noise():
     gate = constant_gate(1., 0.)
-    gate.noise, gate.offset = False, 5.
+    gate.noise = False
+    gate.set_offset(5.)
     x = torch.zeros(2, 1, 1, 1)
     assert gate(x).tolist() == [0., 0.]
     assert gate.eval()(x).tolist() == [1., 1.]
@@ -190,7 +191,7 @@ def test_it_has_the_papers_layers():
     assert isinstance(gate.fc1, nn.Linear) and gate.fc1.weight.shape == (16, 24)
     assert isinstance(gate.bn, nn.BatchNorm1d) and gate.bn.num_features == 16
     assert isinstance(gate.fc2, nn.Linear) and gate.fc2.weight.shape == (2, 16)
-    assert {k.partition('.')[0] for k in gate.state_dict()} == {'fc1', 'bn', 'fc2'}
+    assert {k.partition('.')[0] for k in gate.state_dict()} == {'fc1', 'bn', 'fc2', 'offset'}
     assert not [k for k in Gate(24, norm='none').state_dict() if k.startswith('bn')]
 
 
@@ -217,13 +218,13 @@ def test_in_eval_it_compares_the_logits_of_the_pooled_input():
 def test_the_offset_shifts_the_threshold(closed, open, offset):
     # eighths are exact in float32, so that ties, which are closed, are ties
     gate = constant_gate(closed / 8, open / 8).eval()
-    gate.offset = offset / 8
+    gate.set_offset(offset / 8)
     assert gate(torch.zeros(1, 1, 1, 1)).item() == float(open + offset > closed)
 
 
 def test_the_offset_does_not_change_what_is_drawn():
     gate = constant_gate(0., 0.)
-    gate.offset = 1e6
+    gate.set_offset(1e6)
     with torch.no_grad():
         assert 0.4 < gate(torch.zeros(10_000, 1, 1, 1)).mean() < 0.6
 
@@ -264,7 +265,7 @@ def test_scripted_it_answers_the_same():
     with torch.no_grad():
         for p in gate.parameters():
             p.normal_()
-    gate.offset = 0.25
+    gate.set_offset(0.25)
     x = torch.randn(100, 4, 2, 2)
     gate.offset += (gate.logits(x) @ torch.tensor([1., -1.])).median().item()  # open for half of them
     z = gate(x)

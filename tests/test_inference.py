@@ -179,7 +179,7 @@ def test_hooks_on_what_is_replaced_are_refused_and_others_kept():
 def test_forced_gates_for_another_batch_are_refused_in_micro_batches_too(models):
     _, fast = models('cifar_resnet20', 2)
     with timm_aig.force_gates(fast, torch.ones(6, 9)):
-        with pytest.raises(ValueError, match='open is for a batch of 6, the input has 4'):
+        with pytest.raises(ValueError, match='for the 4 images of the input, not for 6'):
             fast(images(4, 'cifar'))
 
 
@@ -326,7 +326,7 @@ def test_blocks_that_calibration_images_never_or_always_run_lose_their_gate():
         model(x)
         handle.remove()
         closed, opened = gated[4].gate.logits(inputs[0]).unbind(1)
-        gated[4].gate.offset = (closed - opened).sort().values[7:9].mean().item()  # open for half of the images
+        gated[4].gate.set_offset((closed - opened).sort().values[7:9].mean())  # open for half of the images
         expected, gates = timm_aig.forward_gates(model, x)
         assert 0.3 < gates[:, 4].mean() < 0.7
         optimized = timm_aig.optimize_for_inference(model, calibration=[x[:10], x[10:]])

@@ -8,8 +8,6 @@ from . import models  # noqa: F401, registers the entry points
 from .blocks import (
     GatedBasicBlock,
     GatedBottleneck,
-    force_gates,
-    forward_gates,
     gated_blocks,
     set_execution,
     set_gate_offset,
@@ -21,6 +19,7 @@ from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import ComputeTargetLoss, TargetRateLoss
+from .passes import force_gates, forward_gates, record_gates
 
 if TYPE_CHECKING:
     from .export.onnx import export_aoti, export_onnx, export_openvino, export_program
@@ -34,8 +33,8 @@ __all__ = [
     'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
     'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate', 'export_aoti',
     'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'save_pretrained', 'set_budget',
-    'set_execution', 'set_gate_offset', 'summary', 'ungate_',
+    'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'record_gates', 'save_pretrained',
+    'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
 _LAZY = {  # imported when first used: slow to import, and most users never need them

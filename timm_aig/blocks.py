@@ -1,18 +1,14 @@
 """Gated residual blocks: timm's BasicBlock and Bottleneck, run only for the samples whose gate is open."""
-from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Type
 
 import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .gate import Gate, gate_pass, runs_eagerly
+from .gate import Gate, runs_eagerly
 
-__all__ = [
-    'GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'forward_gates', 'force_gates', 'set_execution',
-    'set_gate_offset',
-]
+__all__ = ['GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'set_execution', 'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
@@ -239,72 +235,6 @@ def require_gated_blocks(model: nn.Module) -> Dict[str, Any]:
     return blocks
 
 
-def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tuple[Any, torch.Tensor]:
-    """Forward pass that also returns what the gates answered.
-
-    Args:
-        model: Any module with gated blocks, each run once by its forward.
-        x: Input of the model, batch first, [B, C, H, W].
-        sample: Draw the gates in eval too, as the authors' code does, instead of taking the threshold.
-
-    Returns:
-        The model's own output, and the gates [B, L] as 0./1. for its L gated blocks in order. In training the gates
-        carry the straight-through gradient. A static model has L = 0.
-
-    Raises:
-        RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing cut the gates' gradient.
-    """
-    blocks = gated_blocks(model)
-    outer = gate_pass.record, gate_pass.sample
-    gate_pass.record, gate_pass.sample = [], sample
-    try:
-        output = model(x)
-        record = gate_pass.record
-    finally:
-        gate_pass.record, gate_pass.sample = outer
-    if not blocks:
-        return output, torch.zeros(len(x), 0, device=x.device)
-    answers: Dict[int, List[torch.Tensor]] = {id(block.gate): [] for block in blocks.values()}
-    for gate, z in record:
-        answers[id(gate)].append(z)  # several in a row from a model that takes its batch in parts
-    if any(sum(len(z) for z in parts) != len(x) for parts in answers.values()):
-        raise RuntimeError('forward_gates needs a model whose forward runs each gated block exactly once, in '
-                           'the thread that calls it: none that DataParallel wraps.')
-    gates = torch.stack([torch.cat(parts) for parts in answers.values()], dim=1)
-    if model.training and torch.is_grad_enabled() and not gates.requires_grad:
-        computed = [block.gate for block in blocks.values() if id(block.gate) not in (gate_pass.forced or {})]
-        if any(gate.fc2.weight.requires_grad for gate in computed):
-            raise RuntimeError(
-                'the gates carry no gradient: re-entrant checkpointing drops it, '
-                'call timm.layers.set_reentrant_ckpt(False).')
-    return output, gates
-
-
-@contextmanager
-def force_gates(model: nn.Module, open: torch.Tensor) -> Iterator[None]:
-    """Answer for the gates of a model, inside a `with` block and in this thread. The gates are still computed.
-
-    With gradient checkpointing, gradients are right only of a backward pass inside the block, in this thread.
-
-    Args:
-        model: Model with L gated blocks.
-        open: Which block runs for which sample of the batches to come, bool [B, L].
-
-    Raises:
-        ValueError: The model is static or `open` is not [B, L]; inside the block, if an input's batch is not B.
-    """
-    blocks = require_gated_blocks(model)
-    if open.ndim != 2 or open.shape[1] != len(blocks):
-        raise ValueError(f'open must be [batch, {len(blocks)}] for {len(blocks)} gated blocks, not {list(open.shape)}.')
-    outer = gate_pass.forced
-    answers = (open != 0).t().tolist()
-    gate_pass.forced = {**(outer or {}), **{id(block.gate): z for block, z in zip(blocks.values(), answers)}}
-    try:
-        yield
-    finally:
-        gate_pass.forced = outer
-
-
 def set_execution(model: nn.Module, mode: str) -> None:
     """Choose how the gated blocks of a model run in eval. Training, tracing and compiling are always masked.
 
@@ -330,4 +260,4 @@ def set_gate_offset(model: nn.Module, offset: float) -> None:
     if offset != offset:
         raise ValueError('offset must be a number, not nan.')
     for block in require_gated_blocks(model).values():
-        block.gate.offset = offset
+        block.gate.set_offset(offset)

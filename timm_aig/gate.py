@@ -3,54 +3,43 @@
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3
 """
 import threading
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .config import InputError
+
 __all__ = ['Gate']
 
 
 class _GatePass(threading.local):
-    """What the forward pass under way in this thread wants of the gates it meets.
+    """Per-thread state of the running forward pass: recording and overrides. Set by the functions of passes.
 
-    Kept here rather than on the modules, so that a model holds no state of a pass: it can be copied, checkpointed,
-    compiled and shared between threads at any moment.
+    Kept by thread and not on the modules, so that a model can be copied, checkpointed, compiled and shared between
+    threads at any moment.
     """
 
-    def __init__(self) -> None:  # in every thread; set here since torch.compile guards what an instance has
-        # forward_gates: each gate and its answers
-        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None
-        # force_gates: id of a gate -> the answers to give instead
-        self.forced: Optional[Dict[int, List[bool]]] = None
-        self.sample = False  # forward_gates(sample=True): draw in eval too
-        self.rows = slice(None)  # rows_of_batch: what part of the batch runs now
-        self.whole: Optional[int] = None  # and the size of the whole batch
+    def __init__(self) -> None:  # in every thread; here and not on the class, since torch.compile guards instances
+        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # each gate that answered and its answers
+        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> the answers [B] to give instead, bool
+        self.sample = False  # draw in eval too
+        self.rows = slice(None)  # the part of the batch that runs now
+        self.batch: Optional[int] = None  # size of the whole batch, if it runs in parts
 
-    def forced_answers(self, gate: 'Gate', batch: int) -> Optional[List[bool]]:
-        """What a gate has to answer for its batch, None for what it computes."""
+    def forced_answers(self, gate: 'Gate', rows: int) -> Optional[torch.Tensor]:
+        """Answers [rows], bool, that force_gates gives for a gate, None if it gives none."""
         if self.forced is None or id(gate) not in self.forced:
             return None
         answers = self.forced[id(gate)]
-        batch = batch if self.whole is None else self.whole
+        batch = rows if self.batch is None else self.batch
         if len(answers) != batch:
-            raise ValueError(f'force_gates: open is for a batch of {len(answers)}, the input has {batch}.')
+            raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
         return answers[self.rows]
 
 
 gate_pass = _GatePass()
-
-
-@contextmanager
-def rows_of_batch(start: int, stop: int, batch: int) -> Iterator[None]:
-    """Run rows start to stop of a batch that a model takes in parts."""
-    gate_pass.rows, gate_pass.whole = slice(start, stop), batch
-    try:
-        yield
-    finally:
-        gate_pass.rows, gate_pass.whole = slice(None), None
 
 
 def sample_gate(logits: torch.Tensor, noise: bool = True) -> torch.Tensor:
@@ -104,6 +93,8 @@ class Gate(nn.Module):
     in eval it is `open + offset > closed`. A new gate opens with probability 0.87, and in eval for every sample.
     """
 
+    offset: torch.Tensor
+
     def __init__(
             self,
             in_channels: int,
@@ -124,9 +115,18 @@ class Gate(nn.Module):
         self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
         self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
-        self.offset = 0.  # added to the open logit before the eval threshold
+        # added to the open logit before the eval threshold
+        self.register_buffer('offset', torch.zeros((), **dd))
         self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
         self.init_weights()
+
+    def set_offset(self, offset: float) -> None:
+        """Set the logit offset of the eval threshold."""
+        self.offset.fill_(offset)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f'{prefix}offset', self.offset)  # weights saved before the offset was a buffer
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -172,7 +172,7 @@ class Gate(nn.Module):
         """Serve the force_gates and forward_gates of this thread."""
         forced = gate_pass.forced_answers(self, len(z)) if gate_pass.forced is not None else None
         if forced is not None:
-            z = z.new_tensor(forced)
+            z = forced.to(z.device, z.dtype)
         if gate_pass.record is not None:
             gate_pass.record.append((self, z))
         return z

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .blocks import forward_gates, require_gated_blocks
+from .blocks import require_gated_blocks
 from .loss import TargetRateLoss
+from .passes import forward_gates
 
 __all__ = ['AIGTask']
 

@@ -72,7 +72,7 @@ class Slider:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> 'Slider':
-        own = next(iter(timm_aig.gated_blocks(model).values())).gate.offset
+        own = float(next(iter(timm_aig.gated_blocks(model).values())).gate.offset)
         table = budget_table(model)
         low, high = (math.ceil(table[0].budget * 100), math.floor(table[-1].budget * 100)) if table else (0, 0)
         if low >= high:

@@ -5,7 +5,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..blocks import force_gates, forward_gates, gated_blocks
+from ..blocks import gated_blocks
+from ..passes import force_gates, forward_gates
 
 __all__ = ['ExportError', 'Run', 'check_export', 'torch_run']
 
@@ -21,7 +22,7 @@ class ExportError(RuntimeError):
 
 def own_offsets(model: nn.Module) -> np.ndarray:
     """Gate offsets [L] of a model."""
-    return np.array([block.gate.offset for block in gated_blocks(model).values()], np.float32)
+    return np.array([float(block.gate.offset) for block in gated_blocks(model).values()], np.float32)
 
 
 def torch_run(function: Any, model: nn.Module) -> Run:

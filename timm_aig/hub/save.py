@@ -6,7 +6,6 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -23,8 +22,9 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 
 from .. import __version__
-from ..blocks import forward_gates, gated_blocks
+from ..blocks import gated_blocks
 from ..budget import budget_table
+from ..passes import forward_gates
 
 __all__ = ['Upload', 'push_to_hub', 'save_pretrained']
 
@@ -81,11 +81,6 @@ def _require_rebuildable(model: nn.Module) -> None:
             f'only models made by timm.create_model can be saved.')
     if not hasattr(model, 'num_classes'):
         raise ValueError(f'model ({type(model).__name__}) is a backbone without a head, save the whole model instead.')
-    offsets = {block.gate.offset for block in gated_blocks(model).values()}
-    if len(offsets) > 1 or not all(map(isfinite, offsets)):
-        raise ValueError(
-            f'gate offsets must be one finite number for all gates to be saved, not {sorted(offsets)}: '
-            f'call set_gate_offset.')
 
 
 def _tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -117,9 +112,6 @@ def _write_config(model: nn.Module, path: Path, model_config: Optional[Dict[str,
     args.pop('gate_budgets', None)
     if budget_table(model):
         args['gate_budgets'] = [point.to_dict() for point in budget_table(model)]
-    for block in gated_blocks(model).values():
-        if block.gate.offset:
-            args['gate_offset'] = block.gate.offset
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 

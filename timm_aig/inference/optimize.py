@@ -25,8 +25,9 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._pytree import tree_map
 
-from ..blocks import forward_gates, gated_blocks, run_open_rows
-from ..gate import Gate, gate_pass, rows_of_batch
+from ..blocks import gated_blocks, run_open_rows
+from ..gate import Gate, gate_pass
+from ..passes import forward_gates
 
 __all__ = ['optimize_for_inference']
 
@@ -143,8 +144,11 @@ class InferenceGate(Gate):
         self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # in and out of each hidden unit
         self.score = self.bias2.item()
-        self.offset = gate.offset
+        self.offset: Any = float(gate.offset)
         self.budgets = gate.budgets
+
+    def set_offset(self, offset: float) -> None:
+        self.offset = offset
 
     def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
         """Which samples run, from their block inputs pooled by _pool."""
@@ -154,7 +158,8 @@ class InferenceGate(Gate):
         if gate_pass.sample:
             answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
         if gate_pass.forced is not None:
-            answers = gate_pass.forced_answers(self, len(answers)) or answers
+            forced = gate_pass.forced_answers(self, len(answers))
+            answers = answers if forced is None else forced.tolist()
         if gate_pass.record is not None:
             gate_pass.record.append((self, torch.tensor(answers, dtype=torch.float32, device=pooled.device)))
         return [row for row, answer in enumerate(answers) if answer]
@@ -275,8 +280,11 @@ class InferenceModel(nn.Module):
             return self.model(x)
         outputs = []
         for start in range(0, len(x), size):
-            with rows_of_batch(start, start + size, len(x)):
+            gate_pass.rows, gate_pass.batch = slice(start, start + size), len(x)
+            try:
                 outputs.append(self.model(x[start:start + size]))
+            finally:
+                gate_pass.rows, gate_pass.batch = slice(None), None
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _micro_batch(self, x: torch.Tensor) -> int:

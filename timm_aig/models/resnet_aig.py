@@ -60,13 +60,10 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 def _adaptive_resnet(
         parent: str,
         aig_args: Dict[str, Any],
-        gate_offset: float,
         gate_budgets: Sequence[BudgetPoint],
         **kwargs,
 ) -> ResNet:
     model = gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
-    if gate_offset:
-        set_gate_offset(model, gate_offset)
     if gate_budgets:
         set_budget_table(model, gate_budgets)
     return model
@@ -87,7 +84,7 @@ def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], D
 def _create_resnet_aig(
         variant: str,
         pretrained: bool = False,
-        gate_offset: float = 0.,
+        gate_offset: Optional[float] = None,
         gate_budgets: Optional[Sequence[Dict[str, Any]]] = None,
         **kwargs,
 ) -> ResNet:
@@ -99,14 +96,17 @@ def _create_resnet_aig(
         gate_budgets = hub_config.get('gate_budgets')  # other gates than the tag's have other budgets
     table = read_budget_table(() if gate_budgets is None else gate_budgets)
     try:
-        return build_model_with_cfg(
-            partial(_adaptive_resnet, parent, aig_args, gate_offset, table),
+        model = build_model_with_cfg(
+            partial(_adaptive_resnet, parent, aig_args, table),
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4)),
             **kwargs,
         )
+        if gate_offset is not None:  # over what the weights say
+            set_gate_offset(model, gate_offset)
+        return model
     except SafetensorError as e:
         raise RuntimeError(f'The weights of {variant} are no whole safetensors file: {e}') from e
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:

@@ -10,9 +10,10 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 from tqdm import tqdm
 
-from ..blocks import GatedBlock, forward_gates, gated_blocks, require_gated_blocks, set_gate_offset
+from ..blocks import GatedBlock, gated_blocks, require_gated_blocks, set_gate_offset
 from ..budget import LONGEST_TABLE, BudgetPoint, set_budget_table
 from ..cost import Cost, compute_cost
+from ..passes import forward_gates
 
 __all__ = ['BUDGETS', 'AccuracyDrop', 'Calibration', 'calibrate_budget']
 
@@ -161,7 +162,7 @@ def _cached(loader: Iterable[Any]) -> List[Batch]:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Eval, and afterwards the modes and gate offsets of before."""
     modes = [(module, module.training) for module in model.modules()]
-    gates = [(block.gate, block.gate.offset) for block in gated_blocks(model).values()]
+    gates = [(block.gate, block.gate.offset.item()) for block in gated_blocks(model).values()]
     model.eval()
     try:
         yield
@@ -169,7 +170,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for gate, offset in gates:
-            gate.offset = offset
+            gate.set_offset(offset)
 
 
 class _Probe(NamedTuple):

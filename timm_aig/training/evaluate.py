@@ -9,8 +9,8 @@ from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import unwrap_model
 from tqdm import tqdm
 
-from ..blocks import forward_gates
 from ..cost import Cost
+from ..passes import forward_gates
 
 __all__ = ['METRICS', 'Evaluation', 'evaluate']
 
