@@ -10,7 +10,7 @@ import yaml
 
 from timm_aig import InputError
 from timm_aig.training.data import UNREADABLE
-from timm_aig.training.trainer import NONFINITE
+from timm_aig.training.update import NONFINITE
 
 # Defaults that a recipe sets; --config and the command line win over them.
 RECIPES: Dict[str, Dict[str, Any]] = {

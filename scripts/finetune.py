@@ -65,6 +65,7 @@ from timm_aig.training.data import (
 from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
+from timm_aig.training.update import UpdateConfig
 
 EXAMPLES = """examples:
   scripts/finetune.py --data-dir photos --static --model resnet50.tv2_in1k --pretrained --num-classes 12 --opt sgd \\
@@ -339,8 +340,8 @@ def create_trainer(
     return Trainer(
         task, data.train, optimizer, epochs, scheduler, gate_schedule, cost if not args.static else None,
         amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None, mixup=mixup,
-        mixup_off_epoch=args.mixup_off_epoch, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-        grad_accum_steps=args.grad_accum_steps, nonfinite=args.nonfinite,
+        mixup_off_epoch=args.mixup_off_epoch,
+        update=UpdateConfig(args.grad_accum_steps, args.clip_grad, args.clip_mode, args.nonfinite),
         checkpoints=Checkpoints(folder / 'checkpoints', identity), checkpoint_interval=args.checkpoint_interval,
         seed=args.seed, title='train' if args.static else f'fine-tune, {args.recipe}')
 

@@ -1,5 +1,6 @@
-"""Trainer: what an update is, what it leaves out, how it goes on, in one process and in two."""
+"""Trainer: updates, skipped updates, resuming, and two processes."""
 import copy
+import dataclasses
 import math
 import os
 import sys
@@ -17,12 +18,15 @@ from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import timm_aig
 from timm_aig import AIGTask, ComputeTargetLoss, InputError, TargetRateLoss
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
+from timm_aig.training.update import UpdateConfig
 
 
 def batches(count=6, size=4, classes=3, dtype=torch.float32):
@@ -33,11 +37,16 @@ def batches(count=6, size=4, classes=3, dtype=torch.float32):
 
 
 def small_model(**kwargs):
+    """Adaptive model with four blocks: layer1.0, layer2.0, layer2.1, layer3.0."""
     torch.manual_seed(0)
-    return timm.create_model('cifar_resnet20_aig', num_classes=3, **kwargs)
+    return timm.create_model('cifar_resnet20_aig', layers=(1, 2, 1), num_classes=3, **kwargs)
+
+
+UPDATE_FIELDS = {field.name for field in dataclasses.fields(UpdateConfig)}
 
 
 def make_trainer(model=None, loader=None, epochs=2, criterion=None, ema=False, sched='cosine', opt='sgd', **kwargs):
+    """Trainer of small_model; its keywords may include those of UpdateConfig."""
     model = small_model() if model is None else model
     loader = batches() if loader is None else loader
     task = AIGTask(model, criterion or nn.CrossEntropyLoss(), verbose=False)
@@ -46,7 +55,28 @@ def make_trainer(model=None, loader=None, epochs=2, criterion=None, ema=False, s
     optimizer = create_optimizer_v2(model, opt=opt, lr=0.02, momentum=0.9)
     scheduler = create_scheduler_v2(
         optimizer, sched, num_epochs=epochs, decay_milestones=[1], step_on_epochs=False, updates_per_epoch=6)[0]
-    return Trainer(task, loader, optimizer, epochs, scheduler, **kwargs)
+    update = UpdateConfig(**{name: kwargs.pop(name) for name in UPDATE_FIELDS & kwargs.keys()})
+    return Trainer(task, loader, optimizer, epochs, scheduler, update=update, **kwargs)
+
+
+def fit(trainer):
+    """Train to the end; returns the results of each epoch."""
+    results = []
+    trainer.fit(lambda epoch, result: results.append(result))
+    return results
+
+
+def watch_updates(trainer, before=lambda: None, after=lambda done: None):
+    """Call before() ahead of each update and after(whether it was done) behind it."""
+    finish = trainer.updater.finish
+
+    def watched(*args, **kwargs):
+        before()
+        problem = finish(*args, **kwargs)
+        after(problem is None)
+        return problem
+
+    trainer.updater.finish = watched
 
 
 def weights(trainer):
@@ -60,7 +90,7 @@ def assert_equal(a, b):
 
 
 class NaNAt:
-    """Cross-entropy that is made NaN (or infinite) in its nth call, in value alone if `detached`."""
+    """Cross-entropy that is NaN or infinite in the calls `at`; `detached` keeps its gradients finite."""
 
     def __init__(self, at, value=math.nan, detached=False):
         self.at, self.value, self.detached, self.calls = at, value, detached, 0
@@ -76,8 +106,7 @@ class NaNAt:
 def test_an_epoch_is_the_plain_loop_over_its_batches():
     trainer = make_trainer(epochs=1, sched='none', cost=timm_aig.compute_cost(small_model(), (3, 8, 8)))
     reference = copy.deepcopy(trainer.model)
-    results = []
-    trainer.fit(lambda epoch, result: results.append((epoch, result)))
+    results, = fit(trainer)
 
     optimizer = create_optimizer_v2(reference, opt='sgd', lr=0.02, momentum=0.9)
     task = AIGTask(reference, nn.CrossEntropyLoss(), verbose=False).train()
@@ -91,62 +120,53 @@ def test_an_epoch_is_the_plain_loop_over_its_batches():
         result['loss'].backward()
         optimizer.step()
     assert_equal(weights(trainer), dict(reference.state_dict()))
-    (epoch, result), = results
-    assert epoch == 0 and result['loss'] == pytest.approx(sum(losses) / 6)
+    assert results['loss'] == pytest.approx(sum(losses) / 6)
     mean = torch.stack(rates).mean(0).tolist()
-    assert [result[f'rate_{name}'] for name in timm_aig.gated_blocks(reference)] == pytest.approx(mean)
-    assert result['execution_rate'] == pytest.approx(sum(mean) / 9)
+    assert [results[f'rate_{name}'] for name in timm_aig.gated_blocks(reference)] == pytest.approx(mean)
+    assert results['execution_rate'] == pytest.approx(sum(mean) / 4)
     cost = trainer.cost
     share = (cost.fixed + sum(m * b for m, b in zip(mean, cost.blocks))) / (cost.total - cost.gates)
-    assert result['macs_share'] == pytest.approx(share)
+    assert results['macs_share'] == pytest.approx(share)
 
 
 @pytest.mark.parametrize('amp_dtype', [None, torch.float16])
 @pytest.mark.parametrize('value,detached', [(math.nan, False), (math.inf, False), (math.inf, True), (math.nan, True)])
 def test_stop_says_at_which_step_and_keeps_the_weights(value, detached, amp_dtype):
     trainer = make_trainer(criterion=NaNAt({8}, value, detached), amp_dtype=amp_dtype)
-    with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: .* finite; the loss is not, the answers of all gat'):
+    with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: the loss is not finite, the outputs of all gates are'):
         trainer.fit()
     assert trainer.step == 8
     assert all(v.isfinite().all() for k, v in weights(trainer).items() if 'running' not in k)
 
 
-def test_gradients_that_overflow_float16_lower_the_scale_and_are_no_reason_to_stop():
+def test_gradients_that_overflow_float16_lower_the_scale_and_leave_out_the_step():
     trainer = make_trainer(epochs=1, amp_dtype=torch.float16)
-    overflowing = [True]  # in the first step
-    trainer.model.fc.weight.register_hook(lambda grad: grad * math.inf if overflowing.pop() else grad)
-    before, scale = weights(trainer), trainer.scaler.get_scale()
-    update = trainer._update
-
-    def watched(results):
-        assert update(results)
-        if trainer.step == 1:
-            assert trainer.scaler.get_scale() == scale / 2
-            assert torch.equal(trainer.model.fc.weight, before['fc.weight'])
-        overflowing.append(False)
-        return True
-
-    trainer._update = watched
+    scaler, fc = trainer.updater.scaler, trainer.model.fc.weight
+    fc.register_hook(lambda grad: grad * (math.inf if trainer.step == 0 else 1))
+    before, scale = fc.clone(), scaler.get_scale()
+    scales, moved = [], []
+    watch_updates(trainer, after=lambda done: (scales.append(scaler.get_scale()), moved.append(not fc.equal(before))))
     trainer.fit()
+    assert scales == [scale / 2] * 6 and moved == [False] + [True] * 5
     assert trainer.skipped == 0 and trainer.step == 6
-    assert not torch.equal(trainer.model.fc.weight, before['fc.weight'])
 
 
 @pytest.mark.parametrize('nonfinite', ['stop', 'skip'])
-def test_gradients_that_are_never_finite_in_float16_do_not_pass_for_a_scale_to_be_found(nonfinite):
-    trainer = make_trainer(epochs=4, amp_dtype=torch.float16, nonfinite=nonfinite)
+def test_gradients_that_are_never_finite_in_float16_are_an_error_once_the_scale_is_below_1(nonfinite):
+    trainer = make_trainer(epochs=3, amp_dtype=torch.float16, nonfinite=nonfinite)
+    trainer.updater.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 4)
     trainer.model.fc.weight.register_hook(lambda grad: grad * math.nan)
     before = trainer.model.fc.weight.clone()
     if nonfinite == 'stop':
-        with pytest.raises(NonFiniteError, match='step 17'):  # 65536 halved until it is below 1
+        with pytest.raises(NonFiniteError, match='step 5: the loss is finite, gradients outside the gates are not'):
             trainer.fit()
     else:
         trainer.fit()
-        assert trainer.skipped == 24 - 17
+        assert trainer.skipped == 18 - 5  # the scale takes five updates to fall below 1
     assert torch.equal(trainer.model.fc.weight, before)
 
 
-def test_a_skipped_loss_in_float16_leaves_the_weights_and_statistics():
+def test_a_skipped_update_in_float16_keeps_weights_and_statistics():
     trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=torch.float16)
     before = weights(trainer)
     trainer.fit()
@@ -154,58 +174,102 @@ def test_a_skipped_loss_in_float16_leaves_the_weights_and_statistics():
     assert_equal(weights(trainer), before)
 
 
-def test_stop_names_the_first_gate_whose_answer_is_not_finite():
+def test_stop_names_the_first_gate_with_a_non_finite_output():
     trainer = make_trainer()
     trainer.model.layer2[1].gate.fc1.weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match=r'step 0: .*the answer of gate layer2\.1 is the first that is not'):
+    with pytest.raises(NonFiniteError, match=r'step 0: gate layer2\.1 is the first whose output is not finite'):
         trainer.fit()
 
 
-def test_stop_names_the_gate_whose_gradient_is_not_finite():
+def test_stop_names_the_gates_with_non_finite_gradients():
     trainer = make_trainer()
     trainer.model.layer3[0].gate.fc2.bias.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(NonFiniteError, match=r'step 0: .*the gradients of gates layer3.0 are not$'):
+    with pytest.raises(NonFiniteError, match=r'step 0: the loss is finite, gradients of gates layer3.0 are not$'):
         trainer.fit()
 
 
 @pytest.mark.parametrize('detached', [False, True])
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_skip_leaves_weights_statistics_and_average_as_they_were_counts_it_and_goes_on(accumulate, detached):
-    bad = {2, 3} if accumulate == 2 else {2}  # the second update, or the third
+def test_a_skipped_update_keeps_weights_statistics_and_ema_and_the_training_goes_on(accumulate, detached):
+    bad = {2, 3} if accumulate == 2 else {2}  # calls of the second or third update
     trainer = make_trainer(
         epochs=1, criterion=NaNAt(bad, detached=detached), ema=True, nonfinite='skip', grad_accum_steps=accumulate)
     seen = []
-    update = trainer._update
 
-    def watched(results):
-        done = update(results)
-        average = trainer.task.get_checkpoint_state(ema=True)['state_dict_ema']
-        seen.append((done, weights(trainer), {k: v.clone() for k, v in average.items()}))
-        return done
+    def after(done):
+        ema = trainer.task.get_checkpoint_state(ema=True)['state_dict_ema']
+        seen.append((done, weights(trainer), {k: v.clone() for k, v in ema.items()}))
 
-    trainer._update = watched
-    results = []
-    trainer.fit(lambda epoch, result: results.append(result))
+    watch_updates(trainer, after=after)
+    result, = fit(trainer)
     bad_update = 1 if accumulate == 2 else 2
     assert [done for done, _, _ in seen] == [i != bad_update for i in range(6 // accumulate)]
     assert_equal(seen[bad_update][1], seen[bad_update - 1][1])
     assert_equal(seen[bad_update][2], seen[bad_update - 1][2])
     assert any('num_batches_tracked' in k for k in seen[0][1])
     assert not torch.equal(seen[-1][1]['fc.weight'], seen[bad_update][1]['fc.weight'])
-    assert trainer.skipped == 1 and trainer.counted == 0 and trainer.step == 6 // accumulate
-    assert all(math.isfinite(value) for value in results[0].values())
+    assert trainer.skipped == 1 and trainer.step == 6 // accumulate
+    assert all(math.isfinite(value) for value in result.values())
     assert all(v.isfinite().all() for v in weights(trainer).values())
 
 
-def test_an_epoch_of_skipped_updates_has_no_results_but_ends():
+def test_results_are_means_over_the_updates_that_were_not_skipped():
+    class Call(NaNAt):
+        def __call__(self, output, target):
+            return super().__call__(output, target) * 0 + self.calls
+
+    trainer = make_trainer(epochs=1, criterion=Call({2}), nonfinite='skip')
+    trainer.task.gate_loss.weight = 0.
+    assert fit(trainer)[0]['loss'] == (1 + 2 + 4 + 5 + 6) / 5
+
+
+def test_an_epoch_of_skipped_updates_has_no_results():
     trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip')
-    results = []
-    trainer.fit(lambda epoch, result: results.append(result))
-    assert results == [{}] and trainer.skipped == 6
+    assert fit(trainer) == [{}] and trainer.skipped == 6
+
+
+class DeviceReads(TorchDispatchMode):
+    """Counts what would wait for an accelerator: item(), bool() and the like, tolist(), cpu(), numpy()."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        for name in ('tolist', 'cpu', 'numpy'):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def call(*args, **kwargs):
+            self.count += 1
+            return method(*args, **kwargs)
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('amp_dtype,nonfinite', [(None, 'stop'), (torch.bfloat16, 'stop'), (torch.float16, 'skip')])
+def test_an_update_reads_the_device_once_however_many_batches_it_has(amp_dtype, nonfinite, monkeypatch):
+    trainer = make_trainer(
+        loader=batches(12), epochs=1, grad_accum_steps=2, ema=True, clip_grad=1., amp_dtype=amp_dtype,
+        nonfinite=nonfinite, cost=timm_aig.compute_cost(small_model(), (3, 8, 8)))
+    with DeviceReads(monkeypatch) as reads:
+        result, = fit(trainer)
+    assert trainer.step == 6 and trainer.skipped == 0 and 'macs_share' in result
+    assert reads.count <= 6 + 2  # two for the results of the epoch
+
+
+def test_the_progress_bar_reads_the_results_once_an_interval(monkeypatch):
+    monkeypatch.setattr('timm_aig.training.trainer.LOG_INTERVAL', 4)
+    shown = []
+    monkeypatch.setattr(tqdm, 'set_postfix', lambda self, values, refresh: shown.append(values))
+    trainer = make_trainer(loader=batches(10), epochs=1, cost=timm_aig.compute_cost(small_model(), (3, 8, 8)))
+    trainer.fit()
+    assert [list(values) for values in shown] == [['loss', 'top1', 'execution_rate', 'macs_share']] * 2
 
 
 def snapshots(trainer):
-    """All states that a trainer saves, by step and position."""
+    """List that collects the states that a trainer saves."""
     states = []
     trainer.checkpoints.save = lambda step, state: states.append(copy.deepcopy(state))
     return states
@@ -213,7 +277,7 @@ def snapshots(trainer):
 
 @pytest.mark.parametrize('opt,sched,ema,accumulate,mixup', [
     ('sgd', 'cosine', False, 1, False), ('adamw', 'multistep', True, 1, False), ('sgd', 'cosine', True, 2, True)])
-def test_from_every_checkpoint_on_it_ends_with_the_same_weights_optimizer_and_scheduler(
+def test_resumed_from_any_checkpoint_it_ends_with_the_same_weights_optimizer_and_scheduler(
         opt, sched, ema, accumulate, mixup, tmp_path):
     def make():
         model = small_model(drop_rate=0.1)
@@ -225,14 +289,13 @@ def test_from_every_checkpoint_on_it_ends_with_the_same_weights_optimizer_and_sc
 
     trainer = make()
     states = snapshots(trainer)
-    results = []
-    trainer.fit(lambda epoch, result: results.append(result))
+    results = fit(trainer)
     steps = 12 // accumulate
     assert [state['step'] for state in states] == list(range(steps + 1))
-    for state in [states[step] for step in sorted({0, 1, steps // 2, steps // 2 + 1, steps})]:
+    for state in [states[step] for step in (1, steps // 2, steps // 2 + 1, steps)]:
         resumed = make()
         snapshots(resumed)
-        torch.randn(5)  # whatever the generators did before
+        torch.randn(5)  # the state of the generators must not matter
         resumed.load_state_dict(copy.deepcopy(state))
         again = {}
         resumed.fit(again.__setitem__)
@@ -248,22 +311,15 @@ def test_from_every_checkpoint_on_it_ends_with_the_same_weights_optimizer_and_sc
             assert_equal(*(t.task.get_checkpoint_state(ema=True)['state_dict_ema'] for t in (resumed, trainer)))
 
 
-def test_sigterm_ends_it_saved_after_the_update_under_way(tmp_path):
+def test_sigterm_ends_it_with_a_checkpoint_after_the_running_update(tmp_path):
     trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
-    original = trainer._update
-
-    def update(results):
-        if trainer.step == 3:
-            os.kill(os.getpid(), 15)
-        return original(results)
-
-    trainer._update = update
+    watch_updates(trainer, before=lambda: os.kill(os.getpid(), 15) if trainer.step == 3 else None)
     with pytest.raises(Stopped, match='in epoch 1 after step 4, saved'):
         trainer.fit()
     assert trainer.checkpoints.load_last()[0]['step'] == 4
 
 
-def test_a_disk_that_cannot_be_written_is_met_before_the_first_update(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_update(tmp_path):
     trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
     tmp_path.rmdir()
     tmp_path.write_text('a file')
@@ -272,7 +328,7 @@ def test_a_disk_that_cannot_be_written_is_met_before_the_first_update(tmp_path):
     assert trainer.step == 0
 
 
-def test_batches_that_do_not_come_are_not_passed_over():
+def test_a_loader_with_fewer_batches_than_its_length_is_refused():
     class Short(list):
         def __len__(self):
             return 8
@@ -280,37 +336,47 @@ def test_batches_that_do_not_come_are_not_passed_over():
     trainer = make_trainer(loader=Short(batches(6)), grad_accum_steps=4)
     with pytest.raises(InputError, match='only 6 of the 8 batches'):
         trainer.fit()
-    trainer.position = 7  # as a checkpoint of a time when they came
+    trainer.position = 7  # of a checkpoint of a loader with more batches
     with pytest.raises(InputError, match='fewer batches than the 7'):
         trainer.fit()
 
 
-def test_a_label_without_a_class_is_refused():
-    for label in (3, -1):
-        loader = [(torch.randn(2, 3, 8, 8), torch.tensor([0, label]))]
-        with pytest.raises(InputError, match=r'num_classes is 3, the labels must be in \[0, 3\)'):
-            make_trainer(loader=loader).fit()
+@pytest.mark.parametrize('label', [-1, 3])
+@pytest.mark.parametrize('mixup', [False, True])
+def test_a_label_out_of_range_is_refused_before_the_weights_change(label, mixup):
+    good = batches(1, 2)[0]
+    loader = [good, (torch.randn(2, 3, 8, 8), torch.tensor([1, label])), good]
+    kwargs = dict(mixup=Mixup(0.4, num_classes=3), criterion=timm.loss.SoftTargetCrossEntropy()) if mixup else {}
+    trainer = make_trainer(loader=loader, grad_accum_steps=3, **kwargs)
+    before = trainer.model.fc.weight.clone()
+    lowest, highest = min(label, 0), max(label, 1)
+    with pytest.raises(InputError, match=rf'is 3: labels must be in \[0, 3\), not from {lowest} to {highest}') as error:
+        trainer.fit()
+    assert error.value.argument == 'num_classes' and torch.equal(trainer.model.fc.weight, before)
+
+
+@pytest.mark.parametrize('kwargs', [dict(grad_accum_steps=0), dict(nonfinite='ignore')])
+def test_an_update_config_out_of_range_is_refused(kwargs):
+    with pytest.raises(InputError, match='must be') as error:
+        UpdateConfig(**kwargs)
+    assert error.value.argument == next(iter(kwargs))
 
 
 def test_it_trains_finite_in_bfloat16():
-    trainer = make_trainer(amp_dtype=torch.bfloat16)
-    results = []
-    trainer.fit(lambda epoch, result: results.append(result))
-    assert all(math.isfinite(v) for result in results for v in result.values())
+    trainer, plain = make_trainer(epochs=1, amp_dtype=torch.bfloat16), make_trainer(epochs=1)
+    result, = fit(trainer)
+    assert all(math.isfinite(v) for v in result.values())
     assert all(v.isfinite().all() for v in weights(trainer).values())
-    plain = make_trainer()
     plain.fit()
     assert not torch.equal(weights(trainer)['fc.weight'], weights(plain)['fc.weight'])
 
 
 def test_a_static_model_is_trained_too():
-    model = timm.create_model('cifar_resnet20', num_classes=3)
+    model = timm.create_model('cifar_resnet20', layers=(1, 1, 1), num_classes=3)
     before = model.fc.weight.clone()
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    trainer = Trainer(task, batches(), torch.optim.SGD(model.parameters(), 0.1), 1)
-    results = []
-    trainer.fit(lambda epoch, result: results.append(result))
-    assert set(results[0]) == {'loss', 'top1'} and not torch.equal(before, model.fc.weight)
+    result, = fit(Trainer(task, batches(), torch.optim.SGD(model.parameters(), 0.1), 1))
+    assert set(result) == {'loss', 'top1'} and not torch.equal(before, model.fc.weight)
 
 
 def test_adaptive_gradient_clipping_leaves_the_head_alone():
@@ -321,7 +387,7 @@ def test_adaptive_gradient_clipping_leaves_the_head_alone():
     assert moved['fc.weight'] > 1e-4 and moved['layer1.0.conv1.weight'] < 1e-4
 
 
-def test_a_schedule_recompiles_only_where_the_noise_ends():
+def test_a_compiled_model_recompiles_only_where_the_noise_ends():
     torch._dynamo.reset()
     graphs = []
 
@@ -332,6 +398,7 @@ def test_a_schedule_recompiles_only_where_the_noise_ends():
     model = timm_aig.gate_(nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
         nn.Linear(4, 3)))
+    model.num_classes = 3
     task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
     task.compile(backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -340,12 +407,10 @@ def test_a_schedule_recompiles_only_where_the_noise_ends():
     assert 1 <= len(graphs) <= 2  # with noise and without
 
 
-# two processes: a model without batch statistics and draws, so that the global batch is all that counts
+# Two processes. The model has no batch statistics and no noise, so that its results depend on the global batch alone.
 
 def exact_model():
-    torch.manual_seed(0)
-    model = timm.create_model(
-        'cifar_resnet20_aig', num_classes=3, gate_norm='none', norm_layer=partial(GroupNorm, num_groups=8)).double()
+    model = small_model(gate_norm='none', norm_layer=partial(GroupNorm, num_groups=8)).double()
     with torch.no_grad():
         for block in timm_aig.gated_blocks(model).values():
             block.gate.fc1.weight.normal_(std=4.)
@@ -357,27 +422,22 @@ def exact_model():
 
 
 def gate_losses(model):
-    return {'rate': TargetRateLoss([0.6] * 9, 2.),
+    return {'rate': TargetRateLoss([0.6] * 4, 2.),
             'macs': ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.5, 10.)}
 
 
 def exact_run(name, accumulate, loader, distributed=False):
-    """Mean results, gradients of the first update and weights after two updates."""
+    """Mean results, gradients of the first update and weights after the epoch."""
     model = exact_model()
     task = AIGTask(model, nn.CrossEntropyLoss(), gate_loss=gate_losses(model)[name], verbose=False)
     if distributed:
         task.prepare_distributed()
-    trainer = Trainer(task, loader, torch.optim.SGD(model.parameters(), 0.01), 1, grad_accum_steps=accumulate)
-    gradients, results, update = [], [], trainer._update
-
-    def watched(batch_results):
-        if not gradients:
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        return update(batch_results)
-
-    trainer._update = watched
-    trainer.fit(lambda epoch, result: results.append(result))
-    return results[0], gradients[0], {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = Trainer(
+        task, loader, torch.optim.SGD(model.parameters(), 0.01), 1, update=UpdateConfig(grad_accum_steps=accumulate))
+    gradients = []
+    watch_updates(trainer, before=lambda: gradients.append({n: p.grad.clone() for n, p in model.named_parameters()}))
+    result, = fit(trainer)
+    return result, gradients[0], weights(trainer)
 
 
 def run_process(rank, folder):
@@ -385,8 +445,10 @@ def run_process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     shards = [(x.chunk(2)[rank], y.chunk(2)[rank]) for x, y in batches(4, dtype=torch.float64)]
-    torch.save({(name, n): exact_run(name, n, shards, True) for name in ('rate', 'macs') for n in (1, 2)},
-               f'{folder}/{rank}.pt')
+    reduced, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (reduced.append(tensor.numel()), all_reduce(tensor, *args))[1]
+    runs = {(name, n): exact_run(name, n, shards, True) for name in ('rate', 'macs') for n in (1, 2)}
+    torch.save((runs, reduced.count(3 + 4)), f'{folder}/{rank}.pt')  # batches, loss, top1, rates of four blocks
     dist.destroy_process_group()
 
 
@@ -397,28 +459,32 @@ def two_processes(tmp_path_factory):
     return [torch.load(f'{folder}/{rank}.pt') for rank in (0, 1)]
 
 
+def test_the_results_of_an_epoch_are_reduced_over_processes_once(two_processes):
+    assert [reductions for _, reductions in two_processes] == [4, 4]  # trainings of one epoch
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('name', ['rate', 'macs'])
 def test_two_processes_train_as_one_with_the_whole_batch(name, accumulate, two_processes):
     result, gradients, final = exact_run(name, accumulate, batches(4, dtype=torch.float64))
-    a, b = (run[name, accumulate] for run in two_processes)
+    a, b = (runs[name, accumulate] for runs, _ in two_processes)
     assert a[0] == b[0] == pytest.approx(result, rel=1e-6)
     for part, expected in ((1, gradients), (2, final)):
         for key, value in expected.items():
             torch.testing.assert_close(a[part][key], value, rtol=1e-6, atol=1e-12, msg=lambda m, k=key: f'{k}: {m}')
             assert torch.equal(a[part][key], b[part][key])
-    assert all(gradients[f'layer{i}.1.gate.fc2.bias'].abs().sum() > 0 for i in (1, 2, 3))
+    assert all(gradients[f'layer{i}.0.gate.fc2.bias'].abs().sum() > 0 for i in (1, 2, 3))
 
 
-def test_a_local_rate_loss_would_be_seen(two_processes):
+def test_a_gate_loss_on_local_batches_gives_other_gradients(two_processes):
     halves = [exact_run('macs', 1, [(x.chunk(2)[i], y.chunk(2)[i]) for x, y in batches(4, dtype=torch.float64)])
               for i in (0, 1)]
     local = {k: (halves[0][1][k] + halves[1][1][k]) / 2 for k in halves[0][1]}
-    pooled = two_processes[0]['macs', 1][1]
+    pooled = two_processes[0][0]['macs', 1][1]
     assert any(not torch.allclose(local[k], pooled[k], rtol=1e-3) for k in local if '.gate.' in k)
 
 
-def test_accumulated_batches_count_each_by_itself():
+def test_the_gate_loss_sees_each_accumulated_batch_by_itself():
     x, y = batches(1, dtype=torch.float64)[0]
     parts = list(zip(x.chunk(2), y.chunk(2)))
     accumulated = exact_run('macs', 2, parts)[1]
