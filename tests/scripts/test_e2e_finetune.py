@@ -180,7 +180,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted
     expected = (tmp_path / 'whole' / 'model.safetensors').read_bytes()
     assert wait(fork_main(training(which, 'whole'))) == 0
     error = (tmp_path / 'stderr').read_text()
-    assert f'{last} is torn' in error and 'going on with the one before' in error and 'after step 11' in error
+    assert f'{last} is damaged' in error and 'using the one before' in error and 'after step 11' in error
     assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
 
 
@@ -356,11 +356,11 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
     assert run('--epochs', 1)[0] == 0
     assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
     for args, differ in (
-            (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
-            (['--lr', 0.02], 'lr 0.01 there and 0.02 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
-            (['--static'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
+            (['--epochs', 2], 'epochs was 1 and is now 2'), (['--seed', 1], 'seed was 0 and is now 1'),
+            (['--lr', 0.02], 'lr was 0.01 and is now 0.02'), (['--recipe', 'paper'], "recipe was 'distill'"),
+            (['--static'], "architecture was 'cifar_resnet20_aig' and is now 'cifar_resnet20'")):
         error = refused('--epochs', 1, '--resume', 'auto', *args)
-        assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
+        assert error.startswith('error: --resume: ') and 'belongs to another training' in error and differ in error
     parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
     assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0
     assert run('--epochs', 1, '--resume', 'auto', '--val-split', 'train', '--crop-pct', .9)[0] == 0
@@ -380,7 +380,7 @@ def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images,
     for split in ('train', 'validation'):
         (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
     error = refused('--epochs', 1, '--data-dir', data, '--resume', 'auto')
-    assert "classes ['ape', 'bee', 'cat'] there and ['bee', 'cat', 'yak'] here" in error
+    assert "classes was ['ape', 'bee', 'cat'] and is now ['bee', 'cat', 'yak']" in error
 
 
 def test_the_teachers_gates_are_its_own(finetune):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, the previous one used, none lost."""
+"""Checkpoints: damaged ones are refused and replaced by the one before, none is lost."""
 import copy
 import os
 import pickle
@@ -37,7 +37,7 @@ def names(checkpoints):
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
-def test_the_last_one_is_read_as_it_was_written_and_the_last_two_are_kept(checkpoints):
+def test_the_last_checkpoint_is_loaded_as_it_was_saved_and_two_are_kept(checkpoints):
     assert checkpoints.load_last() == (None, [])
     states = [state(step) for step in (0, 5, 12)]
     for each in states:
@@ -48,7 +48,7 @@ def test_the_last_one_is_read_as_it_was_written_and_the_last_two_are_kept(checkp
     assert problems == []
 
 
-def test_one_truncated_anywhere_is_refused_and_the_one_before_is_used(checkpoints):
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_is_loaded(checkpoints):
     checkpoints.save(1, state(1))
     path = checkpoints.save(2, state(2))
     whole = path.read_bytes()
@@ -57,7 +57,8 @@ def test_one_truncated_anywhere_is_refused_and_the_one_before_is_used(checkpoint
         path.write_bytes(whole[:size])
         loaded, problems = checkpoints.load_last()
         assert loaded['step'] == 1, size
-        assert len(problems) == 1 and f'{path} is torn or no checkpoint' in problems[0] and '\n' not in problems[0]
+        problem, = problems
+        assert problem.startswith(f'{path} is damaged or not a checkpoint') and '\n' not in problem
         assert path.read_bytes() == whole[:size]
 
 
@@ -74,9 +75,9 @@ def one_checkpoint(tmp_path_factory):
 def test_a_flipped_bit_is_refused_or_harmless(one_checkpoint, data):
     checkpoints, path, whole, written = one_checkpoint
     position = data.draw(st.integers(0, len(whole) - 1))
-    torn = bytearray(whole)
-    torn[position] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(torn)
+    damaged = bytearray(whole)
+    damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(damaged)
     try:
         loaded = checkpoints.load(path)
     except CheckpointError:
@@ -88,13 +89,13 @@ def test_a_flipped_bit_of_a_weight_is_refused(one_checkpoint):
     checkpoints, path, whole, _ = one_checkpoint
     weights = whole.index(torch.full((3,), 7.).numpy().tobytes())
     path.write_bytes(whole[:weights] + b'\x01' + whole[weights + 1:])
-    with pytest.raises(CheckpointError, match='torn'):
+    with pytest.raises(CheckpointError, match='damaged'):
         checkpoints.load(path)
     path.write_bytes(whole)
     checkpoints.load(path)
 
 
-def test_without_a_whole_one_nothing_is_loaded_and_all_are_named(checkpoints):
+def test_without_an_intact_checkpoint_the_error_names_all(checkpoints):
     for step in (1, 2):
         checkpoints.save(step, state(step)).write_bytes(b'')
     with pytest.raises(CheckpointError, match=r'no checkpoint can be read.*-00000002.pt.*-00000001.pt'):
@@ -104,20 +105,20 @@ def test_without_a_whole_one_nothing_is_loaded_and_all_are_named(checkpoints):
 
 @pytest.mark.parametrize('field,value', [
     ('architecture', 'resnet50_aig'), ('lr', 0.2), ('scale', [0.3, 1.0]), ('clip_grad', 1.0), ('new', 1)])
-def test_one_of_another_training_is_refused_with_what_differs_even_if_an_older_one_would_do(checkpoints, field, value):
+def test_a_checkpoint_of_another_training_is_refused_even_if_an_older_one_fits(checkpoints, field, value):
     other = Checkpoints(checkpoints.folder, {**IDENTITY, field: value})
     checkpoints.save(1, state(1))
     path = other.save(2, state(2))
-    with pytest.raises(CheckpointError, match=f'of another training: {field} .* there and .* here') as error:
+    with pytest.raises(CheckpointError, match=f'belongs to another training: {field} was .* and is now ') as error:
         checkpoints.load_last()
     assert repr(value) in str(error.value)
     assert path in checkpoints.files()
 
 
-@pytest.mark.parametrize('content', [{'state_dict': {}}, [1, 2], 'text', {'format': 'timm_aig-training-0'}])
-def test_a_file_of_another_kind_is_refused(checkpoints, content):
+@pytest.mark.parametrize('content', [{'state_dict': {}}, [1, 2], 'text', {'format': 'timm_aig-training-1'}])
+def test_a_file_of_another_format_is_refused(checkpoints, content):
     torch.save(content, checkpoints.folder / 'checkpoint-00000001.pt')
-    with pytest.raises(CheckpointError, match='not a training checkpoint of timm_aig'):
+    with pytest.raises(CheckpointError, match='not a training checkpoint of this version of timm_aig'):
         checkpoints.load_last()
 
 
@@ -130,10 +131,10 @@ class Malicious:
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_code_in_a_file_is_not_run(checkpoints, tmp_path, zipped):
+def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, zipped):
     bait = tmp_path / 'bait'
     path = checkpoints.folder / 'checkpoint-00000002.pt'
-    content = {**state(2), 'format': 'timm_aig-training-1', 'identity': IDENTITY, 'step': Malicious(bait)}
+    content = {**state(2), 'format': 'timm_aig-training-2', 'identity': IDENTITY, 'step': Malicious(bait)}
     if zipped:
         torch.save(content, path)
     else:
@@ -143,31 +144,31 @@ def test_code_in_a_file_is_not_run(checkpoints, tmp_path, zipped):
     assert loaded['step'] == 1 and len(problems) == 1
     assert not bait.exists()
     if zipped:
-        torch.load(path, weights_only=False)  # it would run: the test is one
+        torch.load(path, weights_only=False)  # proves that the file contains code
         assert bait.exists()
 
 
-def test_a_torn_one_does_not_push_out_the_good_one_before(checkpoints):
+def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two_that_are_kept(checkpoints):
     for step in (10, 20):
         checkpoints.save(step, state(step))
-    checkpoints.files()[0].write_bytes(b'torn')
+    checkpoints.files()[0].write_bytes(b'damaged')
     checkpoints.save(15, state(15))  # resumed from 10
     assert [path.name[-5:-3] for path in checkpoints.files()] == ['20', '15', '10']
-    checkpoints.files()[1].write_bytes(b'torn too')
+    checkpoints.files()[1].write_bytes(b'damaged too')
     assert checkpoints.load_last()[0]['step'] == 10
     for step in (20, 25):
         checkpoints.save(step, state(step))
     assert [path.name[-5:-3] for path in checkpoints.files()] == ['25', '20']
 
 
-def test_what_a_killed_process_left_half_written_is_removed(checkpoints):
+def test_the_temporary_file_of_a_killed_process_is_removed(checkpoints):
     left = checkpoints.folder / '.checkpoint-00000003.pt.12345.tmp'
     left.write_bytes(b'half')
     checkpoints.save(4, state(4))
     assert names(checkpoints) == ['checkpoint-00000004.pt']
 
 
-def test_two_writers_of_one_file_at_once_leave_it_whole_and_nothing_else(tmp_path):
+def test_two_writers_of_one_file_at_once_leave_it_complete_and_nothing_else(tmp_path):
     path = tmp_path / 'model.onnx'
 
     def write(file):
@@ -178,7 +179,7 @@ def test_two_writers_of_one_file_at_once_leave_it_whole_and_nothing_else(tmp_pat
     assert path.read_bytes() == b'first' and list(tmp_path.iterdir()) == [path]
 
 
-def test_on_a_full_disk_the_earlier_ones_stay_and_nothing_else(checkpoints):
+def test_on_a_full_disk_the_earlier_checkpoint_stays_and_nothing_else(checkpoints):
     checkpoints.save(1, state(1))
     before = checkpoints.files()[0].read_bytes()
     big = {**state(2), 'big': torch.zeros(1_000_000)}
@@ -211,7 +212,7 @@ def test_a_disk_that_fails_late_leaves_the_old_file(tmp_path, monkeypatch, call)
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_has_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path, monkeypatch):
     calls = []
     originals = {name: getattr(os, name) for name in ('fsync', 'replace')}
     for name in originals:
@@ -220,9 +221,9 @@ def test_a_file_has_its_name_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
     assert calls == ['fsync', 'replace', 'fsync']
 
 
-def test_the_random_generators_go_on_where_they_were():
-    np.random.standard_normal()  # keeps a second draw
-    random.gauss(0, 1)  # does too
+def test_set_rng_state_restores_all_random_generators():
+    np.random.standard_normal()  # caches a second draw
+    random.gauss(0, 1)  # caches one too
     saved = copy.deepcopy(rng_state())
 
     def draw():

@@ -1,11 +1,11 @@
-"""Training checkpoints: written whole or not at all, checked when read, the last good one found."""
+"""Training checkpoints: written atomically, verified when read, with the last intact one as a fallback."""
 import io
 import os
 import random
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple
 from uuid import uuid4
 
 import numpy as np
@@ -13,18 +13,22 @@ import torch
 
 __all__ = ['CheckpointError', 'Checkpoints', 'rng_state', 'set_rng_state', 'write_atomically']
 
-FORMAT = 'timm_aig-training-1'
+FORMAT = 'timm_aig-training-2'
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read, or does not belong to this training."""
+    """A checkpoint cannot be written or read, or belongs to another training."""
 
 
-def write_atomically(path: Path, write: Any, shared: bool = False) -> None:
-    """Call write(file) on a temporary file, flush it to the disk and give it its name. Nothing is left on failure.
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], shared: bool = False) -> None:
+    """Write a file so that at any time it is the old one or the complete new one, even after a crash.
 
-    The temporary file has one name, so that a killed process leaves no second one; shared, for a file that several
-    processes may write at once, each has its own.
+    Args:
+        path: File to create or replace.
+        write: Called with a temporary file beside it, open for binary writing. The file is synced and renamed
+            afterwards, and removed if anything fails.
+        shared: Several processes may write the path at once. Each uses a temporary file of its own then; otherwise its
+            name is fixed, so that killed processes leave at most one behind.
     """
     temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp' if shared else f'.{path.name}.tmp')
     try:
@@ -35,7 +39,7 @@ def write_atomically(path: Path, write: Any, shared: bool = False) -> None:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name too
+            os.fsync(folder)  # makes the rename durable
         finally:
             os.close(folder)
     finally:
@@ -43,58 +47,58 @@ def write_atomically(path: Path, write: Any, shared: bool = False) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one training, files checkpoint-<step>.pt in a folder; the last two are kept."""
+    """Checkpoints of one training, as checkpoint-<step>.pt in a folder. The last two are kept."""
 
     def __init__(self, folder: Path, identity: Dict[str, Any]) -> None:
         """
         Args:
-            folder: Where they are.
-            identity: What a checkpoint must have in common with the training that resumes from it, JSON types.
+            folder: Existing folder.
+            identity: Settings that must be equal when a training resumes from a checkpoint, as JSON types.
         """
         self.folder = folder
         self.identity = identity
 
     def files(self) -> List[Path]:
-        """Newest first."""
+        """Paths of the checkpoints, newest first."""
         found = [(re.fullmatch(r'checkpoint-(\d+)\.pt', path.name), path) for path in self.folder.iterdir()]
         return [path for _, path in sorted(((int(step[1]), path) for step, path in found if step), reverse=True)]
 
     def save(self, step: int, state: Dict[str, Any]) -> Path:
-        """Write a checkpoint and remove those before the last two.
+        """Write a checkpoint and remove all but the last two. Returns its path.
 
         Raises:
-            CheckpointError: It cannot be written, a full disk for one. The earlier ones are still there then.
+            CheckpointError: It cannot be written, for example to a full disk. Earlier checkpoints are kept.
         """
         path = self.folder / f'checkpoint-{step:08d}.pt'
         state = {**state, 'format': FORMAT, 'identity': self.identity}
         for left in self.folder.glob('.checkpoint-*.tmp'):
-            left.unlink(missing_ok=True)  # by a process that was killed while it wrote
-        whole = io.BytesIO()  # torch's writer would not say why a disk takes no more
-        torch.save(state, whole)
+            left.unlink(missing_ok=True)  # from a process that was killed while it wrote
+        buffer = io.BytesIO()  # torch.save to a full disk does not say that the disk is full
+        torch.save(state, buffer)
         try:
-            write_atomically(path, lambda file: file.write(whole.getbuffer()))
+            write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         except OSError as e:
             raise CheckpointError(f'cannot write {path}: {e}') from e
-        # one with more steps than this is torn, load_last passed it over: it must not push out the good one before
+        # load_last skipped files of later steps because they are damaged: they do not count as one of the two
         for old in [file for file in self.files() if file <= path][2:]:
             old.unlink(missing_ok=True)
         return path
 
     def load_last(self) -> Tuple[Optional[Dict[str, Any]], List[str]]:
-        """The newest checkpoint that is whole.
+        """Load the newest intact checkpoint.
 
         Returns:
-            Its state, None where there is no checkpoint, and what was wrong with newer ones.
+            Its state, or None without any checkpoint, and a message for each newer one that is damaged.
 
         Raises:
-            CheckpointError: There are checkpoints but none is whole, or one belongs to another training.
+            CheckpointError: All checkpoints are damaged, or the newest intact one belongs to another training.
         """
         problems: List[str] = []
         for path in self.files():
             try:
                 return self.load(path), problems
             except CheckpointError as e:
-                if not isinstance(e.__cause__, Exception):  # whole, but foreign: older ones would be too
+                if e.__cause__ is None:  # intact, but of another training, and so are older ones
                     raise
                 problems.append(str(e))
         if problems:
@@ -102,32 +106,32 @@ class Checkpoints:
         return None, problems
 
     def load(self, path: Path) -> Dict[str, Any]:
-        """Read and check one checkpoint, without unpickling anything but tensors and plain values.
+        """Load and verify one checkpoint. Only tensors and plain values are unpickled.
 
         Raises:
-            CheckpointError: Torn, not a checkpoint of this trainer, or of another training.
+            CheckpointError: It is damaged, has another format, or belongs to another training.
         """
         try:
             with zipfile.ZipFile(path) as file:
-                broken = file.testzip()  # torch.load itself does not look at the checksums
+                broken = file.testzip()  # torch.load does not check them
             if broken:
-                raise zipfile.BadZipFile(f'bad checksum of {broken}')
+                raise zipfile.BadZipFile(f'wrong checksum of {broken}')
             state = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e:  # a torn file makes all kinds
+        except Exception as e:  # the type depends on where the file is damaged
             reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
-            raise CheckpointError(f'{path} is torn or no checkpoint ({reason})') from e
+            raise CheckpointError(f'{path} is damaged or not a checkpoint ({reason})') from e
         if not isinstance(state, dict) or state.get('format') != FORMAT:
-            raise CheckpointError(f'{path} is not a training checkpoint of timm_aig.')
+            raise CheckpointError(f'{path} is not a training checkpoint of this version of timm_aig.')
         theirs = state.get('identity', {})
         differ = [k for k in sorted(self.identity.keys() | theirs.keys()) if self.identity.get(k) != theirs.get(k)]
         if differ:
-            what = ', '.join(f'{k} {theirs.get(k)!r} there and {self.identity.get(k)!r} here' for k in differ)
-            raise CheckpointError(f'{path} is of another training: {what}.')
+            what = ', '.join(f'{k} was {theirs.get(k)!r} and is now {self.identity.get(k)!r}' for k in differ)
+            raise CheckpointError(f'{path} belongs to another training: {what}.')
         return state
 
 
 def rng_state() -> Dict[str, Any]:
-    """State of the random generators of Python, NumPy and torch, in types that weights_only reads."""
+    """State of the random generators of Python, NumPy and torch, in types that torch.load(weights_only=True) reads."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: Dict[str, Any] = {
         'python': [list(random.getstate()[1]), random.getstate()[2]],
@@ -140,7 +144,7 @@ def rng_state() -> Dict[str, Any]:
 
 
 def set_rng_state(state: Dict[str, Any]) -> None:
-    """Inverse of rng_state."""
+    """Restore the result of rng_state()."""
     words, gauss = state['python']
     random.setstate((3, tuple(words), gauss))
     keys, position, has_gauss, gauss = state['numpy']
