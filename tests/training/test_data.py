@@ -1,4 +1,4 @@
-"""Data sets: what is refused, unreadable images, held-out ones."""
+"""Data sets: bad input, unreadable images, held-out images, loader workers."""
 import os
 import signal
 import time
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _common import error_text
 from torch.utils.data import DataLoader
 
 from timm_aig import InputError
@@ -24,7 +25,7 @@ def opened(root, split='train', **kwargs):
 
 @pytest.fixture
 def broken(make_images, tmp_path):
-    """3 classes of 4 training and 4 validation images; the second of class bee is broken in both."""
+    """3 classes with 4 images in each split; the second image of class bee is unreadable."""
     root = make_images(tmp_path / 'broken', splits=(('train', 4), ('validation', 4)))
     for split in ('train', 'validation'):
         (root / split / 'bee' / '1.png').write_bytes(b'no image')
@@ -40,7 +41,7 @@ def test_a_folder_gives_its_images_labels_and_class_names(images):
     assert means[0] < means[1] < means[2]
 
 
-def test_an_unreadable_training_image_is_replaced_by_the_next_and_counted_once(broken):
+def test_an_unreadable_training_image_is_replaced_by_the_next_one_and_counted_once(broken):
     dataset = opened(broken, is_training=True)
     assert dataset[5] == dataset[6] and dataset[5] == dataset[5]
     assert readable_images(dataset).failed.nonzero().tolist() == [[5]]
@@ -53,7 +54,7 @@ def test_an_unreadable_evaluation_image_is_black_and_has_no_label(broken):
     assert [label for _, label in dataset] == [0, 0, 0, 0, 1, -1, 1, 1, 2, 2, 2, 2]
 
 
-def test_loader_workers_count_into_the_data_set_of_the_trainer(broken):
+def test_unreadable_images_of_loader_workers_are_counted_in_the_main_process(broken):
     dataset = opened(broken, 'validation')
     labels = torch.cat([labels for _, labels in DataLoader(dataset, 4, num_workers=2)])
     assert (labels == -1).sum() == 1
@@ -61,17 +62,19 @@ def test_loader_workers_count_into_the_data_set_of_the_trainer(broken):
 
 
 @pytest.mark.parametrize('is_training', [True, False])
-def test_an_unreadable_image_is_an_error_that_names_the_file_if_asked_for(broken, is_training):
+def test_an_unreadable_image_can_be_an_error_that_names_the_file(broken, is_training):
     dataset = opened(broken, is_training=is_training, unreadable='error')
     with pytest.raises(InputError, match=r'cannot read .*/train/bee/1.png, UnidentifiedImageError'):
         dataset[5]
 
 
-def test_a_column_that_is_not_there_is_an_error_at_once_and_no_unreadable_image(images):
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_missing_field_is_an_error_and_not_an_unreadable_image(images, workers):
     dataset = opened(images)
     dataset.reader = {}
-    with pytest.raises(InputError, match='input_key or target_key'):
-        dataset[0]
+    with pytest.raises(InputError) as error:
+        next(iter(DataLoader(dataset, 1, num_workers=workers, sampler=[0])))
+    assert error_text(error.value) == 'input_key and target_key must name fields of the data set: KeyError: 0'
     assert not dataset.failed.any()
 
 
@@ -79,13 +82,13 @@ def test_a_training_set_without_a_readable_image_is_an_error(broken):
     dataset = opened(broken, is_training=True)
     for file in (broken / 'train').rglob('*.png'):
         file.write_bytes(b'')
-    with pytest.raises(InputError, match='none of the training images'):
+    with pytest.raises(InputError, match='no training image can be read'):
         dataset[0]
 
 
-def test_held_out_images_are_other_ones_the_same_for_every_training_and_have_their_own_transform(images):
+def test_held_out_images_are_the_same_in_every_training_and_have_their_own_transform(images):
     parts = []
-    for seed in (1, 2):  # of a training
+    for seed in (1, 2):  # seeds of two trainings
         torch.manual_seed(seed)
         train, val = hold_out(opened(images, is_training=True), opened(images), 10)
         parts.append((list(train.indices), list(val.indices)))
@@ -113,7 +116,7 @@ def test_a_held_out_image_never_replaces_an_unreadable_training_image(images, ma
 
 
 @pytest.mark.parametrize('count', [0, -1, 47, 48, 100])
-def test_holding_out_none_or_almost_all_is_refused(images, count):
+def test_holding_out_no_images_or_almost_all_is_refused(images, count):
     with pytest.raises(InputError, match='holdout must leave at least 2 images'):
         hold_out(opened(images), opened(images), count)
 
@@ -124,8 +127,8 @@ def test_an_unknown_data_set_is_refused(images, name):
         open_dataset(name, str(images), 'train')
 
 
-def test_a_folder_that_is_not_there_or_has_no_such_split_or_no_images_is_refused(images, tmp_path):
-    with pytest.raises(InputError, match='data_dir is missing: folder needs one'):
+def test_a_missing_folder_or_split_or_an_empty_one_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match="data_dir is missing: data set 'folder' needs it"):
         open_dataset('folder', None, 'train')
     with pytest.raises(InputError, match="data_dir must be a folder, '/nowhere' is not"):
         open_dataset('folder', '/nowhere', 'train')
@@ -138,7 +141,7 @@ def test_a_folder_that_is_not_there_or_has_no_such_split_or_no_images_is_refused
         open_dataset('torch/fashion_mnist', str(tmp_path), 'train')
 
 
-def test_a_loader_worker_lives_through_one_sigterm_and_not_through_two():
+def test_a_loader_worker_ignores_the_first_sigterm_and_not_the_second():
     alive = os.pipe()
     process = os.fork()
     if process == 0:

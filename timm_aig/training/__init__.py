@@ -1,1 +1,1 @@
-"""Training and evaluation: the trainer, its checkpoints and schedules, data sets, budgets measured on images."""
+"""Training and evaluation: trainer, checkpoints, schedule, data sets, calibration of budgets."""

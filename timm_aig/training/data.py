@@ -1,4 +1,4 @@
-"""Data sets for training and evaluation: timm's, with bad input found before it costs a training."""
+"""Data sets for training and evaluation: timm's, with bad input reported before a training starts."""
 import io
 import logging
 import signal
@@ -24,31 +24,31 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 UNREADABLE = ('skip', 'error')
-MODES = {1: 'L', 3: 'RGB'}  # of PIL, by channels
+MODES = {1: 'L', 3: 'RGB'}  # number of channels -> PIL mode
 SOURCES = ('folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 
 
 class ReadableImages(Dataset):
-    """The images of a timm ImageDataset, none of them silently replaced by another.
+    """A timm ImageDataset that reports unreadable images, where timm replaces them with others.
 
-    An unreadable image raises InputError, or is skipped and counted: in training the next readable one takes its place,
-    in evaluation it is black and its label -1, for `evaluate` to leave out.
+    An unreadable image raises InputError, or is counted and skipped: training gets the next readable image, evaluation
+    a black image with label -1, which `evaluate` leaves out.
     """
 
     def __init__(self, dataset: ImageDataset, is_training: bool, unreadable: str = 'skip') -> None:
         """
         Args:
-            dataset: What to read.
-            is_training: Replace unreadable images.
-            unreadable: 'skip' or 'error'.
+            dataset: Data set to read from.
+            is_training: Replace skipped images by readable ones.
+            unreadable: What to do with an unreadable image, 'skip' or 'error'.
         """
         self.reader: Any = dataset.reader
         self.mode = dataset.input_img_mode
         self.transform: Any = None
         self.is_training = is_training
         self.unreadable = unreadable
-        self.part: Sequence[int] = range(len(self.reader))  # where replacements come from, ascending
-        self.failed = torch.zeros(len(self.reader), dtype=torch.uint8).share_memory_()  # written by loader workers
+        self.part: Sequence[int] = range(len(self.reader))  # indices of possible replacements, ascending
+        self.failed = torch.zeros(len(self.reader), dtype=torch.uint8).share_memory_()  # loader workers write it
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -63,7 +63,7 @@ class ReadableImages(Dataset):
                     image = opened.convert(self.mode or opened.mode)
             except InputError:
                 raise
-            except Exception as e:  # decoders raise all kinds
+            except Exception as e:  # each decoder has its own
                 name = self.reader.filename(at, absolute=True)
                 if self.unreadable == 'error':
                     raise InputError(f'cannot read {name}, {type(e).__name__}: {e}') from e
@@ -73,24 +73,25 @@ class ReadableImages(Dataset):
                 continue
             return (self.transform(image) if self.transform else image), -1 if label is None else label
         if self.is_training:
-            raise InputError('none of the training images can be read.')
+            raise InputError('no training image can be read.')
         image = Image.new(self.mode or 'RGB', (64, 64))
         return (self.transform(image) if self.transform else image), -1
 
     def _read(self, index: int) -> Tuple[Any, Any]:
         try:
             return self.reader[index]
-        except (KeyError, TypeError) as e:  # no image's fault
-            raise InputError(f'or target_key: {type(e).__name__}: {e}', 'input_key') from e
+        except (KeyError, TypeError) as e:  # not an unreadable image
+            raise InputError(
+                f'input_key and target_key must name fields of the data set: {type(e).__name__}: {e}') from e
 
 
 class HeldOut(Subset):
-    """Some images of a data set, with a transform of their own."""
+    """Subset whose `transform` is that of its data set."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
         super().__init__(dataset, indices)
         if isinstance(dataset, ReadableImages):
-            dataset.part = indices  # an unreadable image is not replaced by one that the other part has
+            dataset.part = indices  # never replace an image by one of the other part
 
     @property
     def transform(self) -> Any:
@@ -113,38 +114,38 @@ def open_dataset(
     """Open a split of a timm data set.
 
     Args:
-        name: 'folder' or timm's: torch/..., hfds/..., hfids/..., tfds/..., wds/...
-        root: Its folder; for 'folder' one with a subfolder for each split and in it one for each class.
-        split: Its name, 'train' or 'validation' for one.
-        is_training: The split is for training.
-        download: Let timm download it.
+        name: 'folder', or a timm name that starts with torch/, hfds/, hfids/, tfds/ or wds/.
+        root: Folder of the data set. For 'folder', images are in root/split/class/.
+        split: Name of the split, such as 'train' or 'validation'.
+        is_training: Shuffle data sets without random access, and replace unreadable images.
+        download: Let timm download the data set.
         unreadable: What to do with an unreadable image file, 'skip' or 'error'.
-        **kwargs: More for timm's create_dataset.
+        **kwargs: Passed to timm's create_dataset.
 
     Returns:
         A torch Dataset with an attribute `transform`.
 
     Raises:
-        InputError: Unknown, missing, broken, or without images.
+        InputError: The data set is unknown, missing, damaged, empty, or has a single class.
     """
     name = name or 'folder'
     if not name.startswith(SOURCES) or (name.startswith('folder') and name != 'folder'):
         raise InputError(f'must start with one of {", ".join(SOURCES)}, not {name!r}.', 'dataset')
     if not root and not name.startswith(('hfds/', 'hfids/')):
-        raise InputError(f'is missing: {name} needs one.', 'data_dir')
-    local = name == 'folder' or (name.startswith('torch/') and not download)  # others read addresses too
+        raise InputError(f'is missing: data set {name!r} needs it.', 'data_dir')
+    local = name == 'folder' or (name.startswith('torch/') and not download)  # others also take URLs
     if local and not Path(root or '').is_dir():
         raise InputError(f'must be a folder, {root!r} is not.', 'data_dir')
     try:
         dataset: Any = create_dataset(
             '' if name == 'folder' else name, root=root, split=split, is_training=is_training, download=download,
             **kwargs)
-    except (Exception, SystemExit) as e:  # every kind of data set has its own
+    except (Exception, SystemExit) as e:  # each kind of data set has its own
         what, argument = (root, 'data_dir') if name == 'folder' else (name, 'dataset')
         raise InputError(f'{what}, split {split!r}: {str(e) or type(e).__name__}', argument) from e
     reader_root: Any = getattr(getattr(dataset, 'reader', dataset), 'root', None)
     if name in ('folder', 'torch/folder', 'torch/image_folder') and root and Path(reader_root).samefile(root):
-        # timm takes the folder itself for a split that it does not find: test images would be training images
+        # without that subfolder timm reads the whole folder: test images would be trained on
         raise InputError(f'must have a subfolder for split {split!r}, {root!r} does not.', 'data_dir')
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise InputError(f'{name}: split {split!r} has no images.', 'dataset')
@@ -154,13 +155,16 @@ def open_dataset(
 
 
 def readable_images(dataset: Any) -> Optional[ReadableImages]:
-    """The data set that counts unreadable images, None if it is of a kind that does not."""
+    """The ReadableImages behind a data set or subset, None for other kinds."""
     dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
     return dataset if isinstance(dataset, ReadableImages) else None
 
 
 def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
-    """Images that could not be read so far, by any process; None for a data set that does not count them."""
+    """Number of images that any process failed to read so far, None for a data set that does not count them.
+
+    All processes of a distributed run must call it.
+    """
     images = readable_images(dataset)
     if images is None:
         return None
@@ -171,17 +175,29 @@ def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
 
 
 def start_worker(worker: Any) -> int:
-    """The worker_seeding of timm's create_loader: lets a loader worker live through the first SIGTERM.
+    """Make a loader worker ignore the first SIGTERM, as the worker_seeding of timm's create_loader.
 
-    The signal often goes to all processes of a training at once, and it needs its workers until it has saved.
-    The second one ends a worker: a loader that is torn down may have to send it.
+    A scheduler signals all processes of a training at once, but the trainer needs its workers until it has saved a
+    checkpoint. A second SIGTERM ends the worker: the loader sends one to workers that do not stop by themselves.
+
+    Returns:
+        The worker's seed.
     """
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     return worker.seed
 
 
 def read_images(folder: str, config: Dict[str, Any], count: int) -> torch.Tensor:
-    """At most count images of a folder, spread over it, as a data config of timm wants them, [N, C, H, W]."""
+    """Read images spread evenly over a folder.
+
+    Args:
+        folder: Folder with images, in subfolders or not.
+        config: timm's data config of a model.
+        count: Largest number of images.
+
+    Returns:
+        Images preprocessed for the model, [N, C, H, W] with N <= count.
+    """
     dataset = ImageDataset(
         folder, transform=create_transform(**config), input_img_mode=MODES[config['input_size'][0]])
     count = min(count, len(dataset))
@@ -189,26 +205,26 @@ def read_images(folder: str, config: Dict[str, Any], count: int) -> torch.Tensor
 
 
 def class_names(dataset: Any) -> List[str]:
-    """Names that a data set gives its classes, in order of their labels; empty if it has none."""
+    """Class names of a data set in the order of the labels, empty if it has none."""
     dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
     names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     return [str(name) for name in names or ()]
 
 
 def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
-    """Keep some training images back, for choices that must not see the test set.
+    """Hold out some training images, to choose settings without the test set.
 
     Args:
-        train: The training split.
-        copy: The same split once more, since the two parts get transforms of their own.
-        count: Images to hold out, drawn at random.
-        seed: Of the draw, so that every training of a comparison holds out the same images.
+        train: Training split.
+        copy: The same split, opened again: the two parts get different transforms.
+        count: Number of images to hold out, drawn at random.
+        seed: Seed of the draw. The default holds out the same images in every training.
 
     Returns:
-        The images to train on, and those held out.
+        The images to train on, and the held-out images.
 
     Raises:
-        InputError: Fewer than two images would be left, or the split has no length.
+        InputError: count is below 1 or leaves fewer than two images, or the split has no random access.
     """
     if isinstance(train, IterableDataset) or not 0 < count < len(train) - 1:
         raise InputError(f'must leave at least 2 images of a data set with random access, not {count}.', 'holdout')
@@ -217,10 +233,14 @@ def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
 
 
 def resolve_config(model: Any, given: Dict[str, Any]) -> Dict[str, Any]:
-    """timm's data config of a model, with what was given rather than None.
+    """timm's data config of a model.
+
+    Args:
+        model: timm model.
+        given: Entries that replace the model's own, where they are not None.
 
     Raises:
-        InputError: Images of a size that the model does not take.
+        InputError: The input size does not fit the model.
     """
     try:
         return resolve_input_data_config(model, {k: v for k, v in given.items() if v is not None})
@@ -229,7 +249,7 @@ def resolve_config(model: Any, given: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def convert_images(dataset: Any, channels: int) -> None:
-    """Put in front of a data set's transform what gives PIL images so many channels, 1 or 3.
+    """Make a data set convert its PIL images to grey (1 channel) or RGB (3) before its transform.
 
     Raises:
         InputError: Another number of channels.
@@ -240,7 +260,11 @@ def convert_images(dataset: Any, channels: int) -> None:
 
 
 def check_same_classes(train: Any, val: Any) -> None:
-    """Raise InputError unless both splits name the same classes."""
+    """Check that two splits have the same class names.
+
+    Raises:
+        InputError: They differ.
+    """
     differ = sorted(set(class_names(train)) ^ set(class_names(val)))
     if differ:
         raise InputError(f'must have the same classes in both splits, only one has {differ[:5]}.', 'data_dir')

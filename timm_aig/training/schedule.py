@@ -1,19 +1,20 @@
-"""GateSchedule: how noise and target of the gates change over a training."""
+"""GateSchedule: gate noise and MACs target over a training."""
 from typing import Optional
 
 import torch.nn as nn
 
 from ..blocks import require_gated_blocks
+from ..config import InputError
 from ..loss import ComputeTargetLoss
 
 __all__ = ['GateSchedule']
 
 
 class GateSchedule:
-    """Sets the gates of a model, and the loss on them, to what a moment of the training wants.
+    """Schedule of the gate noise and of the MACs target.
 
-    Target: from 1, where new gates start, to the loss's own. Noise: off at the end, so that the network trains as it
-    will be run.
+    The target falls linearly from 1, where new gates start, to the target of the loss. The noise is turned off for the
+    end of the training, so that the gates decide as in eval.
     """
 
     def __init__(
@@ -25,17 +26,17 @@ class GateSchedule:
     ) -> None:
         """
         Args:
-            model: Adaptive model in training.
-            compute_loss: Loss whose target is annealed from 1.
-            anneal: Share of the training, from its start, that the target takes, in [0, 1].
+            model: Adaptive model.
+            compute_loss: Loss whose target is annealed, None for no annealing.
+            anneal: Share of the training, at its start, over which the target falls, in [0, 1].
             noise_off: Share of the training, at its end, without noise, in [0, 1].
 
         Raises:
-            ValueError: A static model, or a value out of range.
+            InputError: The model is static, or a share is out of range.
         """
         for name, share in (('anneal', anneal), ('noise_off', noise_off)):
             if not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], not {share!r}.')
+                raise InputError(f'must be in [0, 1], not {share!r}.', name)
         self.gates = [block.gate for block in require_gated_blocks(model).values()]
         self.compute_loss = compute_loss
         self.target = compute_loss.target if compute_loss is not None else 1.
@@ -43,7 +44,7 @@ class GateSchedule:
         self.noise_off = noise_off
 
     def step(self, progress: float) -> None:
-        """Set everything for a share of the training done, in [0, 1]."""
+        """Set noise and target for a progress in [0, 1], the finished share of the training."""
         for gate in self.gates:
             gate.noise = progress < 1 - self.noise_off
         annealed = min(1., progress / self.anneal) if self.anneal else 1.
