@@ -66,8 +66,8 @@ class Trainer:
     ) -> None:
         """
         Args:
-            task: timm TrainingTask, compiled and distributed as it will train. `task(images, labels)` returns 'loss',
-                'output' and, for an adaptive model, 'block_rates', as AIGTask does.
+            task: timm TrainingTask, already compiled and distributed, whose model has `num_classes`. Its forward
+                returns 'loss', 'output' and, for an adaptive model, 'block_rates', as AIGTask does.
             loader: Batches of images [B, C, H, W] and labels [B], shuffled by torch's random generator each epoch.
             optimizer: Optimizer of the task's parameters.
             epochs: Length of the whole training.
@@ -145,7 +145,7 @@ class Trainer:
                 signal.signal(signal.SIGTERM, previous)
 
     def results(self) -> Dict[str, float]:
-        """Means over the batches of the epoch so far, in all processes, each of which must call this.
+        """Mean results of the epoch so far, over all processes. Each process must call it.
 
         Returns:
             'loss', 'top1' in percent and, for an adaptive model, 'execution_rate', 'macs_share' and 'rate_<block>' in

@@ -70,7 +70,7 @@ class Updater:
             self._buffers = [buffer.clone() for buffer in self.model.buffers()]
 
     def backward(self, loss: torch.Tensor, batches: int) -> None:
-        """Add the gradients of one batch of an update of so many batches."""
+        """Add the gradients of one batch, divided by the number of batches of the update."""
         finite = loss.detach() * 0 + 1  # NaN if the loss is not finite, to spread that to every gradient
         self.scaler.scale(loss * finite / batches).backward()
 
@@ -78,16 +78,16 @@ class Updater:
         """Apply the gradients if they are finite.
 
         Args:
-            step: Updates done after this one.
-            labels: All labels of the update.
-            loss: Sum of the losses of its batches, to tell where non-finite gradients come from.
-            rates: Sum of their execution rates [L], for the same.
+            step: Number of updates including this one.
+            labels: Labels of all its batches [N].
+            loss: Sum of the losses of its batches, used to find the origin of non-finite gradients.
+            rates: Sum of the execution rates of its batches [L], used for the same.
 
         Returns:
-            None if the update was done, else what was not finite.
+            None if the update was done, or what was not finite if it was not.
 
         Raises:
-            InputError: A label is out of range. The weights are as before.
+            InputError: A label is outside [0, num_classes). The weights have not changed.
         """
         self.scaler.unscale_(self.optimizer)
         # gradients are averaged over the processes by now, so that all processes decide alike
@@ -100,7 +100,7 @@ class Updater:
                 f'is {classes}: labels must be in [0, {classes}), not from {lowest:.0f} to {highest:.0f}.',
                 'num_classes')
         finite = isfinite(norm)
-        # float16 gradients overflow until the scale is low enough: no fault of the update unless it falls below 1
+        # float16 gradients overflow until the scale is low enough: an error only if the scale falls below 1
         faulty = not finite and (
             not self.scaler.is_enabled() or self.scaler.get_scale() < 1
             or in_any_process(not isfinite(loss), loss.device))
