@@ -34,7 +34,7 @@ class Table(NamedTuple):
     """
     file: str
     columns: Dict[str, str]
-    where: Dict[str, str] = {}
+    where: Dict[str, str]
 
 
 _ACCURACY = {
@@ -49,33 +49,43 @@ _CHANGE = {'top-1, %': '{top1}', 'right only with it / only without': '{only_cha
 
 TABLES = {
     'models': Table('fmnist.csv', {
-        'model': '`{model}.{tag}`', 'top-1, %': '{top1}', 'static parent': '{parent_top1}', 'MACs share': '{macs_share}',
-        'MACs, M': '{macs}', 'params, M': '{params}', 'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
+        'model': '`{model}.{tag}`', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
+        'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
+        'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
     }, {'tag': '*'}),
     'fmnist': Table('fmnist.csv', {
-        **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}'}, {'study': 'short'}),
+        **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
+    }, {'study': 'short'}),
     'fmnist-long': Table('fmnist.csv', _ACCURACY, {'study': 'long'}),
     'fmnist-pairs': Table('fmnist_pairs.csv', {
         'model': '{model}', 'against': '{against}', 'seed': '{seed}',
         'right only by the model / only by the other': '{only_model} / {only_against}', 'points': '{points}',
-        'p': '{p}'}),
+        'p': '{p}',
+    }, {}),
     'fmnist-budgets': Table('fmnist_budgets.csv', {
-        'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}'}),
+        'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
+    }, {}),
+    'fmnist-speed': Table('fmnist_speed.csv', {
+        'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}',
+        'MACs share': '{macs_share}', 'time': '{ratio} ({ratio_low}-{ratio_high})',
+        "time of timm's default parent": '{ratio_timm_default}',
+    }, {}),
     'recipe-optimizer': Table('recipe.csv', {
-        'training': '{change}', 'paths': '{paths}', **_CHANGE}, {'study': 'optimizer'}),
+        'training': '{change}', 'paths': '{paths}', **_CHANGE,
+    }, {'study': 'optimizer'}),
     'recipe-parts': Table('recipe.csv', {'change': '{change}', **_CHANGE}, {'study': 'parts'}),
     'speed-resnet50': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet50'}),
     'speed-resnet101': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet101'}),
-    'fmnist-speed': Table('fmnist_speed.csv', {
-        'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}', 'MACs share': '{macs_share}',
-        'time': '{ratio} ({ratio_low}-{ratio_high})', "time of timm's default parent": '{ratio_timm_default}'}),
     'speed-runtimes': Table('speed.csv', {
         'model': '`{model}`', 'runtime': '{runtime}', 'batch': '{batch_size}', 'ms / image': '{ms}',
     }, {'study': 'runtimes'}),
     'training-step': Table('training_step.csv', {
-        'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}', 'time': '{ratio}',
-        'with `--compile`': '{ratio_compiled}'}),
-    'glibc': Table('glibc.csv', {'network': '{run}', 'default': '{as_it_is}', 'with both variables': '{both_variables}'}),
+        'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}',
+        'time': '{ratio}', 'with `--compile`': '{ratio_compiled}',
+    }, {}),
+    'glibc': Table('glibc.csv', {
+        'network': '{run}', 'default': '{as_it_is}', 'with both variables': '{both_variables}',
+    }, {}),
 }
 
 
@@ -113,27 +123,32 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> bool:
+    """Write, compare or print. Returns whether a README differs from the CSV files."""
     results = args.root / RESULTS
     if args.print:
         print(make_table(TABLES[args.print], results), end='')
-        return 0
-    differ = False
+        return False
+    differs = False
     for name in READMES:
         path = args.root / name
-        try:
-            text = path.read_text(encoding='utf-8')
-            new = update(text, results)
-        except (KeyError, OSError) as e:
-            print(f'error: {name}: {e}', file=sys.stderr)
-            return 2
+        text = path.read_text(encoding='utf-8')
+        new = update(text, results)
         if new != text:
-            differ = True
             print(f'{name} differs from {RESULTS}' if args.check else f'wrote {name}')
+            differs |= args.check
             if not args.check:
-                path.write_text(new, encoding='utf-8', newline='')
-    return int(differ and args.check)
+                path.write_text(new, encoding='utf-8')
+    return differs
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    try:
+        return int(run(args))
+    except (KeyError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
 
 
 if __name__ == '__main__':
