@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the tables of the READMEs from hub_configs/results/*.csv, between `<!-- table: NAME -->` and `<!-- end -->`.
 
-A table shows some rows and columns of a CSV file; TABLES below says which. To add a result, add a row to the CSV file
-and run this script.
+A table shows some rows and columns of a CSV file; TABLES in this script says which. To add a result, add a row to the
+CSV file and run this script.
 """
 import argparse
 import csv
@@ -13,8 +13,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 EXAMPLES = """examples:
   scripts/make_tables.py              write the tables of all READMEs
-  scripts/make_tables.py --check      write nothing; exit code 1 if a table differs from its CSV file
-  scripts/make_tables.py --print speed-resnet50
+  scripts/make_tables.py --check      exit with 1 if a table differs from its CSV file
 
 exit code: 0 done, 1 --check found a difference, 2 bad input"""
 
@@ -117,18 +116,14 @@ def update(text: str, results: Path) -> str:
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='compare only')
-    parser.add_argument('--print', choices=TABLES, metavar='NAME', help='print one table: %(choices)s')
+    parser.add_argument('--check', action='store_true', help='write nothing, only compare')
     parser.add_argument('--root', type=Path, default=ROOT, metavar='DIR', help='checkout (default: this one)')
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Write, compare or print. Returns whether a README differs from the CSV files."""
+    """Write or compare the READMEs. Returns whether one was found to differ."""
     results = args.root / RESULTS
-    if args.print:
-        print(make_table(TABLES[args.print], results), end='')
-        return False
     differs = False
     for name in READMES:
         path = args.root / name
@@ -147,7 +142,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         return int(run(args))
     except (KeyError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: no table or column {e}.' if isinstance(e, KeyError) else f'error: {e}', file=sys.stderr)
         return 2
 
 
