@@ -44,7 +44,7 @@ _SPEED = {
     'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}', 'time': '{ratio}[ ({ratio_low}-{ratio_high})]',
     'MACs share': '{macs_share}', 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}',
 }
-_CHANGE = {'top-1, %': '{top1}', 'right only with it / only without': '{only_change} / {only_default}', 'p': '{p}'}
+_CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
 
 TABLES = {
     'models': Table('fmnist.csv', {
