@@ -57,12 +57,12 @@ def unpack(source: Path, root: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.root.mkdir(parents=True, exist_ok=True)
+    if args.source.is_dir():
+        unpack(args.source, args.root)
     try:
-        if args.source.is_dir():
-            unpack(args.source, args.root)
-        else:
-            FashionMNIST(str(args.root), download=True)
-        sizes = [len(FashionMNIST(str(args.root), train=train)) for train in (True, False)]
+        sizes = [
+            len(FashionMNIST(str(args.root), train=train, download=not args.source.is_dir()))
+            for train in (True, False)]
     except (RuntimeError, ValueError) as e:  # torchvision's, for a download or a file of another size
         raise InputError(str(e)) from e
     print(f'{sizes[0]} training and {sizes[1]} test images in {args.root}: '
