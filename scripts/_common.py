@@ -22,14 +22,18 @@ end at once:
         sys.exit(main())
 """
 import argparse
+import csv
 import ctypes
+import io
 import math
 import os
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +42,9 @@ EXIT_CODES = (
     'exit code: 0 done, 1 the result is no good, 2 bad input, 3 output cannot be written, 130 Ctrl-C, 143 SIGTERM')
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
-FLAGS = {'folder': '--output', 'path': '--output', 'repo_id': 'REPO'}
+FLAGS = {
+    'budget': '--budgets', 'folder': '--output', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO',
+    'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -101,6 +107,7 @@ ARGUMENTS = {
     'amp': dict(action='store_true', help='mixed precision in bfloat16'),
     'gate_offset': dict(type=number('[-inf, inf]'), metavar='X',
                         help="added to each gate's open logit; more opens more gates (default: the model's)"),
+    'budgets': dict(type=number('(0, 1]'), nargs='+', metavar='X', help='MACs shares'),
     'images': dict(metavar='DIR', help='folder of images (default: noise)'),
     'num_images': dict(type=integer(1), metavar='N', help='number of images (default: %(default)s)'),
     'rounds': dict(metavar='N', help='timing rounds (default: %(default)s)'),
@@ -132,6 +139,17 @@ def add_args(group: Any, *names: str, **changes: Any) -> None:
     for name in names:
         options = {**ARGUMENTS[name], **changes}
         group.add_argument(f'--{name.replace("_", "-")}', *options.pop('flags', ()), **options)
+
+
+def add_evaluation_args(parser: Any, split: str = 'validation') -> None:
+    """Add the arguments of a script that runs a model on a data set."""
+    add_args(parser, 'model', required=True)
+    add_args(parser, 'pretrained', 'data_dir', 'dataset', 'dataset_download', 'input_key', 'target_key')
+    parser.add_argument('--split', default=split, metavar='NAME', help='default: %(default)s')
+    parser.add_argument(
+        '--holdout', type=integer(0), default=0, metavar='N',
+        help='only the N images of the split that finetune.py --holdout N does not train on (default: all images)')
+    add_args(parser, 'unreadable', 'input_size', 'crop_pct', 'batch_size', 'workers', 'device')
 
 
 def sleep_when_idle() -> None:
@@ -196,6 +214,31 @@ def run_script(run: Callable[[argparse.Namespace], Any], args: argparse.Namespac
     return 0
 
 
+def require(extra: str, *packages: str) -> None:
+    """Raise InputError if a package of an extra is missing: before the work rather than after it."""
+    from timm_aig import InputError
+
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as e:
+            raise InputError(f"{e}; install the extra: pip install 'timm_aig[{extra}]' "
+                             f"(in a checkout: pip install -e '.[{extra}]').") from e
+
+
+@contextmanager
+def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
+    """Turn errors of a kind, or a tuple of kinds, into InputErrors about an argument; InputErrors stay as they are."""
+    from timm_aig import InputError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except kind as e:
+        raise InputError(f'{value}: {e}', argument) from e
+
+
 def create_model(name: str, pretrained: bool = False, argument: str = 'model', **kwargs: Any) -> Any:
     """timm.create_model; also loads the weights of local-dir: and hf-hub: names.
 
@@ -204,12 +247,8 @@ def create_model(name: str, pretrained: bool = False, argument: str = 'model', *
     """
     import timm
 
-    from timm_aig import InputError
-
-    try:
+    with blame(argument, name, Exception):  # timm, the Hub and the file formats raise all kinds
         return timm.create_model(name, pretrained=pretrained or ':' in name, **kwargs)
-    except Exception as e:  # timm, the Hub and the file formats raise all kinds
-        raise InputError(f'{name}: {e}', argument) from e
 
 
 def open_device(args: argparse.Namespace) -> 'torch.device':
@@ -254,3 +293,12 @@ def write_text(path: Union[str, Path], text: str) -> None:
     from timm_aig.training.checkpoint import write_atomically
 
     write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Union[str, Path], head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, whole or not at all."""
+    text = io.StringIO(newline='')
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(head)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
