@@ -104,7 +104,7 @@ ARGUMENTS = {
                     help='loader processes (default: %(default)s)'),
     'device': dict(metavar='NAME', help='default: cuda if there is one, else cpu'),
     'threads': dict(type=integer(1), metavar='N', help="CPU threads (default: torch's)"),
-    'amp': dict(action='store_true', help='mixed precision in bfloat16'),
+    'amp': dict(action='store_true', help='mixed precision'),
     'gate_offset': dict(type=number('[-inf, inf]'), metavar='X',
                         help="added to each gate's open logit; more opens more gates (default: the model's)"),
     'budgets': dict(type=number('(0, 1]'), nargs='+', metavar='X', help='MACs shares'),
@@ -122,7 +122,7 @@ class Parser(argparse.ArgumentParser):
     source = ''  # in front of an error: the flag and file that the arguments come from
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r'^argument (?:-\w/)?([^/:]+)(?:/-\w)?: ', r'\1 ', message)
+        message = re.sub(r'^argument ([^/:]+)[^:]*: ', r'\1 ', message)
         print(f'error: {self.source}{message}', file=sys.stderr)
         sys.exit(2)
 
