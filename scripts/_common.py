@@ -43,8 +43,8 @@ EXIT_CODES = (
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
-    'budget': '--budgets', 'folder': '--output', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO',
-    'target': '--target-rate'}
+    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'folder': '--output', 'offset': '--gate-offset',
+    'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -236,7 +236,7 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
     except InputError:
         raise
     except kind as e:
-        raise InputError(f'{value}: {e}', argument) from e
+        raise InputError(f'{value}: {str(e) or type(e).__name__}', argument) from e
 
 
 def create_model(name: str, pretrained: bool = False, argument: str = 'model', **kwargs: Any) -> Any:
