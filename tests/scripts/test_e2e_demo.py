@@ -1,5 +1,5 @@
 """Tests that run scripts/demo.py: its main job on small settings, and every kind of bad input."""
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -19,10 +19,7 @@ QUICK = ['--epochs', '1', '--finetune-epochs', '1', '--input-size', '3', '8', '8
 @pytest.fixture(scope='module')
 def demo():
     """The script as a module: bad input is tried on its main(), since starting Python takes seconds."""
-    spec = importlib.util.spec_from_file_location('demo_script', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module('demo')
 
 
 def image_folder(root, splits=('train', 'validation'), classes=('dark', 'light'), count=3):
@@ -75,7 +72,7 @@ def test_the_digits_end_in_a_table_and_a_folder_that_timm_reloads(tmp_path):
 def test_an_image_folder_ends_in_json_figures_that_agree(demo, capsys, tmp_path):
     data = image_folder(tmp_path / 'data')
     assert demo.main([
-        *QUICK, '--data-dir', str(data), '--batch-size', '2', '--target-rate', '0.5', '--model', 'resnet10t',
+        *QUICK, '--data-dir', str(data), '--batch-size', '2', '--target-rate', '0.5', '--model', 'test_resnet',
         '--input-size', '3', '32', '32', '--output', str(tmp_path / 'out'), '--json']) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures['reloaded_equal'] is True and figures['test_images'] == 6 and figures['target_rate'] == 0.5
@@ -86,7 +83,7 @@ def test_an_image_folder_ends_in_json_figures_that_agree(demo, capsys, tmp_path)
         assert 0 <= row['accuracy'] <= 1
         assert row['ms_per_image'].keys() == {'1', '64'} and min(row['ms_per_image'].values()) > 0
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert config['architecture'] == 'resnet10t_aig' and config['label_names'] == ['dark', 'light']
+    assert config['architecture'] == 'test_resnet_aig' and config['label_names'] == ['dark', 'light']
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
 
 

@@ -48,11 +48,20 @@ def training(finetune_args, static_model, tmp_path):
     return _training
 
 
+@pytest.fixture(scope='module')
+def finished():
+    """Folder of each training that ran uninterrupted, by its name in TRAININGS."""
+    return {}
+
+
 @pytest.fixture
-def uninterrupted(training, fork_main, wait, tmp_path):
-    """Runs it once, into tmp_path/whole."""
+def uninterrupted(training, fork_main, wait, tmp_path, finished):
+    """Folder of a training that ran without interruption: once in this module, so tests must not change it."""
     def _uninterrupted(which):
-        assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
+        if which not in finished:
+            assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
+            finished[which] = tmp_path / 'whole'
+        return finished[which]
     return _uninterrupted
 
 
@@ -77,7 +86,7 @@ def assert_same_training(a, b):
 @pytest.mark.parametrize('which', NAMES)
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
         which, training, uninterrupted, fork_main, wait, tmp_path):
-    uninterrupted(which)
+    whole = uninterrupted(which)
     chance = random.Random(NAMES.index(which))
     checkpoints = tmp_path / 'killed' / 'checkpoints'
     ended, kills = False, 0
@@ -93,7 +102,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
             kills += 1
         assert wait(process) == (0 if ended else -signal.SIGKILL), (tmp_path / 'stderr').read_text()
     assert kills >= 2
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 class KilledAt:
@@ -127,27 +136,27 @@ class KilledAt:
 def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_weights(
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
+    whole = uninterrupted(which)
     # an even fsync is that of a file, the odd one behind it that of its folder
     for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
         for count in counts:
             code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
             assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
     assert wait(fork_main(training(which, 'killed'))) == 0
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_weights(
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
+    whole = uninterrupted(which)
+    shutil.copytree(whole, tmp_path / 'killed')
     for name in ('model.safetensors', 'config.json', 'results.json', 'rates_over_epochs.png', 'accuracy_macs.png'):
         (tmp_path / 'killed' / name).unlink()
     for count in range(6):  # summary.csv, model, config, results, two pictures
         assert wait(fork_main(training(which, 'killed'), KilledAt(count, 'before'))) == -signal.SIGKILL
     assert wait(fork_main(training(which, 'killed'), KilledAt(6, 'before'))) == 0
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 def wait_for(step, checkpoints, process):
@@ -159,7 +168,7 @@ def wait_for(step, checkpoints, process):
 @pytest.mark.parametrize('which', ['distill, accumulation, workers', 'paper, mixup'])
 def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
         which, training, uninterrupted, fork_main, wait, tmp_path):
-    uninterrupted(which)
+    whole = uninterrupted(which)
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
@@ -171,20 +180,20 @@ def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \
-        (tmp_path / 'whole' / 'model.safetensors').read_bytes()
+        (whole / 'model.safetensors').read_bytes()
 
 
 def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
-    folder = tmp_path / 'whole' / 'checkpoints'
-    last = sorted(folder.iterdir())[-1]
+    whole = uninterrupted(which)
+    shutil.copytree(whole, tmp_path / 'torn')
+    last = sorted((tmp_path / 'torn' / 'checkpoints').iterdir())[-1]
     last.write_bytes(last.read_bytes()[:-100])
-    expected = (tmp_path / 'whole' / 'model.safetensors').read_bytes()
-    assert wait(fork_main(training(which, 'whole'))) == 0
+    (tmp_path / 'torn' / 'model.safetensors').unlink()
+    assert wait(fork_main(training(which, 'torn'))) == 0
     error = (tmp_path / 'stderr').read_text()
     assert f'{last} is torn' in error and 'going on with the one before' in error and 'after step 11' in error
-    assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
+    assert_same_training(tmp_path / 'torn', whole)
 
 
 @pytest.mark.parametrize('kilobytes', [20, 1500])
