@@ -24,7 +24,7 @@ import timm_aig
 from timm_aig import AIGConfig, InputError
 from timm_aig.convert import checkpoint_filter_fn
 from timm_aig.hub.card import checked_results
-from timm_aig.hub.source import check_pretrained_cfg
+from timm_aig.hub.config_json import check_pretrained_cfg
 from timm_aig.models.hub_configs import load_hub_configs
 
 EXAMPLES = """examples:
