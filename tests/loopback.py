@@ -27,7 +27,7 @@ answers = sys.stdout
 
 def make(seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = timm.create_model('cifar_resnet20_aig', **kwargs)
+    model = timm.create_model('cifar_resnet20_aig', layers=(1, 1, 1), **kwargs)
     with torch.no_grad():
         for block in timm_aig.gated_blocks(model).values():
             block.gate.fc1.weight.normal_(std=4.)
@@ -46,6 +46,11 @@ def outputs(model):
 
 def load(name, **kwargs):
     return timm.create_model(f'hf-hub:{name}', pretrained=True, **kwargs).eval()
+
+def upload(repo_id, files):
+    with hub_timeout(30):  # without Xet
+        for name, content in files.items():
+            HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
 
 def run_script(path, *args):
     out, err, code = io.StringIO(), io.StringIO(), 0
