@@ -69,19 +69,19 @@ def checked_results(results: Any, architecture: Optional[str] = None) -> Dict[st
         InputError: A metric is not a number in its range, the data set is not named, or the model is another one.
     """
     if not isinstance(results, dict):
-        raise InputError(f'must be an object, not {results!r}.', 'results')
-    if architecture and results.get('architecture', architecture) != architecture:
-        raise InputError(f"is for {results['architecture']!r}, the model is {architecture!r}.", 'results')
+        raise InputError(f'results must be an object, not {results!r}.')
     for field in ('metrics', 'parent_metrics', 'recipe', 'environment', 'reported'):
         values = results.get(field) or {}
         if not isinstance(values, dict):
-            raise InputError(f'has {field} {values!r}, which must be an object.', 'results')
+            raise InputError(f'results: {field} must be an object, not {values!r}.')
         for name, value in values.items() if 'metrics' in field else ():
             low, high = (0., METRICS[name][2]) if name in METRICS else (float('-inf'), float('inf'))
             if type(value) not in (int, float) or not isfinite(value) or not low <= value <= high:
-                raise InputError(f'has {field}.{name} {value!r}, which must be from {low:g} to {high:g}.', 'results')
+                raise InputError(f'results: {field}.{name} must be from {low:g} to {high:g}, not {value!r}.')
+    if architecture and results.get('architecture', architecture) != architecture:
+        raise InputError(f"results are for {results['architecture']!r}, the model is {architecture!r}.")
     if results.get('metrics') and not (results.get('dataset') and results.get('split')):
-        raise InputError('has metrics without the dataset and split they were measured on.', 'results')
+        raise InputError('results: metrics need the dataset and the split they were measured on.')
     return results
 
 
