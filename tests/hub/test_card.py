@@ -150,8 +150,9 @@ def test_gates_that_all_stay_open_run_slightly_more_than_the_static_parent():
 
 @pytest.mark.parametrize('results,message', [
     ([], 'results must be an object'), (dict(metrics=[94]), 'metrics must be an object'),
-    (dict(recipe='x'), 'recipe must be an object'), (dict(metrics=dict(top1='94')), 'metrics.top1 must be from 0 to 100'),
-    (dict(metrics=dict(top1=float('nan'))), 'metrics.top1 must be'), (dict(metrics=dict(top1=True)), 'metrics.top1 must be'),
+    (dict(recipe='x'), 'recipe must be an object'), (dict(metrics=dict(top1='94')), 'metrics.top1 must be from 0'),
+    (dict(metrics=dict(top1=float('nan'))), 'metrics.top1 must be'),
+    (dict(metrics=dict(top1=True)), 'metrics.top1 must be'),
     (dict(parent_metrics=dict(top1='x')), 'parent_metrics.top1 must be'),
     (dict(metrics=dict(mine='x')), 'metrics.mine must be from -inf to inf'),
     (dict(metrics=dict(top1=945)), 'metrics.top1 must be from 0 to 100, not 945'),

@@ -77,16 +77,16 @@ def test_weights_whose_logits_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_a_model_that_was_ungated_loads_as_a_static_one(tmp_path, train_norms):
-    model = ungate_(train_norms(timm.create_model('resnet18_aig', num_classes=5))).eval()
+    model = ungate_(train_norms(timm.create_model('cifar_resnet20_aig', num_classes=5))).eval()
     save_pretrained(model, tmp_path)
     other = reload(tmp_path)
-    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'resnet18'
+    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'cifar_resnet20'
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(other(x), model(x))
 
 
 def test_a_model_with_every_block_always_on_loads(tmp_path, train_norms):
-    model = train_norms(timm.create_model('resnet18_aig', target_rate=1)).eval()
+    model = train_norms(timm.create_model('cifar_resnet20_aig', target_rate=1)).eval()
     assert not gated_blocks(model)
     save_pretrained(model, tmp_path)
     x = torch.randn(2, 3, 32, 32)
@@ -105,13 +105,6 @@ def test_the_folder_holds_safetensors_of_the_pt_format_and_json_and_no_pickle(tm
     assert config['architecture'] == 'resnet18_aig'
     assert config['model_args']['target_rate'] == 0.6
     assert config['label_names'] == ['a', 'b']
-
-
-def test_a_model_inside_compile_and_data_parallel_wrappers_is_saved(tmp_path):
-    model = timm.create_model('cifar_resnet20_aig')
-    for i, wrapped in enumerate((torch.compile(model, backend='eager'), torch.nn.DataParallel(model))):
-        save_pretrained(wrapped, tmp_path / str(i))
-        assert torch.equal(reload(tmp_path / str(i)).fc.weight, model.fc.weight)
 
 
 def test_loading_as_timms_scripts_do_gives_the_same_model(tmp_path, train_gates):
@@ -174,10 +167,10 @@ def test_a_model_timm_could_not_rebuild_is_refused_and_nothing_is_written(make, 
 
 
 def test_an_unserializable_argument_leaves_the_old_folder_whole(tmp_path):
-    model = timm.create_model('resnet18_aig').eval()
+    model = timm.create_model('cifar_resnet20_aig').eval()
     save_pretrained(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    odd = timm.create_model('resnet18_aig', act_layer=torch.nn.SiLU)
+    odd = timm.create_model('cifar_resnet20_aig', act_layer=torch.nn.SiLU)
     with pytest.raises(ValueError, match="'act_layer' is not serializable"):
         save_pretrained(odd, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
