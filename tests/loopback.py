@@ -1,30 +1,33 @@
-"""A Hub on this machine and clients of it, in processes of their own: huggingface_hub reads settings at import."""
+"""The Hub's double and clients of it, in processes of their own: huggingface_hub reads its settings at import."""
 import json
 import os
+import queue
 import subprocess
 import sys
-import urllib.request
+import threading
 from pathlib import Path
 
 import pytest
+from hub_server import TOKENS, HubServer
 
-TOKENS = {
-    'hf_alice_write': 'alice:write:team', 'hf_alice_read': 'alice:read:team', 'hf_bob_write': 'bob:write',
-}
+CLIENT_TIMEOUT = 60  # seconds
+SCRIPTS = Path(__file__).parent.parent / 'scripts'
 
-# Executes what it is sent; the models are tiny, and every call may have its own cache_dir.
+# Executes the code it is sent and answers with its `result`.
 CLIENT = '''
-import contextlib, io, json, logging, os, sys
+import contextlib, io, json, logging, os, runpy, sys, time
 import timm, timm_aig, torch
 from huggingface_hub import HfApi, ModelCard
+from timm_aig.hub.timeout import hub_timeout
 torch.set_num_threads(1)
+time.sleep = lambda seconds: None  # huggingface_hub waits seconds before it tries again
 log = io.StringIO()
 logging.basicConfig(stream=log, level=logging.INFO)
 answers = sys.stdout
 
 def make(seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = timm.create_model('cifar_resnet20_aig', **kwargs)
+    model = timm.create_model('cifar_resnet20_aig', layers=(1, 1, 1), **kwargs)
     with torch.no_grad():
         for block in timm_aig.gated_blocks(model).values():
             block.gate.fc1.weight.normal_(std=4.)
@@ -44,6 +47,21 @@ def outputs(model):
 def load(name, **kwargs):
     return timm.create_model(f'hf-hub:{name}', pretrained=True, **kwargs).eval()
 
+def upload(repo_id, files):
+    with hub_timeout(30):  # without Xet
+        for name, content in files.items():
+            HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
+
+def run_script(path, *args):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = [path, *args]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as e:
+            code = e.code or 0
+    return [code, out.getvalue(), err.getvalue()]
+
 for line in sys.stdin:
     request, space, error = json.loads(line), dict(globals(), result=None), None
     os.environ.update(request['env'])
@@ -58,20 +76,31 @@ for line in sys.stdin:
 
 
 class Client:
-    """A process with timm_aig; its environment is fixed, but for the token."""
+    """A process with timm_aig and an environment of its own."""
 
     def __init__(self, url, home, **env):
         env = {**os.environ, 'HF_ENDPOINT': url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_TELEMETRY': '1',
-               'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_TOKEN': 'hf_alice_write', 'OMP_NUM_THREADS': '1', **env}
+               'HF_TOKEN': 'hf_alice_write', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(map(str, [
+                   SCRIPTS.parent, SCRIPTS])), **env}
         self.process = subprocess.Popen(
             [sys.executable, '-c', CLIENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answers = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.answers.put(json.loads(line))
 
     def run(self, code, token='hf_alice_write'):
-        """Execute code; its `result`, its error ('Type: message' or None), what it printed and logged."""
+        """Execute code. Returns its `result`, its error as 'Type: message' or None, and what it printed and logged."""
         self.process.stdin.write(json.dumps(dict(code=code, env=dict(HF_TOKEN=token))) + '\n')
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        shown = f"{answer['error']}{answer['log']}"
+        try:
+            answer = self.answers.get(timeout=CLIENT_TIMEOUT)
+        except queue.Empty:
+            self.process.kill()
+            raise TimeoutError(f'no answer within {CLIENT_TIMEOUT} s to {code}') from None
+        shown = json.dumps(answer)
         assert not [secret for secret in (*TOKENS, token) if secret and secret in shown]
         return answer
 
@@ -81,42 +110,9 @@ class Client:
         assert answer['error'] is None, answer
         return answer['result']
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-class Hub:
-    """The server: its address, what it stores, its faults and its log."""
-
-    def __init__(self, root):
-        self.root = root
-        tokens = [arg for token, who in TOKENS.items() for arg in ('--token', f'{token}={who}')]
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name('hub_server.py')), '--root', str(root), '--port', '0',
-             '--xet', '--test-hooks', *tokens],
-            stdout=subprocess.PIPE, text=True)
-        self.url = self.process.stdout.readline().removeprefix('READY ').strip()
-
-    def repo(self, repo_id, repo_type='model'):
-        """All that the server knows of a repository, None if there is none."""
-        file = self.root / 'repos' / f'{repo_type}s' / f'{repo_id}.json'
-        return json.loads(file.read_text()) if file.exists() else None
-
-    def files(self, repo_id, ref='refs/heads/main', repo_type='model'):
-        """Content of each file of a repository."""
-        repo = self.repo(repo_id, repo_type)
-        tree = repo['commits'][repo['refs'][ref]]['tree']
-        return {name: (self.root / 'objects' / f['sha256'][:2] / f['sha256']).read_bytes() for name, f in tree.items()}
-
-    def fault(self, **fault):
-        """See request_fault in hub_server.py."""
-        data = json.dumps(fault).encode()
-        urllib.request.urlopen(urllib.request.Request(f'{self.url}/_test/fault', data, method='POST')).read()
-
-    def log(self):
-        """The requests since the last call."""
-        return json.load(urllib.request.urlopen(f'{self.url}/_test/log'))
+    def script(self, name, *args, **kwargs):
+        """Run a script. Returns its exit code, stdout and stderr."""
+        return self.get(f'result = run_script(*{[str(SCRIPTS / name), *map(str, args)]!r})', **kwargs)
 
     def close(self):
         self.process.kill()
@@ -124,14 +120,34 @@ class Hub:
 
 
 @pytest.fixture(scope='session')
-def hub(tmp_path_factory):
-    hub = Hub(tmp_path_factory.mktemp('hub'))
+def hub():
+    hub = HubServer()
     yield hub
     hub.close()
 
 
 @pytest.fixture(scope='session')
-def client(hub, tmp_path_factory):
-    client = Client(hub.url, tmp_path_factory.mktemp('home'), HF_HUB_DISABLE_XET='1')
-    yield client
-    client.close()
+def make_client(hub, tmp_path_factory):
+    """Starts a client of the double with other environment variables."""
+    clients = []
+
+    def _make_client(url=hub.url, **env):
+        clients.append(Client(url, tmp_path_factory.mktemp('home'), **env))
+        return clients[-1]
+
+    yield _make_client
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture(scope='session')
+def client(make_client):
+    return make_client()
+
+
+@pytest.fixture(autouse=True)
+def no_faults_left(request):
+    """A test that fails must not leave its faults to the next one."""
+    yield
+    if 'hub' in request.fixturenames:
+        request.getfixturevalue('hub').faults.clear()

@@ -24,7 +24,8 @@ from .passes import force_gates, forward_gates, record_gates
 if TYPE_CHECKING:
     from .export.onnx import export_aoti, export_onnx, export_openvino, export_program
     from .export.runtime import load_onnx, optimize_onnx
-    from .hub.save import push_to_hub, save_pretrained
+    from .hub.push import push_to_hub
+    from .hub.save import save_pretrained
     from .task import AIGTask
     from .training.calibrate import calibrate_budget
     from .training.evaluate import evaluate
@@ -47,7 +48,7 @@ _LAZY = {  # imported when first used: slow to import, and most users never need
     'export_program': '.export.onnx',
     'load_onnx': '.export.runtime',
     'optimize_onnx': '.export.runtime',
-    'push_to_hub': '.hub.save',
+    'push_to_hub': '.hub.push',
     'save_pretrained': '.hub.save',
 }
 

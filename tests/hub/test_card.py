@@ -1,11 +1,11 @@
-"""The model card: what is generated, and what of a person's own card survives."""
+"""Model cards: what is generated, and what of the user's own card is kept."""
 import pytest
 import timm
 import yaml
 from huggingface_hub import ModelCard
 
-from timm_aig import BudgetPoint
-from timm_aig.hub.card import BEGIN, END, checked_results, make_card
+from timm_aig import BudgetPoint, InputError
+from timm_aig.hub.card import BEGIN, END, PROJECT_URL, checked_results, make_card
 
 RESULTS = dict(
     parent='resnet18.a1_in1k', dataset='hfds/user/birds', split='test', images=500, seed=3, command='a | `b`',
@@ -28,7 +28,7 @@ def card(model, results=RESULTS, existing=None, **kwargs):
     return make_card(model, 'user/name', CONFIG, results, ['execution_rates.png'], existing, **kwargs)
 
 
-def test_the_front_matter_says_licence_parent_tags_and_results(model):
+def test_the_front_matter_has_licence_parent_tags_and_results(model):
     data = yaml.safe_load(card(model).split('---')[1])
     assert data['license'] == 'cc-by-4.0' and data['base_model'] == 'timm/resnet18.a1_in1k'
     assert data['library_name'] == 'timm' and data['pipeline_tag'] == 'image-classification'
@@ -42,26 +42,27 @@ def test_the_front_matter_says_licence_parent_tags_and_results(model):
         ('accuracy', 91.25), ('execution_rate', 0.5), ('parent_top1', 92.)]
 
 
-def test_the_body_shows_results_with_their_provenance_use_and_pictures(model):
+def test_the_body_shows_results_and_their_source_usage_and_pictures(model):
     text = ModelCard(card(model)).text
     assert '| Top-1 accuracy (%) | 91.25 (static parent: 92.5) |' in text
     assert 'Measured on 500 images' in text and 'seed 3' in text
-    assert "by `a / 'b'`" in text and 'EPYC' in text and '| top1_error | 23.0 |' in text
+    assert "with `a / 'b'`" in text and 'EPYC' in text and '| top1_error | 23.0 |' in text
     assert '![execution rates](execution_rates.png)' in text and '## Mine\n\nText.' in text
     assert text.index('Birds.') < text.index('| Architecture |') < text.index('## Results') < text.index('## Mine')
-    assert '```python\nimport timm_aig' in text and "create_model('hf-hub:user/name', pretrained=True)" in text
+    assert PROJECT_URL in text and f'pip install git+{PROJECT_URL}' in text
+    assert "create_model('hf-hub:user/name', pretrained=True)" in text
     assert "pipeline('image-classification', model='user/name')" in text
     assert "'hf-hub:user/name@v2'" in card(model, revision='v2') and "revision='v2'" in card(model, revision='v2')
 
 
-def test_the_code_to_use_it_makes_images_of_its_channels(model):
+def test_the_usage_code_reads_images_with_the_channels_of_the_model(model):
     grey = {**CONFIG, 'pretrained_cfg': {**CONFIG['pretrained_cfg'], 'input_size': [1, 28, 28]}}
     text = make_card(timm.create_model('cifar_resnet20_aig', in_chans=1), 'user/name', grey, {})
-    assert "Image.open('image.jpg').convert('L')" in text and 'pipeline(' not in text  # which makes RGB images
+    assert "Image.open('image.jpg').convert('L')" in text and 'pipeline(' not in text  # a pipeline makes RGB images
     assert "Image.open('image.jpg').convert('RGB')" in card(model)
 
 
-def test_a_table_of_budgets_is_shown_with_what_it_was_measured_on(model):
+def test_the_table_of_budgets_says_what_it_was_measured_on(model):
     assert '## Budgets' not in card(model)
     points = [BudgetPoint(.4, -1.5, .4012, 500, 81.25), BudgetPoint(1., 9., 1.0002, 500)]
     calibrated = timm.create_model('cifar_resnet20_aig', gate_budgets=[point.to_dict() for point in points])
@@ -70,7 +71,7 @@ def test_a_table_of_budgets_is_shown_with_what_it_was_measured_on(model):
     assert 'from 0.4 to 1' in text and 'on 500 calibration images' in text and 'timm_aig.set_budget(model, 0.4)' in text
 
 
-def test_what_is_not_known_is_not_claimed(model):
+def test_a_card_claims_nothing_unknown(model):
     config = {**CONFIG, 'pretrained_cfg': dict(input_size=[3, 32, 32])}
     for results in (
             {}, dict(parent='resnet18'), dict(parent='cifar_resnet20.untrained'), dict(parent='no.such'),
@@ -86,10 +87,10 @@ def test_a_parent_from_the_hub_is_linked_and_a_static_model_claims_no_gates(mode
     data = yaml.safe_load(card(model, dict(parent='hf-hub:user/parent@v1')).split('---')[1])
     assert data['base_model'] == 'user/parent'
     text = card(timm.create_model('cifar_resnet20'), {})
-    assert 'A static ResNet of timm.' in text and 'forward_gates' not in text and 'An adaptive ResNet' not in text
+    assert 'A static ResNet.' in text and 'forward_gates' not in text and 'An adaptive ResNet' not in text
 
 
-def test_an_update_keeps_the_persons_text_and_front_matter_byte_for_byte(model):
+def test_an_update_keeps_the_users_text_and_front_matter_byte_for_byte(model):
     first = card(model)
     above, below = 'Words above.\r\n', '\n\n# Below\n  *mine*   \n'
     edited = first.replace(BEGIN, above + BEGIN).replace(END, END + below)
@@ -109,7 +110,7 @@ def test_a_card_without_a_generated_part_gets_one_above_its_text(model):
     assert data.tags[0] == 'mine' and 'timm_aig' in data.tags and data.license == 'cc-by-4.0'
 
 
-def test_the_persons_own_results_stay(model):
+def test_the_users_own_results_stay(model):
     own = '''---
 model-index:
 - name: x
@@ -124,8 +125,8 @@ model-index:
 
 
 @pytest.mark.parametrize('existing', ['---\na: [\n---\n', '---\n- a\n---\n', '---\nmodel-index: 3\n---\n'])
-def test_front_matter_that_cannot_be_read_is_not_thrown_away(model, existing):
-    with pytest.raises(ValueError, match=r'README\.md of user/name has front matter that cannot be read'):
+def test_unreadable_front_matter_is_an_error_and_not_overwritten(model, existing):
+    with pytest.raises(InputError, match=r'README\.md of user/name has front matter that cannot be read'):
         card(model, existing=existing)
 
 
@@ -148,18 +149,17 @@ def test_gates_that_all_stay_open_run_slightly_more_than_the_static_parent():
 
 
 @pytest.mark.parametrize('results,message', [
-    ([], 'results must be an object'), (dict(metrics=[]), 'metrics must be an object'),
-    (dict(metrics=dict(top1='94')), 'metrics.top1 must be a number'),
-    (dict(metrics=dict(top1=float('nan'))), 'metrics.top1 must be a number'),
-    (dict(metrics=dict(top1=True)), 'metrics.top1 must be a number'),
-    (dict(parent_metrics=dict(top1='x')), 'parent_metrics.top1 must be a number'),
-    (dict(metrics=dict(top1=945)), 'metrics.top1 must be from 0 to 100'),
+    ([], 'results must be an object'), (dict(metrics=[94]), 'metrics must be an object'),
+    (dict(recipe='x'), 'recipe must be an object'), (dict(metrics=dict(top1='94')), 'metrics.top1 must be from 0'),
+    (dict(metrics=dict(top1=float('nan'))), 'metrics.top1 must be'),
+    (dict(metrics=dict(top1=True)), 'metrics.top1 must be'),
+    (dict(parent_metrics=dict(top1='x')), 'parent_metrics.top1 must be'),
+    (dict(metrics=dict(mine='x')), 'metrics.mine must be from -inf to inf'),
+    (dict(metrics=dict(top1=945)), 'metrics.top1 must be from 0 to 100, not 945'),
     (dict(metrics=dict(execution_rate=55)), 'metrics.execution_rate must be from 0 to 1'),
     (dict(metrics=dict(top1=94)), 'metrics need the dataset and the split'),
-    (dict(images=0), 'images must be above 0'), (dict(images='many'), 'images must be a whole number'),
-    (dict(seed=True), 'seed must be a whole number'), (dict(command=['a']), 'command must be a text'),
-    (dict(architecture='resnet34_aig'), "results are of 'resnet34_aig', the model is 'resnet18_aig'"),
+    (dict(architecture='resnet34_aig'), "results are for 'resnet34_aig', the model is 'resnet18_aig'"),
 ])
-def test_results_that_are_wrong_are_named(results, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_results_are_named(results, message):
+    with pytest.raises(InputError, match=message):
         checked_results(results, 'resnet18_aig')

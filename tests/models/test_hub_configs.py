@@ -8,7 +8,7 @@ import timm
 
 from timm_aig import AIGConfig, gated_blocks
 from timm_aig.hub.card import checked_results
-from timm_aig.hub.source import check_pretrained_cfg
+from timm_aig.hub.config_json import check_pretrained_cfg
 from timm_aig.models.hub_configs import load_hub_configs
 
 ROOT = Path(__file__).parent.parent.parent

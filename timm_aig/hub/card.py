@@ -1,4 +1,4 @@
-"""Model card: front matter by huggingface_hub, and a generated part that leaves a person's own text alone."""
+"""Model cards: README.md files of which the generated part is updated and the user's own text is kept."""
 import html
 import re
 from math import isfinite
@@ -12,17 +12,18 @@ from timm.models import get_pretrained_cfg, is_model
 
 from ..blocks import gated_blocks
 from ..budget import budget_table
+from ..config import InputError
 from ..cost import compute_cost
 
-__all__ = ['checked_results', 'make_card']
+__all__ = ['PROJECT_URL', 'checked_results', 'make_card']
 
+PROJECT_URL = 'https://github.com/timm-aig/timm_aig'
 BEGIN = '<!-- timm_aig: generated, the next push replaces it up to the end mark; your own text goes above or below. -->'
 END = '<!-- timm_aig: end of the generated part -->'
 GENERATED = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}', re.DOTALL)
-
 TAGS = ['image-classification', 'timm', 'transformers', 'timm_aig', 'convnet-aig', 'adaptive-inference']
 
-# results['metrics']: type in model-index, title, largest value.
+# Known metrics: type in the model-index, title, largest value.
 METRICS: Dict[str, Tuple[str, str, float]] = {
     'top1': ('accuracy', 'Top-1 accuracy (%)', 100.),
     'top5': ('accuracy', 'Top-5 accuracy (%)', 100.),
@@ -30,46 +31,57 @@ METRICS: Dict[str, Tuple[str, str, float]] = {
     'macs_share': ('macs_share', "Executed MACs over the static parent's", 2.),
     'paths': ('paths', 'Different combinations of blocks', float('inf')),
 }
-_KINDS: Dict[str, type] = {
-    'architecture': str, 'parent': str, 'dataset': str, 'split': str, 'command': str, 'description': str, 'card': str,
-    'images': int, 'seed': int, 'metrics': dict, 'parent_metrics': dict, 'recipe': dict, 'environment': dict,
-    'reported': dict, 'aig': dict,
+
+ABOUT = """An adaptive ResNet: a small gate in front of each gated block looks at the block's input and decides for
+each image whether the block runs ([ConvNet-AIG](https://arxiv.org/abs/1711.11503)). Blocks that do not run are not
+computed."""
+
+INSTALL = f"""It needs [timm](https://github.com/huggingface/pytorch-image-models) and the plugin
+[timm_aig]({PROJECT_URL}):
+
+```bash
+pip install git+{PROJECT_URL}
+```"""
+
+CITATION = """## Citation
+
+```bibtex
+@inproceedings{veit2018convolutional,
+  title     = {Convolutional Networks with Adaptive Inference Graphs},
+  author    = {Veit, Andreas and Belongie, Serge},
+  booktitle = {European Conference on Computer Vision (ECCV)},
+  year      = {2018}
 }
-_NAMES = {str: 'a text', int: 'a whole number', dict: 'an object'}
+```"""
 
 
 def checked_results(results: Any, architecture: Optional[str] = None) -> Dict[str, Any]:
-    """Check what a results.json or a hub_config says of a model; every field is optional.
+    """Check the content of a results.json or a hub_config. Every field is optional.
 
     Args:
-        results: Its content.
-        architecture: Of the model that the results should be of.
+        results: The content.
+        architecture: Architecture of the model that is published.
 
     Returns:
-        The same.
+        The same results.
 
     Raises:
-        ValueError: A field has a value that is not allowed, or the results are of another model.
+        InputError: A metric is not a number in its range, the data set is not named, or the model is another one.
     """
     if not isinstance(results, dict):
-        raise ValueError(f'results must be an object, not {results!r}.')
-    for name, kind in _KINDS.items():
-        value = results.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f'results: {name} must be {_NAMES[kind]}, not {value!r}.')
+        raise InputError(f'results must be an object, not {results!r}.')
+    for field in ('metrics', 'parent_metrics', 'recipe', 'environment', 'reported'):
+        values = results.get(field) or {}
+        if not isinstance(values, dict):
+            raise InputError(f'results: {field} must be an object, not {values!r}.')
+        for name, value in values.items() if 'metrics' in field else ():
+            low, high = (0., METRICS[name][2]) if name in METRICS else (float('-inf'), float('inf'))
+            if type(value) not in (int, float) or not isfinite(value) or not low <= value <= high:
+                raise InputError(f'results: {field}.{name} must be from {low:g} to {high:g}, not {value!r}.')
     if architecture and results.get('architecture', architecture) != architecture:
-        raise ValueError(f"results are of {results['architecture']!r}, the model is {architecture!r}.")
-    if results.get('images', 1) < 1:
-        raise ValueError(f"results: images must be above 0, not {results['images']}.")
-    for field in ('metrics', 'parent_metrics'):
-        for name, value in (results.get(field) or {}).items():
-            _, _, largest = METRICS.get(name, ('', '', float('inf')))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-                raise ValueError(f'results: {field}.{name} must be a number, not {value!r}.')
-            if name in METRICS and not 0 <= value <= largest:
-                raise ValueError(f'results: {field}.{name} must be from 0 to {largest:g}, not {value!r}.')
+        raise InputError(f"results are for {results['architecture']!r}, the model is {architecture!r}.")
     if results.get('metrics') and not (results.get('dataset') and results.get('split')):
-        raise ValueError('results: metrics need the dataset and the split they were measured on.')
+        raise InputError('results: metrics need the dataset and the split they were measured on.')
     return results
 
 
@@ -87,21 +99,35 @@ def make_card(
     Args:
         model: The model.
         repo_id: 'user/name'.
-        config: Content of its config.json.
-        results: What is known of it, see checked_results.
+        config: Content of config.json.
+        results: Content of results.json, see checked_results.
         pictures: Names of picture files in the repository to show.
-        existing: The README.md that is there. Its text outside of the generated part and front matter that is not
-            generated are kept.
+        existing: The present README.md. Text outside of the generated part and other front matter are kept.
         revision: Branch of the repository, None for main.
 
     Raises:
-        ValueError: The existing card's front matter cannot be read, so that it cannot be kept.
+        InputError: The front matter of the present README.md cannot be read, so it cannot be kept.
     """
-    generated = f'{BEGIN}\n{_body(model, repo_id, config, results, pictures, revision)}\n{END}'
+    name = f'{repo_id}@{revision}' if revision not in (None, 'main') else repo_id
+    adaptive = bool(gated_blocks(model))
+    sections = [
+        f'# {_text(repo_id.partition("/")[2])}',
+        _block(results.get('description') or ''),
+        ABOUT if adaptive else 'A static ResNet.',
+        INSTALL,
+        _facts(model, config, results),
+        *_results(results),
+        _block(results.get('card') or ''),
+        _budgets(model),
+        *(f'![{_text(picture.partition(".")[0].replace("_", " "))}]({quote(picture)})' for picture in pictures),
+        _usage(name, adaptive, config['pretrained_cfg']['input_size'][0]),
+        CITATION,
+    ]
+    generated = '\n\n'.join([BEGIN, *filter(None, sections), END])
     try:
         card = ModelCard(existing or '---\n{}\n---\n', ignore_metadata_errors=False)
     except (ValueError, yaml.YAMLError) as e:
-        raise ValueError(f'README.md of {repo_id} has front matter that cannot be read, mend it there: {e}') from e
+        raise InputError(f'README.md of {repo_id} has front matter that cannot be read, correct it there: {e}') from e
     _update(card.data, _card_data(repo_id.partition('/')[2], config, results))
     if GENERATED.search(card.text):
         card.text = GENERATED.sub(lambda _: generated, card.text, count=1)
@@ -111,51 +137,27 @@ def make_card(
 
 
 def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any]) -> ModelCardData:
-    cfg = config['pretrained_cfg']
     dataset = results.get('dataset') or ''
-    metrics = results.get('metrics') or {}
+    eval_results = []
+    for metric, value in (results.get('metrics') or {}).items():
+        kind, title, _ = METRICS.get(metric, (metric, metric, 0))
+        eval_results.append(EvalResult(
+            task_type='image-classification', dataset_type=dataset, dataset_name=dataset,
+            dataset_split=results.get('split'), metric_type=kind, metric_name=title, metric_value=value))
     return ModelCardData(
-        license=cfg.get('license'),
+        license=config['pretrained_cfg'].get('license'),
         library_name='timm',
         pipeline_tag='image-classification',
         tags=TAGS,
         base_model=_base_model(results),
         datasets=[dataset.split('/', 1)[1]] if dataset.startswith(('hfds/', 'hfids/')) else None,
         model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type='image-classification',
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split=results.get('split'),
-                metric_type=METRICS.get(metric, (metric,))[0],
-                metric_name=METRICS.get(metric, (metric, metric))[1],
-                metric_value=value,
-            )
-            for metric, value in metrics.items()
-        ],
+        eval_results=eval_results,
     )
 
 
-def _update(data: Any, new: ModelCardData) -> None:
-    """Put what is generated into the front matter of a card, keep the rest of it."""
-    old_results = data.get('eval_results') or []
-    new_results = new.eval_results or []
-    measured = {(r.unique_identifier, r.metric_name) for r in new_results}
-    new.eval_results = [r for r in old_results if (r.unique_identifier, r.metric_name) not in measured] + new_results
-    for name in ('tags', 'datasets'):
-        old = data.get(name) or []
-        old = [old] if isinstance(old, str) else list(old)
-        new[name] = list(dict.fromkeys([*old, *(new.get(name) or [])])) or None
-    for name, value in vars(new).items():
-        if value is not None:
-            data[name] = value
-    if not data.eval_results:
-        data.eval_results = None
-
-
 def _base_model(results: Dict[str, Any]) -> Optional[str]:
-    """Hub id of the model whose weights this one started from, None if that is not certain."""
+    """Hub id of the model whose weights the training started from, None if unknown."""
     source, _, name = (results.get('parent') or '').rpartition(':')
     if source == 'hf-hub':
         return name.partition('@')[0]
@@ -166,119 +168,96 @@ def _base_model(results: Dict[str, Any]) -> Optional[str]:
     return cfg.hf_hub_id if cfg else None
 
 
-def _body(
-        model: nn.Module,
-        repo_id: str,
-        config: Dict[str, Any],
-        results: Dict[str, Any],
-        pictures: Sequence[str],
-        revision: Optional[str],
-) -> str:
-    parts = [
-        f'# {_text(repo_id.partition("/")[2])}',
-        _block(results.get('description') or ''),
-        _about(model, config, results),
-        *_results(results),
-        _block(results.get('card') or ''),
-        *_budgets(model),
-        *(f'![{_text(name.partition(".")[0].replace("_", " "))}]({quote(name)})' for name in pictures),
-        _usage(repo_id if revision in (None, 'main') else f'{repo_id}@{revision}', bool(gated_blocks(model)),
-               config['pretrained_cfg']['input_size'][0]),
-        CITATION,
-    ]
-    return '\n\n'.join(part for part in parts if part)
+def _update(data: Any, new: ModelCardData) -> None:
+    """Update the front matter of a card: the user's own fields, tags, datasets and results are kept."""
+    new_results = new.eval_results or []
+    measured = {(r.unique_identifier, r.metric_name) for r in new_results}
+    own_results = [r for r in data.get('eval_results') or [] if (r.unique_identifier, r.metric_name) not in measured]
+    new.eval_results = own_results + new_results or None
+    for name in ('tags', 'datasets'):
+        own = data.get(name) or []
+        own = [own] if isinstance(own, str) else own
+        new[name] = list(dict.fromkeys([*own, *(new.get(name) or [])])) or None
+    for name, value in vars(new).items():
+        if value is not None:
+            data[name] = value
 
 
-def _about(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) -> str:
+def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) -> str:
     arch, cfg = config['architecture'], config['pretrained_cfg']
-    size = cfg['input_size']
-    cost = compute_cost(model, tuple(size))
+    cost = compute_cost(model, tuple(cfg['input_size']))
     parent = results.get('parent') or ''
-    if not parent or parent.startswith('local-dir:'):  # a folder of somebody's machine says nothing here
+    if not parent or parent.startswith('local-dir:'):  # a path on the user's machine
         parent = arch.removesuffix('_aig')
-    facts = {
+    return _table({
         'Architecture': f'`{_code(arch)}`',
         'Static parent': f'`{_code(parent)}`',
         'Blocks with a gate': len(cost.blocks),
         'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
         'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-        'GMACs, all blocks run': f'{cost.total / 1e9:.3g}',
+        'GMACs with every block run': f'{cost.total / 1e9:.3g}',
         'GMACs that always run': f'{cost.fixed / 1e9:.3g}',
-        'Image size': ' x '.join(map(str, size)),
+        'Image size': ' x '.join(map(str, cfg['input_size'])),
         'Classes': config['num_classes'],
         'Origin': _text(cfg.get('origin_url') or ''),
-    }
-    if not cost.blocks:
-        return f'A static ResNet of timm.\n\n{_table(facts)}'
-    intro = (
-        'An adaptive ResNet: before each gated block a small gate looks at the features of the image and decides '
-        'whether the block runs ([ConvNet-AIG](https://arxiv.org/abs/1711.11503)). Blocks that do not run are not '
-        'computed. It needs [timm](https://github.com/huggingface/pytorch-image-models) and the plugin `timm_aig`.')
-    return f'{intro}\n\n{_table(facts)}'
+    })
 
 
 def _results(results: Dict[str, Any]) -> List[str]:
     parts = []
-    metrics = results.get('metrics') or {}
-    if metrics:
-        of_parent = {name: f' (static parent: {value:.4g})' for name, value in
-                     (results.get('parent_metrics') or {}).items() if name in ('top1', 'top5')}
-        rows = {METRICS.get(name, ('', _text(name)))[1]: f'{value:.4g}{of_parent.get(name, "")}'
-                for name, value in metrics.items()}
+    if results.get('metrics'):
+        parent = results.get('parent_metrics') or {}
+        rows = {}
+        for name, value in results['metrics'].items():
+            beside = f' (static parent: {parent[name]:.4g})' if name in ('top1', 'top5') and name in parent else ''
+            rows[METRICS[name][1] if name in METRICS else _text(name)] = f'{value:.4g}{beside}'
         images = f"{results['images']} images of " if results.get('images') else ''
-        provenance = f"Measured on {images}`{_code(results['dataset'])}`, split `{_code(results['split'])}`"
+        source = f"Measured on {images}`{_code(results['dataset'])}`, split `{_code(results['split'])}`"
         if results.get('seed') is not None:
-            provenance += f", seed {results['seed']}"
+            source += f", seed {results['seed']}"
         if results.get('command'):
-            provenance += f", by `{_code(results['command'])}`"
+            source += f", with `{_code(results['command'])}`"
         if results.get('environment'):
-            provenance += f" ({', '.join(f'{_text(k)} {_text(v)}' for k, v in results['environment'].items())})"
-        parts += ['## Results', _table(rows), f'{provenance}.']
-    if results.get('reported'):
-        parts += ['## Reported by others, not measured here',
-                  _table({_text(k): _text(v) for k, v in results['reported'].items()})]
-    if results.get('recipe'):
-        parts += ['## Training', _table({_text(k): _text(v) for k, v in results['recipe'].items()})]
+            source += f" ({', '.join(f'{_text(k)} {_text(v)}' for k, v in results['environment'].items())})"
+        parts += ['## Results', _table(rows), f'{source}.']
+    for title, field in (('Reported by others, not measured here', 'reported'), ('Training', 'recipe')):
+        if results.get(field):
+            parts += [f'## {title}', _table({_text(k): _text(v) for k, v in results[field].items()})]
     return parts
 
 
-def _budgets(model: nn.Module) -> List[str]:
+def _budgets(model: nn.Module) -> str:
     table = budget_table(model)
     if not table:
-        return []
+        return ''
+    low, high = table[0].budget, table[-1].budget
     rows = [
         f'| {p.budget:.3g} | {p.macs_share:.4f} | {"" if p.top1 is None else f"{p.top1:.2f} %"} | {p.gate_offset:g} |'
         for p in table]
-    about = (
-        f'`timm_aig.set_budget(model, {table[0].budget:g})` makes this checkpoint spend that share of the MACs of its '
-        f'static parent, in the mean over images; any from {table[0].budget:g} to {table[-1].budget:g} will do. The '
-        f'rows were measured on {table[0].images} calibration images, others give somewhat other figures.')
-    lines = ['| Budget | MACs share | Top-1 accuracy | Gate offset |', '|---|---|---|---|', *rows]
-    return ['## Budgets', about, '\n'.join(lines)]
+    return '\n'.join([
+        '## Budgets',
+        '',
+        f"`timm_aig.set_budget(model, {low:g})` sets the mean share of the static parent's MACs that the model runs,",
+        f'from {low:g} to {high:g}. Measured on {table[0].images} calibration images; other images give somewhat other '
+        'figures.',
+        '',
+        '| Budget | MACs share | Top-1 accuracy | Gate offset |',
+        '|---|---|---|---|',
+        *rows,
+    ])
 
 
 def _usage(name: str, adaptive: bool, channels: int) -> str:
-    run = 'logits, gates = timm_aig.forward_gates(model, images)  # gates: 1. where a block ran' if adaptive else \
-        'logits = model(images)'
-    static = '\n\ntimm_aig.ungate_(model)  # the static ResNet: every block runs for every image' if adaptive else ''
-    repo_id, _, revision = name.partition('@')
-    pinned = f', revision={revision!r}' if revision else ''
-    transformers = '' if channels != 3 else f'''
+    run = 'logits = model(images)'
+    if adaptive:
+        run = """logits, gates = timm_aig.forward_gates(model, images)  # gates: 1 where a block ran, else 0
 
-With transformers:
+timm_aig.ungate_(model)  # back to the static ResNet, which runs every block"""
+    code = f"""## Use
 
 ```python
-import timm_aig
-from transformers import pipeline
-
-classify = pipeline('image-classification', model='{repo_id}'{pinned})
-classify('image.jpg')
-```'''  # whose pipelines make RGB images only
-    return f'''## Use
-
-```python
-import timm_aig  # registers the architecture with timm
 import timm
+import timm_aig  # registers the architecture with timm
 import torch
 from PIL import Image
 
@@ -286,20 +265,22 @@ model = timm.create_model('hf-hub:{name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 images = transform(Image.open('image.jpg').convert('{"L" if channels == 1 else "RGB"}')).unsqueeze(0)
 with torch.inference_mode():
-    {run}{static}
-```{transformers}'''
+    {run}
+```"""
+    if channels != 3:  # pipelines of transformers make RGB images
+        return code
+    repo_id, _, revision = name.partition('@')
+    return f"""{code}
 
+With transformers:
 
-CITATION = '''## Citation
+```python
+import timm_aig
+from transformers import pipeline
 
-```bibtex
-@inproceedings{veit2018convolutional,
-  title     = {Convolutional Networks with Adaptive Inference Graphs},
-  author    = {Veit, Andreas and Belongie, Serge},
-  booktitle = {European Conference on Computer Vision (ECCV)},
-  year      = {2018}
-}
-```'''
+classify = pipeline('image-classification', model='{repo_id}'{f', revision={revision!r}' if revision else ''})
+classify('image.jpg')
+```"""
 
 
 def _table(rows: Dict[str, Any]) -> str:
@@ -308,15 +289,15 @@ def _table(rows: Dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as inline text: no line breaks, table bars or HTML, so no marks of the generated part either."""
+    """Plain text on one line, with HTML and table bars escaped, so it cannot end the generated part."""
     return html.escape(' '.join(str(value).split()), quote=False).replace('|', '&#124;')
 
 
 def _code(value: Any) -> str:
-    """A value inside `code`."""
+    """Text inside `code`."""
     return ' '.join(str(value).split()).replace('`', "'").replace('|', '/').replace('<!--', '<! --')
 
 
 def _block(markdown: str) -> str:
-    """A person's own Markdown, which must not end the generated part."""
-    return markdown.strip().replace('<!--', '&lt;!--')
+    """Markdown of the user, which must not end the generated part."""
+    return str(markdown).strip().replace('<!--', '&lt;!--')

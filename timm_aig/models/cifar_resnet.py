@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
 from ..convert import checkpoint_filter_fn
-from ..hub.source import checked_source
+from ..hub.config_json import checked_source
 
 __all__ = ['CifarResNet']
 

@@ -26,7 +26,7 @@ from ..blocks import set_gate_offset
 from ..budget import BudgetPoint, read_budget_table, set_budget_table
 from ..config import AIG_ARGS, AIGConfig
 from ..convert import checkpoint_filter_fn, gate_
-from ..hub.source import checked_source, config_file
+from ..hub.config_json import checked_source, config_file
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .hub_configs import load_hub_configs
 

@@ -1,4 +1,4 @@
-"""save_pretrained: a folder that timm loads the same model from."""
+"""save_pretrained: timm and transformers load the same model from the folder."""
 import copy
 import json
 
@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 import timm_aig
-from timm_aig import AIGConfig, forward_gates, gate_, gated_blocks, save_pretrained, ungate_
+from timm_aig import (
+    AIGConfig,
+    InputError,
+    forward_gates,
+    gate_,
+    gated_blocks,
+    save_pretrained,
+    set_gate_offset,
+    ungate_,
+)
 
 
 def reload(folder, **kwargs):
@@ -51,7 +60,7 @@ def test_a_model_converted_by_gate_loads_as_an_adaptive_one(config, tmp_path, tr
     assert list(gated_blocks(other)) == list(gated_blocks(model))
 
 
-def test_a_model_of_images_of_one_size_is_checked_at_that_size(tmp_path):
+def test_a_model_with_a_fixed_input_size_is_saved(tmp_path):
     model = timm.create_model('vit_tiny_patch16_224', num_classes=3).eval()
     save_pretrained(model, tmp_path)
     x = torch.randn(1, 3, 224, 224)
@@ -62,22 +71,22 @@ def test_weights_whose_logits_are_not_finite_are_not_saved(tmp_path):
     model = timm.create_model('cifar_resnet20', num_classes=3)
     torch.nn.init.constant_(model.fc.weight, 3e38)
     torch.nn.init.constant_(model.bn1.weight, 1e3)
-    with pytest.raises(ValueError, match='logits of this model are not finite'):
+    with pytest.raises(InputError, match='logits of this model are not finite'):
         save_pretrained(model, tmp_path / 'new')
     assert not (tmp_path / 'new' / 'config.json').exists()
 
 
 def test_a_model_that_was_ungated_loads_as_a_static_one(tmp_path, train_norms):
-    model = ungate_(train_norms(timm.create_model('resnet18_aig', num_classes=5))).eval()
+    model = ungate_(train_norms(timm.create_model('cifar_resnet20_aig', num_classes=5))).eval()
     save_pretrained(model, tmp_path)
     other = reload(tmp_path)
-    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'resnet18'
+    assert not gated_blocks(other) and other.pretrained_cfg['architecture'] == 'cifar_resnet20'
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(other(x), model(x))
 
 
 def test_a_model_with_every_block_always_on_loads(tmp_path, train_norms):
-    model = train_norms(timm.create_model('resnet18_aig', target_rate=1)).eval()
+    model = train_norms(timm.create_model('cifar_resnet20_aig', target_rate=1)).eval()
     assert not gated_blocks(model)
     save_pretrained(model, tmp_path)
     x = torch.randn(2, 3, 32, 32)
@@ -98,14 +107,7 @@ def test_the_folder_holds_safetensors_of_the_pt_format_and_json_and_no_pickle(tm
     assert config['label_names'] == ['a', 'b']
 
 
-def test_it_saves_from_inside_compile_and_data_parallel_wrappers(tmp_path):
-    model = timm.create_model('cifar_resnet20_aig')
-    for i, wrapped in enumerate((torch.compile(model, backend='eager'), torch.nn.DataParallel(model))):
-        save_pretrained(wrapped, tmp_path / str(i))
-        assert torch.equal(reload(tmp_path / str(i)).fc.weight, model.fc.weight)
-
-
-def test_the_way_timms_scripts_load_a_model_gives_the_same_one(tmp_path, train_gates):
+def test_loading_as_timms_scripts_do_gives_the_same_model(tmp_path, train_gates):
     model = train_gates(timm.create_model('cifar_resnet20_aig', target_rate=0.3)).eval()
     save_pretrained(model, tmp_path)
     arguments = timm.models.resolve_model_input_args(f'local-dir:{tmp_path}', dict(input_size=[3, 64, 64]))
@@ -123,7 +125,7 @@ def test_a_reset_head_and_pool_are_saved(tmp_path):
     assert torch.equal(other.fc.weight, model.fc.weight)
 
 
-def test_a_disk_that_is_full_is_an_oserror_and_what_was_there_stays(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_oserror_and_old_files_stay(tmp_path, monkeypatch):
     timm_aig.save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -159,16 +161,16 @@ def test_a_saved_model_takes_other_classes_and_channels_and_gives_features(tmp_p
     lambda: gate_(torch.nn.Sequential(timm.create_model('resnet18').layer1)),
 ])
 def test_a_model_timm_could_not_rebuild_is_refused_and_nothing_is_written(make, tmp_path):
-    with pytest.raises(ValueError, match="cannot be rebuilt from timm's registry"):
+    with pytest.raises(InputError, match="cannot be rebuilt from timm's registry"):
         save_pretrained(make(), tmp_path / 'folder')
     assert not (tmp_path / 'folder').exists()
 
 
 def test_an_unserializable_argument_leaves_the_old_folder_whole(tmp_path):
-    model = timm.create_model('resnet18_aig').eval()
+    model = timm.create_model('cifar_resnet20_aig').eval()
     save_pretrained(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    odd = timm.create_model('resnet18_aig', act_layer=torch.nn.SiLU)
+    odd = timm.create_model('cifar_resnet20_aig', act_layer=torch.nn.SiLU)
     with pytest.raises(ValueError, match="'act_layer' is not serializable"):
         save_pretrained(odd, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -244,17 +246,17 @@ def longer(model):
     (longer, 'timm cannot rebuild this model .CifarResNet.: .*it has gates on 10 blocks'),
     (timm_aig.optimize_for_inference, 'cannot be rebuilt|cannot rebuild'),
 ])
-def test_a_model_that_would_come_back_as_another_is_refused_and_nothing_is_written(change, message, tmp_path):
+def test_a_model_that_would_be_rebuilt_differently_is_refused_and_nothing_is_written(change, message, tmp_path):
     save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     torch.manual_seed(1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         save_pretrained(change(timm.create_model('cifar_resnet20_aig')), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_backbone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='is a backbone without a head'):
+    with pytest.raises(InputError, match='is a backbone without a head'):
         save_pretrained(timm.create_model('cifar_resnet20_aig', features_only=True), tmp_path)
 
 
@@ -275,8 +277,8 @@ def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, trai
     assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
 
 
-def test_label_names_that_are_not_one_for_each_class_are_refused(tmp_path):
-    with pytest.raises(ValueError, match='label_names has 2 names, the model 3 classes'):
+def test_a_wrong_number_of_label_names_is_refused(tmp_path):
+    with pytest.raises(InputError, match='label_names has 2 names, the model 3 classes'):
         save_pretrained(
             timm.create_model('cifar_resnet20_aig', num_classes=3), tmp_path, model_config={'label_names': ['a', 'b']})
     assert not list(tmp_path.iterdir())
@@ -298,3 +300,22 @@ def test_the_pipeline_of_transformers_classifies_an_image_as_timm_does(tmp_path,
         expected = model(transform(image)[None]).softmax(1)[0]
     scores = {answer['label']: answer['score'] for answer in answers}
     assert scores == pytest.approx(dict(zip(['cat', 'dog', 'owl'], expected.tolist())), abs=1e-3)
+
+
+def test_gate_offsets_are_saved_with_the_weights_unless_they_are_infinite(tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    set_gate_offset(model, -0.75)
+    save_pretrained(model, tmp_path)
+    loaded = reload(tmp_path).eval()
+    x = torch.randn(8, 3, 32, 32)
+    assert torch.equal(forward_gates(loaded, x)[1], forward_gates(model, x)[1])
+    assert {float(block.gate.offset) for block in gated_blocks(loaded).values()} == {-0.75}
+    set_gate_offset(loaded, 0)
+    config = json.loads((save_pretrained(loaded, tmp_path) / 'config.json').read_text())
+    assert 'gate_offset' not in config['model_args']
+    next(iter(gated_blocks(model).values())).gate.set_offset(1.)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(forward_gates(reload(tmp_path).eval(), x)[1], forward_gates(model, x)[1])
+    set_gate_offset(model, float('inf'))
+    with pytest.raises(InputError, match=r'gate\.offset has .* not finite'):
+        save_pretrained(model, tmp_path)
