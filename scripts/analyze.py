@@ -10,7 +10,6 @@ fall. The output folder holds
     paths.csv            images of each class by path, that is by combination of blocks (1 ran, 0 did not)
     likeness.csv         mean probability that the model gives a class (column) for images of a class (row)
     execution_rates.png  rates.csv as a heatmap
-    block_rates.png      rate of each block over all images
     blocks_run.png       histogram of the executed blocks by group of classes
     contact_sheet_*.png  the images of each class that took the fewest and the most MACs
 
@@ -63,7 +62,6 @@ from timm_aig.analysis.counts import (
 )
 from timm_aig.analysis.figures import (
     MAX_GROUPS,
-    plot_block_rates,
     plot_blocks_run,
     plot_contact_sheet,
     plot_execution_rates,
@@ -227,12 +225,15 @@ def draw(
         model: nn.Module,
         groups: Dict[str, List[int]],
         names: Sequence[str],
+        cost: timm_aig.Cost,
+        title: str,
         pixels: int,
 ) -> None:
     blocks, marked = list(timm_aig.gated_blocks(model)), block_kinds(model)['downsampling']
-    plot_execution_rates(gates.rates, blocks, names, folder / 'execution_rates.png', marked, groups, pixels)
-    plot_block_rates(gates.rates, gates.images, blocks, folder / 'block_rates.png', marked, pixels)
-    plot_blocks_run(gates.blocks_run, groups, folder / 'blocks_run.png', pixels)
+    plot_execution_rates(
+        gates.rates, blocks, names, folder / 'execution_rates.png', marked, groups, pixels, title, cost.blocks,
+        gates.images)
+    plot_blocks_run(gates.blocks_run, groups, folder / 'blocks_run.png', pixels, title)
 
 
 def draw_contact_sheets(
@@ -243,6 +244,7 @@ def draw_contact_sheets(
         dataset: Any,
         groups: Dict[str, List[int]],
         names: Sequence[str],
+        title: str,
         pixels: int,
 ) -> None:
     """Read the extreme images once more, `count` fast and slow ones of each class, page by page."""
@@ -259,9 +261,16 @@ def draw_contact_sheets(
         return names[label], fast, slow
 
     for path, page in zip(written, tqdm(pages, desc='contact sheets', unit='page', disable=None)):
-        plot_contact_sheet([read(label) for label in page], path, pixels)
+        plot_contact_sheet([read(label) for label in page], path, pixels, title)
     for old in set(folder.glob('contact_sheet_*.png')) - set(written):
         old.unlink()
+
+
+def title_of(results: Dict[str, Any], args: argparse.Namespace) -> str:
+    """Model, data and budget, for the pictures."""
+    data = Path(args.data_dir or '').name if args.dataset == 'folder' else args.dataset.rpartition('/')[2]
+    return (f'{args.model} on {data} {results["split"]} ({results["images"]:,} images), '
+            f'{results["macs_share"]:.0%} of the MACs')
 
 
 def format_results(results: Dict[str, Any]) -> str:
@@ -306,11 +315,12 @@ def run(args: argparse.Namespace) -> None:
     print(text if args.json else f'{format_results(results)}\n', end='')
     write_atomically(folder / 'analysis.json', lambda file: file.write(text.encode()))
     write_tables(folder, gates, list(results['blocks']), groups, names)
-    draw(folder, gates, model, groups, names, args.width)
+    title = title_of(results, args)
+    draw(folder, gates, model, groups, names, cost, title, args.width)
     if isinstance(dataset, IterableDataset):
         print(f'No contact sheets: images of {args.dataset} cannot be read again by their number.', file=sys.stderr)
     elif args.extremes:
-        draw_contact_sheets(folder, evaluation, cost, args.extremes, dataset, groups, names, args.width)
+        draw_contact_sheets(folder, evaluation, cost, args.extremes, dataset, groups, names, title, args.width)
     if not args.json:
         print(f'\nWrote tables, pictures and analysis.json to {folder}.')
 

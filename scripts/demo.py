@@ -252,7 +252,8 @@ def save(
     rates = class_rates(evaluation.labels, evaluation.gates, len(names))
     plot_execution_rates(
         rates, list(timm_aig.gated_blocks(model)), names, folder / 'execution_rates.png',
-        block_kinds(model)['downsampling'])
+        block_kinds(model)['downsampling'],
+        title=f'{model.pretrained_cfg["architecture"]} on {len(evaluation.labels)} test images')
 
     reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(memory_format=torch.channels_last).eval()
     images = spread_images(loader, 64)

@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, Subset
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.analysis.figures import plot_budgets
+from timm_aig.analysis.figures import plot_accuracy_macs
 from timm_aig.training.checkpoint import write_atomically
 from timm_aig.training.data import (
     UNREADABLE,
@@ -284,7 +284,7 @@ def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) ->
     points = [(label(row), row['macs'] / rows[0]['all_macs'], row['top1'])
               for row in sorted(rows, key=lambda row: row['macs']) + others]
     try:
-        plot_budgets(points[:len(rows)], points[len(rows):], path)
+        plot_accuracy_macs(points[:len(rows)], points[len(rows):], path, title=f'{rows[0]["images"]:,} images')
     except (ImportError, OSError) as e:
         raise InputError(f'--plot {path}: {e}') from e
 
