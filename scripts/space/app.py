@@ -82,14 +82,6 @@ class Session:
         self.image, self.title, self.sample = read_image(path)[0], f'sample: {path.stem[2:].replace("_", " ")}', True
 
 
-class BudgetSlider(gr.Slider):
-    """A slider that takes a typed number out of its range as its nearest end, where Gradio's raises an error."""
-    is_template = True  # Gradio draws it as its base class
-
-    def preprocess(self, payload: float) -> float:
-        return min(max(payload, self.minimum), self.maximum)
-
-
 def controls(network: Network) -> Tuple[Any, str]:
     """The slider of a model, or its update, and the description of the model."""
     setting = network.slider
@@ -98,7 +90,7 @@ def controls(network: Network) -> Tuple[Any, str]:
     if setting.calibrated:
         label, info = "Budget: percent of the static parent's MACs", (
             'On average over images like those it was calibrated on. A single image takes more or less.')
-    slider = BudgetSlider(
+    slider = gr.Slider(
         setting.low, setting.high, setting.value, step=setting.step, label=label, info=info, elem_id='budget')
     names = [network.class_name(i) for i in range(network.model.num_classes)]
     classes = ', '.join(names if len(names) <= 20 else [*names[:5], '...'])
@@ -117,7 +109,7 @@ def choose_model(name: str, session: Session) -> Tuple[Any, ...]:
     try:
         network = load_network(name)
     except ModelError as e:
-        gr.Warning(escape(str(e)), title='Model')
+        gr.Warning(escape(f'Model: {e}'))
         return session.model, gr.skip(), gr.skip(), gr.skip()
     session.model = network.name
     if samples_suit(network) and session.image is None:
@@ -133,13 +125,13 @@ def upload(path: str, session: Session) -> None:
     try:
         session.image, notes = read_image(path)
     except UploadError as e:
-        gr.Warning(escape(str(e)), title=escape(title[:40]))
+        gr.Warning(escape(f'{title[:30]}: {e}'))
         return
     finally:
         Path(path).unlink(missing_ok=True)
     session.title, session.sample = title, False
     if notes:
-        gr.Info(escape(' '.join(notes)), title=escape(title[:40]))
+        gr.Info(escape(' '.join([f'{title[:30]}:', *notes])))
 
 
 def pick(index: int, session: Session) -> None:
@@ -206,7 +198,8 @@ def make_page(first: Network) -> gr.Blocks:
 
         options: Dict[str, Any] = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
         shown: Dict[str, Any] = dict(
-            options, fn=show, inputs=[slider, session], outputs=[images, classes, network, cost, heatmap])
+            options, fn=show, inputs=[slider, session], outputs=[images, classes, network, cost, heatmap],
+            preprocess=False)  # the slider would raise an error for a typed number outside of its range; run() clamps
         timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=cost)
         asked: Dict[str, Any] = dict(options, show_progress='minimal')
         page.load(**shown).then(**timed)

@@ -17,6 +17,9 @@ __all__ = ['CSS', 'draw_cost', 'draw_heatmap', 'draw_images', 'draw_network', 'd
 CSS = """
 :focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px }
 .dark :focus-visible { outline-color: #56b4e9 !important }
+.html-container { padding: 0 !important }
+#cost th, #cost td { padding: .3em .6em; overflow-wrap: normal; word-break: normal; font-size: .95em }
+#cost :is(th, td):not(:first-child) { text-align: right }
 .aig { color: var(--body-text-color); overflow-wrap: break-word }
 .aig h3 { margin: 0 0 .4em; font-size: 1.05em }
 .aig p { margin: .3em 0; color: var(--body-text-color-subdued); font-size: .9em }
@@ -28,11 +31,15 @@ CSS = """
 .aig ol { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: .2em 0 .6em; padding: 0 }
 .aig li { width: 84px; margin: 0; padding: 2px 0; border: 2px solid; border-radius: 5px; text-align: center;
   font-size: .8em; line-height: 1.35 }
+.aig li b { color: inherit }
 .aig li.run { background: #0072b2; border-color: #0072b2; color: #fff }
 .aig li.skipped { border-style: dashed; border-color: var(--body-text-color-subdued) }
 .aig li.always { border-color: var(--body-text-color-subdued) }
 .aig meter { display: block; width: 64px; height: 9px; margin: 2px auto }
+.aig meter::-webkit-meter-optimum-value { background: #56b4e9 }
+.aig meter::-moz-meter-bar { background: #56b4e9 }
 .aig .scroll { overflow-x: auto }
+.aig table, .aig tr { border: 0 !important }
 .aig table { font-size: .8em; border-collapse: separate; border-spacing: 1px }
 .aig td { padding: .2em .3em; text-align: center; min-width: 2.3em; border: 0 }
 .aig th { padding: .2em .4em; font-weight: 400; border: 0; white-space: nowrap }
@@ -102,9 +109,9 @@ def draw_cost(network: Network, run: Run, timing: Optional[Timing] = None) -> st
     if timing is not None:
         low, ratio, high = timing.ratios
         time = f'{timing.adaptive:.2f} | {timing.parent:.2f} | {ratio:.0%}'
-        note = (f'Time: medians of {timing.turns} turns with this image alone, both models optimized for inference, on '
-                f'this computer, which may have other work to do. Half of the turns gave a ratio from {low:.0%} to '
-                f'{high:.0%}. ')
+        note = (f'Time and its ratio: medians of {timing.turns} turns with this image alone, both models optimized for '
+                f'inference, on this computer, which may have other work to do. Half of the turns gave a ratio from '
+                f'{low:.0%} to {high:.0%}. ')
         if high > 1.3 * low:
             note += 'This is a wide range, so the timing says little.'
         elif low > 1:

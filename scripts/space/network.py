@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from images import UploadError, read_image
+from images import read_image
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.models import load_model_config_from_hf
@@ -43,6 +43,11 @@ HERE = Path(__file__).resolve().parent
 MAX_SIDE = 1024  # pixels of a model's input
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
 MAX_CSV = 10_000_000  # characters
+REASONS = (
+    (HFValidationError, 'is not a name of a model on the Hub: hf-hub:user/name.'),
+    ((RepositoryNotFoundError, RevisionNotFoundError), 'is not on the Hub, or not public.'),
+    (LocalEntryNotFoundError, 'cannot be loaded: the Hub does not answer.'),
+    ((FileNotFoundError, EntryNotFoundError), 'has no config.json or no model.safetensors.'))
 TIMED_SECONDS, MIN_TURNS, MAX_TURNS, WARM_UP_TURNS = .7, 5, 51, 2
 
 # One computation at a time: all tabs share a model, and the budget is its state. Others would also disturb the timing.
@@ -144,15 +149,12 @@ class Network:
         self.rates: Optional[List[List[float]]] = None  # execution rates by class and gated block
         self.picture: Optional[Image.Image] = None  # of the execution rates, if there is no table
         try:
-            if (path := _find_file(name, 'rates.csv')) is not None:
-                self.rates = _read_rates(path, self.gated, model.num_classes)
-        except ValueError as e:
-            print(f'app.py: {e}', file=sys.stderr)
-        try:
-            if self.rates is None and (path := _find_file(name, 'execution_rates.png')) is not None:
-                self.picture, _ = read_image(path)
-        except UploadError as e:
-            print(f'app.py: {path}: {e}', file=sys.stderr)
+            if table := _find_file(name, 'rates.csv'):
+                self.rates = _read_rates(table, self.gated, model.num_classes)
+            elif picture := _find_file(name, 'execution_rates.png'):
+                self.picture, _ = read_image(picture)
+        except ValueError as e:  # the page works without them
+            print(f'app.py: {name}: execution rates: {e}', file=sys.stderr)
 
     @property
     def image_kind(self) -> str:
@@ -196,10 +198,7 @@ class Network:
         return Run(output[0].softmax(0), gates, opens, threshold)
 
     def measure(
-            self,
-            x: torch.Tensor,
-            gates: torch.Tensor,
-            wanted: Callable[[], bool] = lambda: True,
+            self, x: torch.Tensor, gates: torch.Tensor, wanted: Callable[[], bool] = lambda: True,
     ) -> Optional[Timing]:
         """Time one image in turns with the static parent, both optimized for inference.
 
@@ -269,15 +268,10 @@ def _load(name: str) -> Network:
         return Network(name, timm.create_model(name, pretrained=True))
     except ModelError:
         raise
-    except HFValidationError as e:
-        raise ModelError(f'{name[:80]!r} is no name of a model on the Hub: hf-hub:user/name.') from e
-    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
-        raise ModelError(f'{name} is not on the Hub, or not public.') from e
-    except LocalEntryNotFoundError as e:
-        raise ModelError(f'{name} cannot be loaded: the Hub does not answer.') from e
-    except (FileNotFoundError, EntryNotFoundError) as e:
-        raise ModelError(f'{name} has no config.json or no model.safetensors.') from e
     except Exception as e:  # a repository may contain anything
+        for kinds, reason in REASONS:
+            if isinstance(e, kinds):
+                raise ModelError(f'{name[:80]} {reason}') from e
         print(f'app.py: {name}: {type(e).__name__}: {e}', file=sys.stderr)
         reason = str(e) if isinstance(e, (ValueError, RuntimeError)) else ''
         reason = re.sub(r'(?<![\w:])(/[^\s/:\'"]+){2,}', '...', ' '.join(reason.split()))  # paths of this machine
