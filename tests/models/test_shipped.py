@@ -110,7 +110,7 @@ def read_table(name, table):
 
 @pytest.mark.parametrize('name', ANALYSED)
 def test_the_figures_of_the_published_analysis_are_those_of_its_tables(name):
-    """Each is computed anew, from paths.csv and likeness.csv, and the README shows what analysis.json says."""
+    """Each is computed anew, from paths.csv and likeness.csv, and hub_configs/README.md shows what analysis.json says."""
     results = json.loads((ROOT / 'hub_configs' / name / 'analysis.json').read_text(encoding='utf-8'))
     published = json.loads((ROOT / 'hub_configs' / f'{name}.json').read_text())
     rates, table = read_table(name, 'rates'), read_table(name, 'paths')
@@ -170,8 +170,8 @@ def test_the_figures_of_the_published_analysis_are_those_of_its_tables(name):
         for figure in ('value', 'chance'):
             assert np.isfinite(claim['figures'][figure])
 
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert f'```\n{format_results(results)}\n```' in readme, 'README: put in what analyze.py printed'
+    readme = (ROOT / 'hub_configs' / 'README.md').read_text(encoding='utf-8')
+    assert f'```\n{format_results(results)}\n```' in readme, 'hub_configs/README.md: put in what analyze.py printed'
 
 
 @pytest.mark.parametrize('name', ANALYSED)
@@ -181,8 +181,8 @@ def test_the_published_pictures_are_small_and_in_the_readme(name):
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.width <= 1600 and picture.stat().st_size < 200_000, picture
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    shown = [p for p in pictures if f'](hub_configs/{name}/{p.name})' in readme]
+    readme = (ROOT / 'hub_configs' / 'README.md').read_text(encoding='utf-8')
+    shown = [p for p in pictures if f']({name}/{p.name})' in readme]
     assert len(shown) >= 2
 
 

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Write the tables of the READMEs from hub_configs/results/*.csv, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+A table shows some rows and columns of a CSV file; TABLES in this script says which. To add a result, add a row to the
+CSV file and run this script.
+"""
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+EXAMPLES = """examples:
+  scripts/make_tables.py              write the tables of all READMEs
+  scripts/make_tables.py --check      exit with 1 if a table differs from its CSV file
+
+exit code: 0 done, 1 --check found a difference, 2 bad input"""
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ('README.md', 'hub_configs/README.md', 'scripts/README.md')
+RESULTS = 'hub_configs/results'
+MARKED = re.compile(r'(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
+
+
+class Table(NamedTuple):
+    """A table of a README.
+
+    file: CSV file in hub_configs/results.
+    columns: Heading -> format string over the CSV's columns. A part in [] is left out if a value in it is empty. A
+        cell is empty if a value outside of [] is.
+    where: Column -> value of the rows to show, '*' for any value but an empty one.
+    """
+    file: str
+    columns: Dict[str, str]
+    where: Dict[str, str]
+
+
+_ACCURACY = {
+    'model': '`{model}`', 'training': '{training}', 'epochs': '{epochs}', 'top-1, %': '{top1}[ ± {top1_std}]',
+    'MACs / ResNet-32': '{macs_over_resnet32}', 'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
+}
+_SPEED = {
+    'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}', 'time': '{ratio}[ ({ratio_low}-{ratio_high})]',
+    'MACs share': '{macs_share}', 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}',
+}
+_CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
+
+TABLES = {
+    'models': Table('fmnist.csv', {
+        'model': '`{model}.{tag}`', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
+        'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
+        'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
+    }, {'tag': '*'}),
+    'fmnist': Table('fmnist.csv', {
+        **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
+    }, {'study': 'short'}),
+    'fmnist-long': Table('fmnist.csv', _ACCURACY, {'study': 'long'}),
+    'fmnist-pairs': Table('fmnist_pairs.csv', {
+        'model': '{model}', 'against': '{against}', 'seed': '{seed}',
+        'right only by the model / only by the other': '{only_model} / {only_against}', 'points': '{points}',
+        'p': '{p}',
+    }, {}),
+    'fmnist-budgets': Table('fmnist_budgets.csv', {
+        'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
+    }, {}),
+    'fmnist-speed': Table('fmnist_speed.csv', {
+        'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}',
+        'MACs share': '{macs_share}', 'time': '{ratio} ({ratio_low}-{ratio_high})',
+        "time of timm's default parent": '{ratio_timm_default}',
+    }, {}),
+    'recipe-optimizer': Table('recipe.csv', {
+        'training': '{change}', 'paths': '{paths}', **_CHANGE,
+    }, {'study': 'optimizer'}),
+    'recipe-parts': Table('recipe.csv', {'change': '{change}', **_CHANGE}, {'study': 'parts'}),
+    'speed-resnet50': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet50'}),
+    'speed-resnet101': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet101'}),
+    'speed-runtimes': Table('speed.csv', {
+        'model': '`{model}`', 'runtime': '{runtime}', 'batch': '{batch_size}', 'ms / image': '{ms}',
+    }, {'study': 'runtimes'}),
+    'training-step': Table('training_step.csv', {
+        'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}',
+        'time': '{ratio}', 'with `--compile`': '{ratio_compiled}',
+    }, {}),
+    'glibc': Table('glibc.csv', {
+        'network': '{run}', 'default': '{as_it_is}', 'with both variables': '{both_variables}',
+    }, {}),
+}
+
+
+def cell(template: str, row: Dict[str, str]) -> str:
+    """Fill in a template, see Table.columns."""
+    def fill(text: str) -> str:
+        values = [row[name] for name in re.findall(r'{(\w+)}', text)]
+        return text.format(**row) if all(values) else ''
+
+    parts = re.split(r'\[(.*?)\]', template)  # texts and, at odd places, what stood in []
+    return fill(parts[0]) and ''.join(map(fill, parts))
+
+
+def make_table(table: Table, results: Path) -> str:
+    """The Markdown of a table."""
+    with open(results / table.file, newline='', encoding='utf-8') as file:
+        rows = [row for row in csv.DictReader(file) if all(
+            row[name] != '' if value == '*' else row[name] == value for name, value in table.where.items())]
+    lines: List[List[str]] = [list(table.columns), ['---'] * len(table.columns)]
+    lines += [[cell(template, row) for template in table.columns.values()] for row in rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def update(text: str, results: Path) -> str:
+    """A README's text with its tables made anew."""
+    return MARKED.sub(lambda match: match[1] + make_table(TABLES[match[2]], results) + match[4], text)
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing, only compare')
+    parser.add_argument('--root', type=Path, default=ROOT, metavar='DIR', help='checkout (default: this one)')
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Write or compare the READMEs. Returns whether one was found to differ."""
+    results = args.root / RESULTS
+    differs = False
+    for name in READMES:
+        path = args.root / name
+        text = path.read_text(encoding='utf-8')
+        new = update(text, results)
+        if new != text:
+            print(f'{name} differs from {RESULTS}' if args.check else f'wrote {name}')
+            differs |= args.check
+            if not args.check:
+                path.write_text(new, encoding='utf-8')
+    return differs
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    try:
+        return int(run(args))
+    except (KeyError, OSError) as e:
+        print(f'error: no table or column {e}.' if isinstance(e, KeyError) else f'error: {e}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())
