@@ -110,7 +110,7 @@ def read_table(name, table):
 
 @pytest.mark.parametrize('name', ANALYSED)
 def test_the_figures_of_the_published_analysis_are_those_of_its_tables(name):
-    """Each is computed anew, from paths.csv and likeness.csv, and hub_configs/README.md shows what analysis.json says."""
+    """Each is computed anew, from paths.csv and likeness.csv. hub_configs/README.md shows what analysis.json says."""
     results = json.loads((ROOT / 'hub_configs' / name / 'analysis.json').read_text(encoding='utf-8'))
     published = json.loads((ROOT / 'hub_configs' / f'{name}.json').read_text())
     rates, table = read_table(name, 'rates'), read_table(name, 'paths')

@@ -3,6 +3,7 @@
 Each function writes a PNG to `path`, completely or not at all, `pixels` wide, and returns the path. `title` is a second
 line below the heading: model, data and budget. All raise ImportError if matplotlib is not installed.
 """
+import io
 import os
 import textwrap
 from itertools import groupby, product
@@ -11,6 +12,7 @@ from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tup
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 __all__ = [
     'plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates', 'plot_rates_over_epochs',
@@ -141,8 +143,6 @@ def plot_contact_sheet(
         rows: Name of the class, its images with the fewest and with the most MACs, each a PIL image and the number of
             blocks that it ran, which is written below it.
     """
-    from PIL import ImageOps
-
     most = max(max(len(fast), len(slow)) for _, fast, slow in rows)
     size = max(max(image.size) for _, *both in rows for images in both for image, _ in images)
     tile = min(size, 160)  # pixels in the sheet, which matplotlib scales
@@ -161,9 +161,8 @@ def plot_contact_sheet(
                 sheet[top:top + tile, left:left + tile] = np.asarray(square)
                 axes.text(left + tile / 2, top + 1.03 * tile, str(run), ha='center', va='top', fontsize=8)
     axes.imshow(sheet, interpolation='nearest' if tile < 96 else 'antialiased')
-    axes.set_yticks(
-        [row * height + tile / 2 for row in range(len(rows))], [_short(name, 16) for name, _, _ in rows],
-        parse_math=False)
+    middles = [row * height + tile / 2 for row in range(len(rows))]
+    axes.set_yticks(middles, [_short(name, 16) for name, _, _ in rows], parse_math=False)
     axes.set_xticks([most * step / 2, most * step * 1.5 + gap], ['fewest MACs', 'most MACs'])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -199,7 +198,7 @@ def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: st
         points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models.
         others: The same for the models to compare with, drawn in another colour and with another marker.
     """
-    figure = _figure(5, 'Accuracy against MACs', title)
+    figure = _figure(5.5, 'Accuracy against MACs', title)
     axes = figure.add_subplot()
     lines = []
     for some, style in ((points, dict(color=BLUE, marker='o')), (others, dict(color=RED, marker='s'))):
@@ -239,6 +238,7 @@ def _label_lines(figure: Any, axes: Any, lines: Sequence[Any]) -> None:
             places.append((1000 * bad + 3 * hidden + .5 * gap, point, move))
         _, point, move = min(places, key=lambda place: place[0])
         boxes.append((point + move - half, point + move + half))
+        drawn = np.concatenate([drawn, point + along * move])
         label.xy = axes.transData.inverted().transform(point)
         label.xyann = move / dot
 
@@ -246,8 +246,8 @@ def _label_lines(figure: Any, axes: Any, lines: Sequence[Any]) -> None:
 def _draw_rates(axes: Any, rates: torch.Tensor, colours: Any) -> None:
     """Draw rates [rows, L] in [0, 1] as coloured cells, with their percentages where there is room."""
     percent = 100 * rates.double().cpu().numpy()
-    axes.imshow(  # a ready image: with cmap=, imshow would take 100 MB for 1000 classes
-        colours.to_rgba(percent, bytes=True), aspect='auto', interpolation='nearest')
+    image = colours.to_rgba(percent, bytes=True)  # with cmap=, imshow would take 100 MB for 1000 classes
+    axes.imshow(image, aspect='auto', interpolation='nearest')
     if max(percent.shape) <= MAX_NUMBERS:
         for (row, column), value in np.ndenumerate(percent):
             if value == value:  # not nan
@@ -339,10 +339,11 @@ def _figure(height: float, heading: str, title: str) -> Any:
 
 
 def _save(figure: Any, path: PathLike, pixels: int = PIXELS) -> Path:
-    path = Path(path)
+    path, file = Path(path), io.BytesIO()
+    figure.savefig(file, format='png', dpi=pixels / figure.get_figwidth())
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        figure.savefig(partial, format='png', dpi=pixels / figure.get_figwidth())
+        Image.open(file).convert('RGB').save(partial, 'PNG', optimize=True)  # a tenth smaller
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
