@@ -38,8 +38,9 @@ def architecture(model: str) -> str:
 
 def main() -> None:
     rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
-    curves = [(f'{row["model"].removeprefix("cifar_")}, one checkpoint at many budgets', float(row['macs_share']), float(row['top1']))
-              for row in read('fmnist_budgets.csv')]
+    curves = [
+        (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
+        for row in read('fmnist_budgets.csv')]
     adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']])
     static = trainings([row for row in rows if not row['model'].endswith('_aig')])
     plot_accuracy_macs([*curves, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE)

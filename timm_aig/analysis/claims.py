@@ -107,8 +107,8 @@ def _key_blocks(rates: np.ndarray, kinds: Mapping[str, Sequence[int]], rng: Any,
             p = permutation_p_value(*difference(rates[list(blocks)]))
             figures.update({f'rate_{kind}': float(rates[list(blocks)].mean()), f'p_{kind}': p})
             parts.append(f'{kind} {figures[f"rate_{kind}"]:.3f} (p = {p:.2g})')
-    finding = f'mean rate: {", ".join(parts)}, others {others.mean():.3f}; blocks of these kinds among the {n} that run ' \
-              f'most: {top}'
+    finding = (f'mean rate: {", ".join(parts)}, others {others.mean():.3f}; '
+               f'blocks of these kinds among the {n} that run most: {top}')
     return _tested(claim, finding, figures, *difference(rates[key]))
 
 
