@@ -10,7 +10,6 @@ The output folder holds
     paths.csv            images of each class by path, the combination of blocks (1 ran, 0 did not)
     likeness.csv         mean probability that the model gives a class (column) for images of a class (row)
     execution_rates.png  rates.csv as a heatmap
-    block_rates.png      rate of each block over all images
     blocks_run.png       histogram of the executed blocks by group of classes
     contact_sheet_*.png  the images of each class that took the fewest and the most MACs
 
@@ -91,7 +90,6 @@ from timm_aig.analysis.counts import (
 )
 from timm_aig.analysis.figures import (
     MAX_GROUPS,
-    plot_block_rates,
     plot_blocks_run,
     plot_contact_sheet,
     plot_execution_rates,
@@ -193,17 +191,27 @@ def write_tables(folder: Path, gates: ClassGates, blocks: Sequence[str], classes
         for label, path, n in zip(*(t if t.ndim > 1 else t.tolist() for t in gates.paths()))))
 
 
-def draw(folder: Path, gates: ClassGates, model: nn.Module, classes: Classes, pixels: int) -> None:
+def title_of(args: argparse.Namespace, results: Dict[str, Any]) -> str:
+    """Model, data and budget, for the pictures."""
+    data = Path(args.data_dir or '').name if args.dataset == 'folder' else args.dataset.rpartition('/')[2]
+    return (f'{args.model} on {data} {results["split"]} ({results["images"]:,} images), '
+            f'{results["macs_share"]:.0%} of the MACs')
+
+
+def draw(
+        folder: Path, gates: ClassGates, model: nn.Module, classes: Classes, cost: timm_aig.Cost, title: str,
+        pixels: int,
+) -> None:
     blocks, marked = list(timm_aig.gated_blocks(model)), block_kinds(model)['downsampling']
     plot_execution_rates(
-        gates.rates, blocks, classes.names, folder / 'execution_rates.png', marked, classes.groups, pixels)
-    plot_block_rates(gates.rates, gates.images, blocks, folder / 'block_rates.png', marked, pixels)
-    plot_blocks_run(gates.blocks_run, classes.groups, folder / 'blocks_run.png', pixels)
+        gates.rates, blocks, classes.names, folder / 'execution_rates.png', marked, classes.groups, pixels, title,
+        cost.blocks, gates.images)
+    plot_blocks_run(gates.blocks_run, classes.groups, folder / 'blocks_run.png', pixels, title)
 
 
 def draw_contact_sheets(
         args: argparse.Namespace, folder: Path, dataset: Any, evaluation: Evaluation, classes: Classes,
-        cost: timm_aig.Cost,
+        cost: timm_aig.Cost, title: str,
 ) -> None:
     """Read the images with the fewest and the most MACs of each class once more, page by page."""
     dataset.transform = None  # gives the images as they are
@@ -219,7 +227,7 @@ def draw_contact_sheets(
         return classes.names[label], fast, slow
 
     for path, page in zip(written, tqdm(pages, desc='contact sheets', unit='page', disable=None)):
-        plot_contact_sheet([read(label) for label in page], path, args.width)
+        plot_contact_sheet([read(label) for label in page], path, args.width, title)
     for old in set(folder.glob('contact_sheet_*.png')) - set(written):
         old.unlink()
 
@@ -266,11 +274,12 @@ def run(args: argparse.Namespace) -> None:
     print(text if args.json else f'{format_results(results)}\n', end='')
     write_text(folder / 'analysis.json', text)
     write_tables(folder, gates, list(results['blocks']), classes)
-    draw(folder, gates, model, classes, args.width)
+    title = title_of(args, results)
+    draw(folder, gates, model, classes, cost, title, args.width)
     if isinstance(dataset, IterableDataset):
         print(f'No contact sheets: {args.dataset} gives no access to single images.', file=sys.stderr)
     elif args.extremes:
-        draw_contact_sheets(args, folder, dataset, evaluation, classes, cost)
+        draw_contact_sheets(args, folder, dataset, evaluation, classes, cost, title)
     if not args.json:
         print(f'\nWrote tables, pictures and analysis.json to {folder}.')
 

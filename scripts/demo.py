@@ -224,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
     names = names or [str(i) for i in range(parent.num_classes)]
     plot_execution_rates(
         class_rates(gated.labels, gated.gates, len(names)), list(timm_aig.gated_blocks(adaptive)), names,
-        output / 'execution_rates.png', block_kinds(adaptive)['downsampling'])
+        output / 'execution_rates.png', block_kinds(adaptive)['downsampling'],
+        title=f'{adaptive.pretrained_cfg["architecture"]} on {len(gated.labels)} test images')
     results = {
         'model': args.model, 'target_rate': args.target_rate, 'seed': args.seed, 'output': str(output),
         'environment': f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '

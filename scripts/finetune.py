@@ -299,12 +299,14 @@ def save(args: argparse.Namespace, model: nn.Module, data: TrainingData, results
     rows = read_summary(folder)
     names = list(timm_aig.gated_blocks(model))
     rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in names] for row in rows])
-    plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png')
-    points = [(f'epoch {int(row["epoch"]) + 1}', float(row['eval_macs_share']), float(row['eval_top1']))
+    title = f'{results["architecture"]} on {args.dataset}, {results["metrics"]["macs_share"]:.0%} of the MACs'
+    plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png', title)
+    points = [('after each epoch', float(row['eval_macs_share']), float(row['eval_top1']))
               for row in rows if row['eval_top1']]
     points.append(('adaptive', results['metrics']['macs_share'], results['metrics']['top1']))
     parent = results.get('parent_metrics')
-    plot_accuracy_macs(points, ('static parent', 1., parent['top1']) if parent else None, folder / 'accuracy_macs.png')
+    others = [('static parent', 1., parent['top1'])] if parent else []
+    plot_accuracy_macs(points, others, folder / 'accuracy_macs.png', title)
 
 
 def print_table(results: Dict[str, Any]) -> None:

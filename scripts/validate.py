@@ -76,7 +76,7 @@ from torch.utils.data import IterableDataset, Subset
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.analysis.figures import plot_budgets
+from timm_aig.analysis.figures import plot_accuracy_macs
 from timm_aig.training.data import count_unreadable
 from timm_aig.training.evaluate import Evaluation, evaluate
 
@@ -214,7 +214,7 @@ def plot(rows: List[Dict[str, Any]], others: List[Dict[str, Any]], path: str) ->
     """Accuracy against MACs, all over the MACs of the first model's parent."""
     points = [(label(row), row['macs'] / rows[0]['all_macs'], row['top1'])
               for row in sorted(rows, key=lambda row: row['macs']) + others]
-    plot_budgets(points[:len(rows)], points[len(rows):], path)
+    plot_accuracy_macs(points[:len(rows)], points[len(rows):], path, f'{rows[0]["images"]:,} images')
 
 
 def write_predictions(result: Result, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Uploads of scripts/space/app.py: a file of whatever kind becomes an image, or a sentence that says why not."""
+"""Uploads of the page: any file becomes an image, or an error in a sentence."""
 from pathlib import Path
 from typing import List, Tuple, Union
 
@@ -10,26 +10,26 @@ __all__ = ['UploadError', 'read_image']
 FORMATS = ('AVIF', 'BMP', 'GIF', 'JPEG', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 64_000_000
-MAX_ASPECT = 20  # resized to a model's size by its shorter side, a narrower one would be huge
-KEPT_SIDE = 1024  # of what is kept of a larger image, its shorter side; no model here takes more
+MAX_ASPECT = 20  # the shorter side is resized to the model's size, so the longer one could become huge
+KEPT_SIDE = 1024  # larger images are reduced to at least this shorter side; no model here takes more
 SEVERAL = {'GIF': 'animated', 'PNG': 'animated', 'WEBP': 'animated', 'AVIF': 'animated', 'TIFF': 'of several pages'}
 
 
 class UploadError(ValueError):
-    """An upload that cannot be used; the message is for the person at the page."""
+    """An upload that cannot be used. The message is for the visitor of the page."""
 
 
 def read_image(path: Union[str, Path]) -> Tuple[Image.Image, List[str]]:
     """Read an uploaded file.
 
-    The header is checked before a pixel is decoded. The image is upright (EXIF), first of its frames, grey or RGB with
-    8 bits: 16 bits are scaled, transparency is laid on white.
+    The size is checked before any pixel is decoded. The image is turned as its EXIF data say, only the first frame is
+    kept, 16 bits are scaled to 8, and transparent parts become white.
 
     Args:
-        path: The file, never named in a message.
+        path: The file. Messages never name it.
 
     Returns:
-        The image, mode L or RGB, and what was done to it that a person should know.
+        The image, mode L or RGB, and notes for the visitor on how it was converted.
 
     Raises:
         UploadError: Not an image, damaged, too large or too narrow.
@@ -38,19 +38,19 @@ def read_image(path: Union[str, Path]) -> Tuple[Image.Image, List[str]]:
     if size == 0:
         raise UploadError('the file is empty (0 bytes).')
     if size > MAX_BYTES:
-        raise UploadError(f'the file has {size / 1e6:.0f} MB, at most {MAX_BYTES / 1e6:.0f} are read.')
+        raise UploadError(f'the file has {size / 1e6:.0f} MB, the limit is {MAX_BYTES / 1e6:.0f} MB.')
     try:
         opened = Image.open(path, formats=[name for name in FORMATS if name in _installed()])
     except Image.DecompressionBombError as e:
         raise UploadError(f'the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, '
-                          f'at most {MAX_PIXELS / 1e6:.0f} are read.') from e
-    except Exception as e:  # a file of any kind makes decoders raise any kind
-        raise UploadError('this is no image that can be read here. Give a JPEG, PNG, WebP, GIF, BMP or TIFF.') from e
+                          f'the limit is {MAX_PIXELS / 1e6:.0f}.') from e
+    except Exception as e:  # decoders raise errors of any type
+        raise UploadError('this is not an image that can be read. Upload a JPEG, PNG, WebP, GIF, BMP or TIFF.') from e
     with opened:
         width, height = opened.size
         if width * height > MAX_PIXELS:
             raise UploadError(f'the image has {width * height / 1e6:.0f} megapixels ({width} x {height}), '
-                              f'at most {MAX_PIXELS / 1e6:.0f} are read.')
+                              f'the limit is {MAX_PIXELS / 1e6:.0f}.')
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise UploadError(f'the image is {width} x {height}, one side may be at most {MAX_ASPECT} times the other.')
         try:
@@ -82,7 +82,7 @@ def _decode(opened: Image.Image) -> Tuple[Image.Image, List[str]]:
 
 
 def _eight_bits(image: Image.Image) -> Tuple[Image.Image, str]:
-    """The image in mode L or RGB, and how it got there if that is not plain."""
+    """The image in mode L or RGB, and a note on how it was converted, if necessary."""
     if image.mode in ('L', 'RGB'):
         return image, ''
     if image.mode.startswith('I') or image.mode == 'F':
@@ -91,7 +91,7 @@ def _eight_bits(image: Image.Image) -> Tuple[Image.Image, str]:
         note = 'The image has 16 bits a pixel, scaled to 8.'
         if not image.mode.startswith('I;16') and (image.mode == 'F' or pixels.min() < 0 or pixels.max() > high):
             low, high = pixels.min(), pixels.max()
-            note = 'The image has 32 bits a pixel, its range is stretched to 8.'
+            note = 'The image has 32 bits a pixel, its range is scaled to 8.'
         scaled = (pixels - low) * (255 / max(high - low, 1e-12))
         return Image.fromarray(scaled.round().astype(np.uint8)), note
     if image.mode == '1':

@@ -1,6 +1,7 @@
-"""Models of scripts/space/app.py: loading by name, an image through the gates at some budget, time over the parent."""
+"""Models of the page: load one by name, run an image at a budget, time it against the static parent."""
 import copy
 import csv
+import json
 import math
 import os
 import re
@@ -11,7 +12,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import timm
 import torch
@@ -24,10 +25,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from images import UploadError, read_image
+from images import read_image
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_model_config_from_hf
 from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_aig
@@ -35,34 +36,38 @@ from timm_aig.budget import budget_offset, budget_table
 from timm_aig.models.hub_configs import load_hub_configs
 from timm_aig.training.data import MODES
 
-__all__ = ['DEFAULT_MODEL', 'ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
+__all__ = ['ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
 
 ON_A_SPACE = 'SPACE_ID' in os.environ
-DEFAULT_MODEL = 'cifar_resnet32_aig.fmnist_t06'  # trained on what the page's samples are of
 HERE = Path(__file__).resolve().parent
-MAX_SIDE = 1024  # of a model's images
+MAX_SIDE = 1024  # pixels of a model's input
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
-LARGEST_CSV = 10_000_000
-TIMED_SECONDS, LEAST_TURNS, MOST_TURNS = .7, 5, 51
+MAX_CSV = 10_000_000  # characters
+REASONS = (
+    (HFValidationError, 'is not a name of a model on the Hub: hf-hub:user/name.'),
+    ((RepositoryNotFoundError, RevisionNotFoundError), 'is not on the Hub, or not public.'),
+    (LocalEntryNotFoundError, 'cannot be loaded: the Hub does not answer.'),
+    ((FileNotFoundError, EntryNotFoundError), 'has no config.json or no model.safetensors.'))
+TIMED_SECONDS, MIN_TURNS, MAX_TURNS, WARM_UP_TURNS = .7, 5, 51, 2
 
-# One at a time: the budget is state of a model that all tabs share, and passes side by side would disturb the timing.
+# One computation at a time: all tabs share a model, and the budget is its state. Others would also disturb the timing.
 _computing = threading.Lock()
 
 
 class ModelError(ValueError):
-    """A model that cannot be used; the message is for the person at the page."""
+    """A model that cannot be used. The message is for the visitor of the page."""
 
 
 @dataclass(frozen=True)
 class Slider:
-    """What the budget slider of a model sets: a calibrated share of the MACs in percent, or the offset of its gates.
+    """Range of the slider of a model: its calibrated budgets in percent of the MACs, or else its gate offset.
 
     Args:
-        calibrated: Which of the two.
-        low: Its lowest value.
-        high: Its highest.
-        step: Between its values.
-        value: What the model was saved with.
+        calibrated: The slider sets a budget; otherwise it sets the gate offset.
+        low: Lowest value.
+        high: Highest value.
+        step: Distance of two values.
+        value: Value that the model was saved with.
     """
     calibrated: bool
     low: float
@@ -77,8 +82,8 @@ class Slider:
         low, high = (math.ceil(table[0].budget * 100), math.floor(table[-1].budget * 100)) if table else (0, 0)
         if low >= high:
             return cls(False, min(-5., own), max(5., own), .1, own)
-        distance = {share: abs(budget_offset(table, share / 100) - own) for share in range(low, high + 1)}
-        return cls(True, low, high, 1, min(distance, key=lambda share: distance[share]))
+        distance = {percent: abs(budget_offset(table, percent / 100) - own) for percent in range(low, high + 1)}
+        return cls(True, low, high, 1, min(distance, key=lambda percent: distance[percent]))
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,10 @@ class Run:
     """One image at one budget.
 
     Args:
-        probabilities: Of the classes, [num_classes].
-        gates: Which of the L gated blocks ran, 0./1. [1, L].
-        opens: Probability of open that each gate gives, the softmax of its two logits, L numbers.
-        threshold: What it must exceed for the block to run: 0.5 at offset 0.
+        probabilities: Probability of each class, [num_classes].
+        gates: Which of the L gated blocks ran, 0. or 1., [1, L].
+        opens: Probability of open of each gate, the softmax of its two logits, L numbers.
+        threshold: A block runs where its gate's probability is above this; 0.5 at offset 0.
     """
     probabilities: torch.Tensor
     gates: torch.Tensor
@@ -99,24 +104,31 @@ class Run:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one image, medians of so many passes in turns, and the quartiles of adaptive over parent."""
+    """Time of one image in the adaptive model and in its static parent, measured in turns.
+
+    Args:
+        adaptive: Median in ms.
+        parent: Median in ms.
+        ratios: Quartiles of adaptive over parent, one ratio a turn: lower, median, upper.
+        turns: Number of turns.
+    """
     adaptive: float
     parent: float
-    quartiles: Tuple[float, float]
-    passes: int
+    ratios: Tuple[float, float, float]
+    turns: int
 
 
 class Network:
-    """An adaptive model, with what the page shows of it."""
+    """An adaptive model and what the page shows of it."""
 
     def __init__(self, name: str, model: Any) -> None:
         """
         Args:
-            name: What it was loaded by.
+            name: Name that it was loaded by.
             model: The model.
 
         Raises:
-            ModelError: Static, or for images that this page does not make.
+            ModelError: The model is static, or takes images that this page does not make.
         """
         if not timm_aig.gated_blocks(model):
             raise ModelError(f'{name} is a static model, none of its blocks has a gate.')
@@ -131,47 +143,44 @@ class Network:
         self.blocks = [name for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))]
         self.gated = list(timm_aig.gated_blocks(model))
         self.slider = Slider.of(model)
-        parent = timm_aig.ungate_(copy.deepcopy(model))
         self.cost = timm_aig.compute_cost(model, self.input_size)
         self.fast = timm_aig.optimize_for_inference(model)
-        self.fast_parent = timm_aig.optimize_for_inference(parent)
-        self.rates: Optional[List[List[float]]] = None  # of classes and gated blocks, if they come with the model
-        self.picture: Optional[Image.Image] = None  # or a picture of them
-        self._read_heatmap()
+        self.fast_parent = timm_aig.optimize_for_inference(timm_aig.ungate_(copy.deepcopy(model)))
+        self.rates: Optional[List[List[float]]] = None  # execution rates by class and gated block
+        self.picture: Optional[Image.Image] = None  # of the execution rates, if there is no table
+        try:
+            if table := _find_file(name, 'rates.csv'):
+                self.rates = _read_rates(table, self.gated, model.num_classes)
+            elif picture := _find_file(name, 'execution_rates.png'):
+                self.picture, _ = read_image(picture)
+        except ValueError as e:  # the page works without them
+            print(f'app.py: {name}: execution rates: {e}', file=sys.stderr)
 
-    def _read_heatmap(self) -> None:
-        try:
-            if (path := _find_file(self.name, 'rates.csv')) is not None:
-                self.rates = _read_rates(path, self.gated, self.model.num_classes)
-                return
-        except ValueError as e:
-            print(f'app.py: {e}', file=sys.stderr)
-        try:
-            if (path := _find_file(self.name, 'execution_rates.png')) is not None:
-                self.picture, _ = read_image(path)
-        except UploadError as e:
-            print(f'app.py: {path}: {e}', file=sys.stderr)
+    @property
+    def image_kind(self) -> str:
+        channels, height, width = self.input_size
+        return f'{width} x {height} pixels, {"grey" if channels == 1 else "RGB"}'
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """What the network sees of an image, before it is normalised."""
-        steps = [step for step in self.transform.transforms if type(step).__name__ in ('Resize', 'CenterCrop')]
+        """The part of an image that the network sees, in its resolution."""
         image = image.convert(MODES[self.input_size[0]])
-        for step in steps:
-            image = step(image)
+        for step in self.transform.transforms:
+            if type(step).__name__ in ('Resize', 'CenterCrop'):
+                image = step(image)
         return image
 
     def tensor(self, image: Image.Image) -> torch.Tensor:
         """An image as input of the network, [1, C, H, W]."""
         return self.transform(image.convert(MODES[self.input_size[0]]))[None]
 
-    def run(self, x: torch.Tensor, budget: Optional[float] = None) -> Run:
+    def run(self, x: torch.Tensor, value: Optional[float] = None) -> Run:
         """Run one image.
 
         Args:
-            x: From tensor().
-            budget: A value of the slider, None for the one the model was saved with.
+            x: Input from tensor().
+            value: Value of the slider, by default the one that the model was saved with.
         """
-        value = self.slider.value if budget is None else min(max(budget, self.slider.low), self.slider.high)
+        value = self.slider.value if value is None else min(max(value, self.slider.low), self.slider.high)
         offset = budget_offset(budget_table(self.model), value / 100) if self.slider.calibrated else value
         logits: List[torch.Tensor] = []
         blocks = timm_aig.gated_blocks(self.model).values()
@@ -189,36 +198,33 @@ class Network:
         return Run(output[0].softmax(0), gates, opens, threshold)
 
     def measure(
-            self,
-            x: torch.Tensor,
-            gates: torch.Tensor,
-            wanted: Callable[[], bool] = lambda: True,
+            self, x: torch.Tensor, gates: torch.Tensor, wanted: Callable[[], bool] = lambda: True,
     ) -> Optional[Timing]:
-        """Time one image against the static parent, optimised the same way, pass by pass in turns.
+        """Time one image in turns with the static parent, both optimized for inference.
 
         Args:
-            x: From tensor().
-            gates: Those of its run(), which the optimised copy is made to give.
+            x: Input from tensor().
+            gates: Gates of its run(), which the optimized model is forced to give.
             wanted: Asked before each turn; False ends the measurement.
 
         Returns:
-            The timing, None if it was not wanted to its end.
+            The timing, None if it was ended.
         """
         times: List[Tuple[float, float]] = []
-        begin = time.perf_counter()
-        turns = 0
-        while turns < 2 + LEAST_TURNS or (time.perf_counter() < begin + TIMED_SECONDS and turns < 2 + MOST_TURNS):
+        end = time.perf_counter() + TIMED_SECONDS
+        for turn in range(-WARM_UP_TURNS, MAX_TURNS):
+            if turn >= MIN_TURNS and time.perf_counter() > end:
+                break
             if not wanted():
                 return None
             with _computing, torch.inference_mode(), timm_aig.force_gates(self.fast, gates):
-                turn = _milliseconds(self.fast, x), _milliseconds(self.fast_parent, x)
-            turns += 1
-            if turns > 2:  # those before warm up
-                times.append(turn)
-            time.sleep(.001)  # lets a tab that waits for its answer go first
+                pair = _milliseconds(self.fast, x), _milliseconds(self.fast_parent, x)
+            if turn >= 0:
+                times.append(pair)
+            time.sleep(.001)  # lets a waiting tab go first
         adaptive, parent = (statistics.median(column) for column in zip(*times))
-        low, _, high = statistics.quantiles([a / p for a, p in times], n=4)
-        return Timing(adaptive, parent, (low, high), len(times))
+        low, median, high = statistics.quantiles([a / p for a, p in times], n=4)
+        return Timing(adaptive, parent, (low, median, high), len(times))
 
     def class_name(self, index: int) -> str:
         names = self.model.pretrained_cfg.get('label_names')
@@ -238,15 +244,15 @@ def _milliseconds(model: Any, x: torch.Tensor) -> float:
 
 
 def shipped_models() -> List[str]:
-    """Names of the trained models that come with the package."""
+    """Names of the trained models in the package."""
     return [name for name, config in load_hub_configs().items() if 'file' in config['pretrained_cfg']]
 
 
 def load_network(name: str) -> Network:
-    """A network by its name: a shipped model, hf-hub:user/name[@revision] (or without hf-hub:), or local-dir:folder.
+    """Load a network by name: a shipped model, [hf-hub:]user/name[@revision], or local-dir:folder.
 
     Raises:
-        ModelError: It cannot be loaded, or folders are not served here.
+        ModelError: It cannot be loaded, or it is a folder and this is a Space.
     """
     name = name.strip()
     if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', name):
@@ -257,64 +263,62 @@ def load_network(name: str) -> Network:
 @lru_cache(maxsize=4)
 def _load(name: str) -> Network:
     try:
-        if name in shipped_models():
-            return Network(name, timm.create_model(name, pretrained=True))
-        source, _, place = name.partition(':')
-        if source == 'hf-hub':
-            validate_repo_id(place.partition('@')[0])
-            _, architecture, _ = load_model_config_from_hf(place)
-        elif source == 'local-dir' and not ON_A_SPACE:
-            _, architecture, _ = load_model_config_from_path(place)
-        else:
-            folder = '' if ON_A_SPACE else ' or local-dir:folder'
-            raise ModelError(f'must be {", ".join(shipped_models())}, hf-hub:user/name{folder}, not {name[:80]!r}.')
-        if not str(architecture).endswith('_aig'):
-            raise ModelError(f'{name} has the architecture {str(architecture)[:80]!r}; only adaptive models, '
-                             '<name>_aig, have gates to show.')
-        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        if parameters > MAX_PARAMETERS:
-            raise ModelError(
-                f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
+        if name not in shipped_models():
+            _check_source(name)
         return Network(name, timm.create_model(name, pretrained=True))
     except ModelError:
         raise
-    except HFValidationError as e:
-        raise ModelError(f'{name[:80]!r} is no name of a model on the Hub: hf-hub:user/name.') from e
-    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
-        raise ModelError(f'{name} is not on the Hub, or not public.') from e
-    except LocalEntryNotFoundError as e:
-        raise ModelError(f'{name} cannot be loaded: the Hub does not answer.') from e
-    except (FileNotFoundError, EntryNotFoundError) as e:
-        raise ModelError(f'{name} has no config.json or no model.safetensors.') from e
-    except Exception as e:  # of a folder or repository of any content
+    except Exception as e:  # a repository may contain anything
+        for kinds, reason in REASONS:
+            if isinstance(e, kinds):
+                raise ModelError(f'{name[:80]} {reason}') from e
         print(f'app.py: {name}: {type(e).__name__}: {e}', file=sys.stderr)
         reason = str(e) if isinstance(e, (ValueError, RuntimeError)) else ''
         reason = re.sub(r'(?<![\w:])(/[^\s/:\'"]+){2,}', '...', ' '.join(reason.split()))  # paths of this machine
         raise ModelError(f'{name} cannot be loaded: {reason[:300] or type(e).__name__}') from e
 
 
+def _check_source(name: str) -> None:
+    """Check that the page may load a model of a folder or repository, before its weights are read."""
+    source, _, place = name.partition(':')
+    if source == 'hf-hub':
+        validate_repo_id(place.partition('@')[0])
+        architecture = str(load_model_config_from_hf(place)[1])
+    elif source == 'local-dir' and not ON_A_SPACE:
+        architecture = str(json.loads(Path(place, 'config.json').read_text(encoding='utf-8'))['architecture'])
+    else:
+        folder = '' if ON_A_SPACE else ' or local-dir:folder'
+        raise ModelError(f'must be {", ".join(shipped_models())}, hf-hub:user/name{folder}, not {name[:80]!r}.')
+    if not architecture.endswith('_aig'):
+        raise ModelError(f'{name} has the architecture {architecture[:80]!r}; only adaptive models, <name>_aig, have '
+                         'gates to show.')
+    parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+    if parameters > MAX_PARAMETERS:
+        raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
+
+
 def _find_file(name: str, filename: str) -> Optional[Path]:
-    """A file that belongs to a model: in hub_configs for a shipped one, else in its folder or repository."""
+    """A file beside a model: in hub_configs for a shipped one, else in its folder or repository."""
     source, _, place = name.partition(':')
     if source == 'hf-hub':
         repo_id, _, revision = place.partition('@')
         try:
             return Path(hf_hub_download(repo_id, filename, revision=revision or None))
-        except Exception:  # not there, or the Hub does not answer: the page does without
+        except Exception:  # not there, or the Hub does not answer: the page works without it
             return None
     folders = [Path(place)] if source == 'local-dir' else [
-        root / 'hub_configs' / name for root in (HERE, HERE.parent)]  # a Space and a checkout
+        root / 'hub_configs' / name for root in (HERE, HERE.parent.parent)]  # a Space and a checkout
     return next((folder / filename for folder in folders if (folder / filename).is_file()), None)
 
 
-def _read_rates(path: Path, blocks: Sequence[str], classes: int) -> List[List[float]]:
-    """Rates [classes, blocks] from a CSV with a row for each class and a column for each block.
+def _read_rates(path: Path, blocks: List[str], classes: int) -> List[List[float]]:
+    """Execution rates [classes, blocks] from a CSV with a row for each class and a column for each block.
 
     Raises:
-        ValueError: It is another file.
+        ValueError: The file has another form.
     """
     with open(path, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file.read(LARGEST_CSV).splitlines()))
+        rows = list(csv.DictReader(file.read(MAX_CSV).splitlines()))
     try:
         rates = [[float(row[block] or 'nan') for block in blocks] for row in rows]
     except (KeyError, TypeError) as e:

@@ -1,4 +1,4 @@
-"""Tests of timm_aig.analysis."""
+"""What is counted over images, against plain loops and scikit-learn."""
 import os
 import subprocess
 import sys
@@ -120,7 +120,7 @@ import analyze
 from timm_aig.analysis.counts import ClassGates, cluster_classes, path_statistics
 from timm_aig.analysis.claims import check_claims
 from timm_aig.training.evaluate import evaluate
-from timm_aig.analysis.figures import plot_block_rates, plot_blocks_run, plot_execution_rates
+from timm_aig.analysis.figures import plot_blocks_run, plot_execution_rates
 
 def megabytes(key):
     return int(re.search(key + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024
@@ -143,7 +143,6 @@ claims = check_claims(gates, {'first': [0], 'downsampling': [9], 'last': [151]},
 folder = analyze.Path('.')
 analyze.write_tables(folder, gates, names[:152], groups, names)
 plot_execution_rates(gates.rates, names[:152], names, 'a.png', groups=groups)
-plot_block_rates(gates.rates, gates.images, names[:152], 'b.png')
 plot_blocks_run(gates.blocks_run, groups, 'c.png')
 assert len(gates.paths()[0]) == 50000 and gates.images.sum() == 50000
 print(megabytes('VmHWM') - before)

@@ -1,4 +1,4 @@
-"""Tests of timm_aig.claims: each statement on data made to hold, to fail, and to tell nothing."""
+"""Each claim on data that was made to confirm it, to reject it, and to leave it undecided."""
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -102,15 +102,15 @@ def test_the_figures_are_those_of_a_plain_computation():
 def test_there_may_be_nothing_to_compare():
     one_group, no_kinds = {'all': list(range(8))}, dict.fromkeys(KINDS, ())
     found, *_ = claims(torch.ones(8, 12), torch.zeros(8, 8), one_group, no_kinds)
-    assert {claim.verdict for name, claim in found.items() if name != 'path'} == {'cannot be told'}
+    assert {claim.verdict for name, claim in found.items() if name != 'path'} == {'undecided'}
     assert all(claim.p_value is None for name, claim in found.items() if name != 'path')
     singles, *_ = claims(torch.rand(8, 12), groups={str(i): [i] for i in range(8)})
-    assert singles['arbitrary'].verdict == singles['group'].verdict == 'cannot be told'
+    assert singles['arbitrary'].verdict == singles['group'].verdict == 'undecided'
 
 
 def test_paths_that_all_differ_cannot_tell_of_the_class():
     found, *_ = claims(torch.full((8, 40), .5), images=10)
-    assert found['path'].verdict == 'cannot be told' and '80 paths' in found['path'].finding
+    assert found['path'].verdict == 'undecided' and '80 paths' in found['path'].finding
 
 
 def test_clusters_of_the_model_are_not_taken_as_evidence_for_themselves():

@@ -1,4 +1,4 @@
-"""Which blocks run for the images of which classes, and statistics of it."""
+"""What is counted over images: which blocks run for which classes, paths, and classes that the model confuses."""
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -19,11 +19,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ClassGates:
-    """Which of the L gated blocks ran for N images, by the C classes of the images.
+    """Gates of N images, counted by the C classes of the images.
 
     Args:
-        labels: [N], in [0, C).
-        gates: bool [N, L].
+        labels: Class of each image [N], in [0, C).
+        gates: Which of the L gated blocks ran, bool [N, L].
         likeness: Mean probability that the model gives class j for the images of class i, [C, C].
     """
     labels: torch.Tensor
@@ -37,7 +37,7 @@ class ClassGates:
 
     @cached_property
     def rates(self) -> torch.Tensor:
-        """Execution rate of each block for the images of each class, as the paper's heatmaps show it, [C, L]."""
+        """Execution rate of each block for the images of each class, [C, L] in [0, 1]."""
         return class_rates(self.labels, self.gates, len(self.likeness))
 
     @cached_property
@@ -47,25 +47,25 @@ class ClassGates:
         return counts.index_put_((self.labels, self.gates.sum(1)), torch.tensor(1), accumulate=True)
 
     def paths(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Class [K], path bool [K, L] and number of images [K] of each path that ran for a class, in this order."""
+        """The K distinct paths of each class, sorted: class [K], path bool [K, L] and number of images [K]."""
         packed = np.hstack([self.labels.numpy().astype('>u4')[:, None].view(np.uint8), np.packbits(self.gates, axis=1)])
         _, first, counts = np.unique(packed, axis=0, return_index=True, return_counts=True)
         return self.labels[first], self.gates[first], torch.from_numpy(counts)
 
 
 def class_rates(labels: torch.Tensor, gates: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Execution rates [num_classes, L] in [0, 1] of labels [N] and gates [N, L], nan for a class without images."""
+    """Execution rates by class, [num_classes, L] in [0, 1], from labels [N] and gates [N, L]. nan without images."""
     return torch.stack([gates[labels == label].double().mean(0) for label in range(num_classes)])
 
 
 def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: int) -> Tuple[List[int], List[int]]:
-    """Positions of the images of a class with the fewest MACs, and with the most, the earlier one of equals first.
+    """Positions of the images of a class with the fewest and with the most MACs. Of equals the first come first.
 
     Args:
-        labels: [N].
-        macs: Of each image, [N].
+        labels: Class of each image [N].
+        macs: MACs of each image [N].
         label: The class.
-        count: How many of each, at most.
+        count: Maximum number of images of each kind.
     """
     own = (labels == label).nonzero().flatten()
     fast, slow = (own[macs[own].argsort(stable=True, descending=d)[:count]].tolist() for d in (False, True))
@@ -73,7 +73,7 @@ def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: 
 
 
 def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
-    """Names of the gated blocks that are 'first' or 'last' of the network or 'downsampling', an empty list for none."""
+    """Names of the gated blocks among the 'first' and 'last' blocks of the network, and of those 'downsampling'."""
     gated = require_gated_blocks(model)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
     names = list(blocks)
@@ -83,13 +83,7 @@ def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
 
 
 def wilson_interval(successes: torch.Tensor, n: int, z: float = 1.96) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Lower and upper end of Wilson's interval of a share, 95 % for z = 1.96.
-
-    Args:
-        successes: Of n independent trials each, any shape.
-        n: Above 0.
-        z: Quantile of the normal distribution.
-    """
+    """Lower and upper end of the Wilson interval of successes out of n trials, any shape; 95 % for z = 1.96."""
     rate = successes.double() / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)).sqrt()
@@ -98,18 +92,18 @@ def wilson_interval(successes: torch.Tensor, n: int, z: float = 1.96) -> Tuple[t
 
 @dataclass(frozen=True)
 class PathStatistics:
-    """How many paths there are and what they say of the class, in bits.
+    """How many paths there are, and how much the path of an image says about its class, in bits.
 
-    All three are plug-in estimates. With many paths and few images of each, entropy comes out too low and mutual
-    information too high: `chance` is what the latter is where there is none.
+    These are plug-in estimates: with many paths and few images of each, entropy comes out too low and mutual
+    information too high. `chance` is the mutual information that is measured where there is none.
 
     Args:
-        paths: Distinct combinations of blocks.
-        entropy: Of the paths.
-        class_entropy: Of the classes, the most that a path can tell.
-        mutual_information: Between path and class.
-        chance: The same with the labels shuffled, mean over the shuffles.
-        p_value: Of the mutual information, one-sided permutation test.
+        paths: Number of distinct combinations of blocks.
+        entropy: Entropy of the paths.
+        class_entropy: Entropy of the classes, the upper limit of the mutual information.
+        mutual_information: Mutual information of path and class.
+        chance: Its mean over permutations of the labels.
+        p_value: p-value of a one-sided permutation test of the mutual information.
     """
     paths: int
     entropy: float
@@ -125,7 +119,7 @@ def path_statistics(
         permutations: int = 999,
         seed: int = 0,
 ) -> PathStatistics:
-    """Entropy of the paths and their mutual information with the class, of labels [N] and gates [N, L]."""
+    """Entropy of the paths and their mutual information with the class, from labels [N] and gates [N, L]."""
     path = np.unique(np.packbits(gates.bool(), axis=1), axis=0, return_inverse=True)[1].reshape(-1)  # number of each
     label = labels.numpy()
     of_path = np.bincount(path)
@@ -143,7 +137,7 @@ def path_statistics(
 
 
 def permutation_p_value(value: float, null: np.ndarray) -> float:
-    """One-sided p-value of a value among those under permutation, the value itself counted in."""
+    """One-sided p-value of a value against those under permutation. The value itself is counted too."""
     return float((1 + (null >= value - 1e-12).sum()) / (1 + len(null)))
 
 
@@ -153,7 +147,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def symmetric_likeness(likeness: torch.Tensor) -> torch.Tensor:
-    """Logarithm of how likely the model takes one of two classes for the other, both directions, [C, C]."""
+    """Log of the mean probability that the model confuses two classes, in either direction, [C, C]."""
     return ((likeness + likeness.t()) / 2).float().clamp_(min=1e-12).log_()
 
 
@@ -163,19 +157,16 @@ def cluster_classes(
         present: Optional[Sequence[int]] = None,
         count: Optional[int] = None,
 ) -> Dict[str, List[int]]:
-    """Group the classes that the model takes for one another; nothing is known here of which blocks run.
-
-    Average linkage: the two most alike groups become one until `count` are left.
+    """Group the classes that the model confuses, by average linkage. The gates play no part in it.
 
     Args:
-        likeness: Of ClassGates, [C, C].
-        names: Of the C classes.
+        likeness: Mean probability of class j for images of class i, as in ClassGates, [C, C].
+        names: Names of the C classes.
         present: Classes to group, all by default.
-        count: Number of groups, by default the root of the number of classes, at most 12.
+        count: Number of groups. By default the root of the number of classes, at most 12.
 
     Returns:
-        Classes of each group, like ones next to each other, the largest group first, each named after the class that
-        is most like the others in it.
+        Classes of each group, largest group first. Its name is that of the class most often confused with the others.
     """
     members = [[i] for i in (range(len(names)) if present is None else present)]
     count = count or min(12, round(sqrt(len(members))))
@@ -189,10 +180,8 @@ def cluster_classes(
         close[i] = close[:, i] = (a * close[i] + b * close[j]) / (a + b)
         close[j] = close[:, j] = close[i, i] = -np.inf
         members[i], members[j] = members[i] + members[j], []
-    groups = sorted((m for m in members if m), key=len, reverse=True)
-
-    def name(number: int, group: List[int]) -> str:
+    groups: Dict[str, List[int]] = {}
+    for number, group in enumerate(sorted(filter(None, members), key=len, reverse=True), 1):
         first = names[group[int(alike[group][:, group].sum(0).argmax())]]
-        return f'{number}: {first[:14]}' + (f' +{len(group) - 1}' if len(group) > 1 else '')
-
-    return {name(n, group): group for n, group in enumerate(groups, 1)}
+        groups[f'{number}: {first[:14]}' + (f' +{len(group) - 1}' if len(group) > 1 else '')] = group
+    return groups

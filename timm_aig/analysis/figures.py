@@ -1,204 +1,156 @@
-"""Pictures of what the gates do, and of how a training went. Legible at 800 pixels, colours for all eyes."""
+"""Pictures of what the gates do, of a training, and of accuracy against MACs. Readable where they are 800 pixels wide.
+
+Each function writes a PNG to `path`, completely or not at all, `pixels` wide, and returns the path. `title` is a second
+line below the heading: model, data and budget. All raise ImportError if matplotlib is not installed.
+"""
+import io
 import os
+import textwrap
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any, Collection, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
-
-from .counts import wilson_interval
+from PIL import Image, ImageOps
 
 __all__ = [
-    'plot_accuracy_macs', 'plot_block_rates', 'plot_blocks_run', 'plot_budgets', 'plot_contact_sheet',
-    'plot_execution_rates', 'plot_rates_over_epochs',
+    'plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates', 'plot_rates_over_epochs',
 ]
 
-BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'  # Okabe and Ito's, told apart by all kinds of colour vision
-WIDTH = 8  # inches of the pictures, so that their 9-point letters are 12 pixels high where they are 800 wide
+BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'  # of Okabe and Ito's palette, safe for colour-blind readers
+WIDTH = 8  # inches: 9-point text is 12 pixels high where the picture is 800 pixels wide
 PIXELS = 1600
-MAX_GROUPS = 30
-MAX_ROWS = 50  # classes with a name of their own
+MAX_GROUPS = 30  # more names do not fit beside a heatmap
+MAX_ROWS = 50  # classes that are named one by one
+MAX_NUMBERS = 20  # rows and columns up to which each cell shows its number
+DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])  # of a label
+
+PathLike = Union[str, os.PathLike]
+Points = Sequence[Tuple[str, float, float]]  # name, MACs over those of the static parent, top-1 accuracy in percent
 
 
 def plot_execution_rates(
         rates: torch.Tensor,
         block_names: Sequence[str],
         class_names: Sequence[str],
-        path: Union[str, os.PathLike],
+        path: PathLike,
         downsampling: Collection[str] = (),
         groups: Optional[Mapping[str, Sequence[int]]] = None,
         pixels: int = PIXELS,
+        title: str = '',
+        macs: Sequence[float] = (),
+        images: Optional[torch.Tensor] = None,
 ) -> Path:
-    """Draw execution rates as a heatmap, a row for each class and a column for each block.
+    """Draw execution rates as a heatmap: a row for each class, their mean below, a column for each block.
 
-    With more than 50 classes only some of them are named, or the groups alone if there are any.
+    With more than 50 classes only every nth is named, or only the groups if there are any.
 
     Args:
         rates: Execution rates [num_classes, L] in [0, 1]; nan is left blank.
-        block_names: Names of the L blocks.
+        block_names: Names of the L blocks, such as 'layer1.0'.
         class_names: Names of the classes.
-        path: PNG to write, whole or not at all.
         downsampling: Names among block_names to mark as downsampling blocks.
-        groups: Classes of each group, at most 30 groups; the rows are in their order. All classes, in theirs, if None.
-        pixels: Width of the picture.
-
-    Returns:
-        The path.
+        groups: Classes of each group, at most MAX_GROUPS groups. Rows are ordered by group; without groups, by class.
+        macs: MACs of each block [L], drawn as bars below the heatmap if given.
+        images: Images of each class [num_classes], the weights of the mean row. Equal weights by default.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: The names do not fit the rates, or there are too many groups.
+        ValueError: The names do not fit the rates.
     """
     if tuple(rates.shape) != (len(class_names), len(block_names)):
         raise ValueError(
             f'rates must be [{len(class_names)} class_names, {len(block_names)} block_names], '
             f'not {list(rates.shape)}.')
-    _check_groups(groups or {})
     order = [i for group in groups.values() for i in group] if groups else list(range(len(class_names)))
-    names = [_short(class_names[i]) for i in order]
-    rows, columns = len(order), len(block_names)
-    height = 2.6 + .25 * min(rows, MAX_ROWS) if rows <= MAX_ROWS else 9
-    figure = _figure(WIDTH, max(height, 1.8 + .3 * len(groups or ())))
-    axes = figure.add_subplot()
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    colours = ScalarMappable(Normalize(0, 1), 'viridis')  # imshow with cmap would need 100 MB for the pixels as floats
-    axes.imshow(colours.to_rgba(rates[order].cpu().numpy(), bytes=True), aspect='auto', interpolation='nearest')
-    _name_blocks(axes, block_names, downsampling)
+    rows = len(order)
+    height = max(.25 * rows if rows <= MAX_ROWS else 7, .26 * len(groups or ()))
+    heights = [height, .25, .5] if len(macs) else [height, .25]
+    figure = _figure(sum(heights) + 2.3, 'How often each block runs for the images of each class', title)
+    colours = _colours()
+    heatmap, mean, *bars = parts = figure.subplots(
+        len(heights), sharex=True, gridspec_kw=dict(height_ratios=heights))
+    _draw_rates(heatmap, rates[order], colours)
     if rows > MAX_ROWS and groups:
-        axes.set(yticks=[], ylabel=f'{rows} classes')
+        heatmap.set(yticks=[], ylabel=f'{rows} classes')
     else:
         every = -(-rows // MAX_ROWS)
-        axes.set_yticks(range(0, rows, every), names[::every], parse_math=False)  # a name may hold a $
-    if rows <= 20 and columns <= 20:
-        for row, values in enumerate(rates[order].tolist()):
-            for column, rate in enumerate(values):
-                if rate == rate:  # not nan
-                    axes.text(
-                        column, row, f'{rate:.2f}', color='white' if rate < .5 else 'black', ha='center', va='center',
-                        fontsize=7)
+        names = [_short(class_names[i]) for i in order[::every]]
+        heatmap.set_yticks(range(0, rows, every), names, parse_math=False)  # a name may hold a $
     if groups:
-        _mark_groups(axes, groups, rows, figure.get_figheight())
-    figure.colorbar(
-        colours, ax=axes, label='execution rate', location='bottom', shrink=.5, aspect=30, pad=.02)
-    return _save(figure, path, pixels)
-
-
-def plot_block_rates(
-        rates: torch.Tensor,
-        images: torch.Tensor,
-        block_names: Sequence[str],
-        path: Union[str, os.PathLike],
-        downsampling: Collection[str] = (),
-        pixels: int = PIXELS,
-) -> Path:
-    """Draw the execution rate of each block over all images, with 95 % Wilson intervals, and its range over classes.
-
-    Args:
-        rates: Execution rates by class [num_classes, L] in [0, 1].
-        images: Images of each class [num_classes].
-        block_names: Names of the L blocks.
-        path: PNG to write, whole or not at all.
-        downsampling: Names among block_names to mark as downsampling blocks.
-        pixels: Width of the picture.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    seen = images > 0
-    n = int(images.sum())
-    runs = (rates[seen] * images[seen, None]).sum(0)
-    rate = runs / n
-    low, high = wilson_interval(runs, n)
-    figure = _figure(WIDTH, 4)
-    axes = figure.add_subplot()
-    at = torch.arange(len(block_names))
-    axes.vlines(
-        at, rates[seen].min(0).values, rates[seen].max(0).values, color=GREY, alpha=.5,
-        linewidth=min(8., 250 / len(at)), label='lowest to highest class')
-    axes.errorbar(
-        at, rate, yerr=torch.stack([rate - low, high - rate]).clamp(min=0), fmt='o', color=BLUE, markersize=4,
-        capsize=3 if len(at) <= 50 else 0, label=f'all {n:,} images, 95 % interval')
-    _name_blocks(axes, block_names, downsampling)
-    axes.set(ylabel='execution rate', ylim=(-.03, 1.03), xlim=(-.7, len(at) - .3))
-    axes.grid(axis='y', alpha=.3)
-    figure.legend(loc='outside upper center', ncols=2, frameon=False)
+        _mark_groups(heatmap, groups, rows, height)
+    seen = ~rates.isnan().any(1)
+    weights = torch.ones(len(rates)) if images is None else images
+    overall = (rates[seen] * weights[seen, None]).sum(0) / weights[seen].sum()
+    _draw_rates(mean, overall[None], colours)
+    mean.set_yticks([0], ['mean'])
+    for axes in bars:
+        drawn = axes.bar(range(len(macs)), [value / 1e6 for value in macs], color=GREY)
+        axes.set_ylabel('MACs, millions', rotation=0, ha='right', va='center')
+        axes.spines[['top', 'right']].set_visible(False)
+        if len(macs) <= MAX_NUMBERS:
+            axes.bar_label(drawn, fmt='%.3g', fontsize=8)
+            axes.set_yticks([])
+    _name_blocks(parts, block_names, downsampling)
+    _add_colour_bar(figure, list(parts), colours)
     return _save(figure, path, pixels)
 
 
 def plot_blocks_run(
         blocks_run: torch.Tensor,
         groups: Mapping[str, Sequence[int]],
-        path: Union[str, os.PathLike],
+        path: PathLike,
         pixels: int = PIXELS,
+        title: str = '',
 ) -> Path:
-    """Draw a histogram of the executed blocks for each group of classes.
+    """Draw a histogram of the number of executed blocks for each group of classes.
 
     Args:
         blocks_run: Images of each class that ran 0, 1, ..., L blocks [num_classes, L + 1].
-        groups: Classes of each group, at most 30 groups.
-        path: PNG to write, whole or not at all.
-        pixels: Width of the picture.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: Too many groups.
+        groups: Classes of each group, at most MAX_GROUPS groups.
     """
-    _check_groups(groups)
     table = torch.stack([blocks_run[list(group)].sum(0) for group in groups.values()]).double()
     columns = min(len(groups), 2 if len(groups) <= 6 else 3)
     rows = -(-len(groups) // columns)
-    figure = _figure(WIDTH, 1 + 1.4 * rows)
+    figure = _figure(1.4 + 1.4 * rows, f'How many of the {table.shape[1] - 1} gated blocks run', title)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
     at = torch.arange(table.shape[1])
-    used = table.sum(0).nonzero()
+    low, high = (int(end) for end in table.sum(0).nonzero().flatten()[[0, -1]])
+    every = -(-(high - low + 1) // 12)
     for axes, name, images in zip(panels, groups, table):
         mean = float(images @ at.double() / images.sum())
-        axes.bar(at, images / images.sum(), width=.9, color=BLUE)
+        axes.bar(at, 100 * images / images.sum(), width=.9, color=BLUE)
         axes.axvline(mean, color=RED, linewidth=1.5)
         axes.set_title(f'{_short(name, 20)}, mean {mean:.1f}', fontsize=9, loc='left', parse_math=False)
         axes.grid(axis='y', alpha=.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_xlim(int(used.min()) - 1, int(used.max()) + 1)
+    panels[0].set(xlim=(low - .7, high + .7), xticks=range(low, high + 1, every))
     for axes in panels[len(groups):]:
         axes.set_axis_off()
-    figure.supxlabel(f'gated blocks that ran, of {table.shape[1] - 1}', fontsize=10)
-    figure.supylabel('share of the images', fontsize=10)
+    figure.supxlabel('blocks run (red line: mean)', fontsize=10)
+    figure.supylabel('images of the group, %', fontsize=10)
     return _save(figure, path, pixels)
 
 
 def plot_contact_sheet(
         rows: Sequence[Tuple[str, Sequence[Tuple[Any, int]], Sequence[Tuple[Any, int]]]],
-        path: Union[str, os.PathLike],
+        path: PathLike,
         pixels: int = PIXELS,
+        title: str = '',
 ) -> Path:
-    """Draw the fastest and the slowest images of some classes, a row for each, under each the blocks that it ran.
+    """Draw the images of some classes that take the fewest and the most MACs, a row for each class.
 
     Args:
-        rows: Name of the class, its fastest and its slowest images, each a PIL image and the number of blocks.
-        path: PNG to write, whole or not at all.
-        pixels: Width of the picture.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+        rows: Name of the class, its images with the fewest and with the most MACs, each a PIL image and the number of
+            blocks that it ran, which is written below it.
     """
-    import numpy as np
-    from PIL import ImageOps
-
     most = max(max(len(fast), len(slow)) for _, fast, slow in rows)
     size = max(max(image.size) for _, *both in rows for images in both for image, _ in images)
-    tile = min(size, 160)  # pixels of the sheet, which matplotlib scales
-    step, gap, height = 1.05 * tile, .4 * tile, 1.32 * tile
+    tile = min(size, 160)  # pixels in the sheet, which matplotlib scales
+    step, gap, height = 1.05 * tile, .4 * tile, 1.34 * tile
     sheet = np.full((round(len(rows) * height), round(2 * most * step + gap), 3), 255, dtype=np.uint8)
-    figure = _figure(WIDTH, .5 + (WIDTH - 1.2) * sheet.shape[0] / sheet.shape[1])
+    figure = _figure(
+        1 + (WIDTH - 1.2) * sheet.shape[0] / sheet.shape[1],
+        'Images with the fewest and with the most MACs in each class, and the number of blocks that they run', title)
     axes = figure.add_subplot()
     for row, (_, fast, slow) in enumerate(rows):
         top = round(row * height)
@@ -207,141 +159,138 @@ def plot_contact_sheet(
                 left = round(start + column * step)
                 square = ImageOps.pad(image.convert('RGB'), (tile, tile), color='white')
                 sheet[top:top + tile, left:left + tile] = np.asarray(square)
-                axes.text(left + tile / 2, top + 1.03 * tile, str(run), ha='center', va='top', fontsize=7)
+                axes.text(left + tile / 2, top + 1.03 * tile, str(run), ha='center', va='top', fontsize=8)
     axes.imshow(sheet, interpolation='nearest' if tile < 96 else 'antialiased')
-    axes.set_yticks(
-        [row * height + tile / 2 for row in range(len(rows))], [_short(name, 16) for name, _, _ in rows],
-        parse_math=False)
-    axes.set_xticks(
-        [most * step / 2, most * step * 1.5 + gap], [f'{end} MACs (below: blocks run)' for end in ('fewest', 'most')])
+    middles = [row * height + tile / 2 for row in range(len(rows))]
+    axes.set_yticks(middles, [_short(name, 16) for name, _, _ in rows], parse_math=False)
+    axes.set_xticks([most * step / 2, most * step * 1.5 + gap], ['fewest MACs', 'most MACs'])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return _save(figure, path, pixels)
 
 
-def plot_rates_over_epochs(
-        rates: torch.Tensor,
-        block_names: Sequence[str],
-        path: Union[str, os.PathLike],
-) -> Path:
-    """Draw how the execution rate of each block moves while the gates are trained.
+def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path: PathLike, title: str = '') -> Path:
+    """Draw how the execution rate of each block changes while the gates are trained.
 
     Args:
         rates: Execution rates [epochs, L] in [0, 1].
         block_names: Names of the L blocks.
-        path: PNG to write, whole or not at all.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    figure = _figure(3 + .35 * len(rates), 1.5 + .28 * len(block_names))
-    axes = figure.add_subplot()
-    image = axes.imshow(
-        rates.t().double().cpu().numpy(), cmap='viridis', vmin=0, vmax=1, aspect='auto',
-        extent=(.5, len(rates) + .5, len(block_names) - .5, -.5))
-    axes.set_yticks(range(len(block_names)), block_names, parse_math=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel='epoch', ylabel='block')
-    figure.colorbar(image, label='execution rate in training')
+    figure = _figure(2.4 + .2 * len(block_names), 'How often each block runs in training', title)
+    axes, colours = figure.add_subplot(), _colours()
+    _draw_rates(axes, rates.t(), colours)
+    every = -(-len(rates) // 20)
+    axes.set_xticks(range(0, len(rates), every), range(1, len(rates) + 1, every))
+    axes.set_yticks(range(len(block_names)), block_names, fontsize=8, parse_math=False)
+    axes.set_xlabel('epoch')
+    _add_colour_bar(figure, axes, colours)
     return _save(figure, path)
 
 
-def plot_accuracy_macs(
-        points: Sequence[Tuple[str, float, float]],
-        parent: Optional[Tuple[str, float, float]],
-        path: Union[str, os.PathLike],
-) -> Path:
-    """Draw accuracy against MACs: a training's way to its last point, and its static parent.
+def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: str = '') -> Path:
+    """Draw accuracy against MACs, for example of one checkpoint at many budgets, with other models beside it.
+
+    Points of one name that follow one another are joined by a line and labelled once: the budgets of a checkpoint, or
+    the seeds of a training.
 
     Args:
-        points: Name, MACs share in [0, 1] and accuracy in percent, in the order they were reached.
-        parent: The same of the static parent, None if it is not known.
-        path: PNG to write, whole or not at all.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+        points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models.
+        others: The same for the models to compare with, drawn in another colour and with another marker.
     """
-    figure, axes = _accuracy_axes()
-    _, shares, accuracies = zip(*points)
-    axes.plot(shares, accuracies, color='#9a9a9a', marker='.', linewidth=1, label='after each epoch')
-    axes.plot(shares[-1], accuracies[-1], 'o', color='#0072b2', markersize=9, label=points[-1][0])
-    if parent is not None:
-        axes.plot(parent[1], parent[2], 's', color='#d55e00', markersize=9, label=parent[0])
-    axes.set_xlim(min(shares) - .05, 1.05)
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
-    return _save(figure, path)
-
-
-def plot_budgets(
-        points: Sequence[Tuple[str, float, float]],
-        others: Sequence[Tuple[str, float, float]],
-        path: Union[str, os.PathLike],
-) -> Path:
-    """Draw accuracy against MACs of one checkpoint at many budgets, and of other models beside it.
-
-    Args:
-        points: Name, MACs over those of the static parent and accuracy in percent, in the order of a curve.
-        others: The same of each other model, MACs over those of the same parent.
-        path: PNG to write, whole or not at all.
-
-    Returns:
-        The path.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _accuracy_axes()
-    names, shares, accuracies = zip(*points)
-    axes.plot(shares, accuracies, 'o-', color='#0072b2', label=f'{names[0]}, one checkpoint')
-    for (name, share, accuracy), marker in zip(others, 's^Dvp*hX' * len(others)):
-        axes.plot(share, accuracy, marker, color='#d55e00', markersize=8, label=name)
-    for text in figure.legend(loc='outside upper center', ncols=1, frameon=False).get_texts():
-        text.set_parse_math(False)  # a name may hold a $
-    return _save(figure, path)
-
-
-def _accuracy_axes() -> Tuple[Any, Any]:
-    """Figure and axes of accuracy against MACs."""
-    figure = _figure(6, 4)
+    figure = _figure(5.5, 'Accuracy against MACs', title)
     axes = figure.add_subplot()
+    lines = []
+    for some, style in ((points, dict(color=BLUE, marker='o')), (others, dict(color=RED, marker='s'))):
+        for name, same in groupby(some, lambda point: point[0]):
+            _, shares, accuracies = zip(*same)
+            lines += axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, **style)
     axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
-    return figure, axes
+    _label_lines(figure, axes, lines)
+    return _save(figure, path)
 
 
-def _check_groups(groups: Mapping[str, Sequence[int]]) -> None:
-    if len(groups) > MAX_GROUPS:
-        raise ValueError(f'groups must be at most {MAX_GROUPS}, not {len(groups)}.')
+def _label_lines(figure: Any, axes: Any, lines: Sequence[Any]) -> None:
+    """Write the name of each line beside one of its points, where it hides as little as possible."""
+    figure.draw_without_rendering()  # fixes the layout, so that sizes are known
+    frame, dot = axes.get_window_extent(), figure.dpi / 72  # a typographic point in pixels
+    corners = [axes.transData.transform(line.get_xydata()) for line in lines]
+    along = np.linspace(0, 1, 30)[:, None]
+    drawn = np.concatenate([
+        a + along * (b - a) for points in corners for a, b in zip(points, [*points[1:], points[-1]])])
+    boxes: List[Tuple[Any, Any]] = []  # lower left and upper right corners of the labels so far
+    for line, points in sorted(zip(lines, corners), key=lambda pair: len(pair[1])):
+        label = axes.annotate(
+            line.get_label(), line.get_xydata()[0], (0, 0), textcoords='offset points', ha='center', va='center',
+            fontsize=8.5, color=line.get_color(), parse_math=False, in_layout=False,
+            arrowprops=dict(arrowstyle='-', color=GREY, linewidth=.7))
+        half = np.array(label.get_window_extent().size) / 2 + 2 * dot
+        places = []
+        for point, direction, gap in product(points, DIRECTIONS, (4, 12, 24, 40, 60)):
+            move = direction * (half + gap * dot)
+            low, high = point + move - half, point + move + half
+            bad = sum((low < b).all() and (a < high).all() for a, b in boxes)
+            bad += (low < frame.min).any() or (high > frame.max).any()
+            hidden = ((low < drawn) & (drawn < high)).all(1).sum()
+            places.append((1000 * bad + 3 * hidden + .5 * gap, point, move))
+        _, point, move = min(places, key=lambda place: place[0])
+        boxes.append((point + move - half, point + move + half))
+        drawn = np.concatenate([drawn, point + along * move])
+        label.xy = axes.transData.inverted().transform(point)
+        label.xyann = move / dot
 
 
-def _short(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else f'{name[:length - 1]}…'
+def _draw_rates(axes: Any, rates: torch.Tensor, colours: Any) -> None:
+    """Draw rates [rows, L] in [0, 1] as coloured cells, with their percentages where there is room."""
+    percent = 100 * rates.double().cpu().numpy()
+    image = colours.to_rgba(percent, bytes=True)  # with cmap=, imshow would take 100 MB for 1000 classes
+    axes.imshow(image, aspect='auto', interpolation='nearest')
+    if max(percent.shape) <= MAX_NUMBERS:
+        for (row, column), value in np.ndenumerate(percent):
+            if value == value:  # not nan
+                axes.text(
+                    column, row, f'{value:.0f}', color='white' if value < 50 else 'black', ha='center', va='center',
+                    fontsize=8)
 
 
-def _name_blocks(axes: Any, names: Sequence[str], downsampling: Collection[str]) -> None:
-    """Name every block on the x axis, or every nth where they would touch; mark those that downsample."""
+def _name_blocks(parts: Sequence[Any], names: Sequence[str], downsampling: Collection[str]) -> None:
+    """Label the blocks below the last of some axes, the stages below them, and mark downsampling blocks at the top.
+
+    The label of a block is its number in its stage; where labels would touch, every nth block has one.
+    """
+    stages: Dict[str, List[int]] = {}
+    for i, name in enumerate(names):
+        stages.setdefault(name.rpartition('.')[0], []).append(i)
     every = -(-len(names) // 36)
-    axes.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=8, parse_math=False)
-    at = [i for i, name in enumerate(names) if name in downsampling]
-    for i in at:
-        axes.text(i, 1.01, '▼', color=RED, fontsize=8, ha='center', transform=axes.get_xaxis_transform())
-    axes.set_xlabel('block (▼ downsampling)' if at else 'block')
+    labels: Dict[int, str] = {}
+    end = 0.
+    for stage, blocks in stages.items():
+        shown = blocks[:max(1, len(blocks) - every + 1):every]
+        labels.update({i: _short(names[i].rpartition('.')[2], 8) for i in shown})
+        middle, half = shown[len(shown) // 2], .006 * len(names) * len(stage)  # half of its width, in blocks
+        if middle - half >= end - 1:
+            labels[middle] += f'\n{stage}'
+            end = middle + half + 1
+        for axes in parts if blocks[0] else ():
+            axes.axvline(blocks[0] - .5, color='white', linewidth=1.5)
+    for axes in parts[:-1]:
+        axes.tick_params(bottom=False)
+    parts[-1].set_xticks(list(labels), list(labels.values()), fontsize=8, parse_math=False)
+    marked = [i for i, name in enumerate(names) if name in downsampling]
+    for i in marked:
+        parts[0].text(i, 1.01, '▼', color=RED, fontsize=8, ha='center', transform=parts[0].get_xaxis_transform())
+    parts[-1].set_xlabel('block (▼ downsampling)' if marked else 'block')
 
 
 def _mark_groups(axes: Any, groups: Mapping[str, Sequence[int]], rows: int, height: float) -> None:
-    """Name groups of rows at the right, with a line from each to its rows, since small ones lie close together."""
+    """Name groups of rows on the right, with lines to their rows: the names of small groups need more room."""
     ends = torch.tensor([len(group) for group in groups.values()]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends)]
-    labels = _spread(middles, .2 * rows / (height - 2.2), -.5, rows - .5)
+    labels = _spread(middles, .21 * rows / height, -.5, rows - .5)
     transform = axes.get_yaxis_transform()
     for name, start, end, middle, label in zip(groups, starts, ends, middles, labels):
         if start:
@@ -353,31 +302,48 @@ def _mark_groups(axes: Any, groups: Mapping[str, Sequence[int]], rows: int, heig
 
 
 def _spread(positions: Sequence[float], gap: float, low: float, high: float) -> List[float]:
-    """Move ascending positions as little as it takes to be a gap apart within [low, high]."""
-    moved: List[float] = []
-    for position in positions:
-        moved.append(max(position, moved[-1] + gap if moved else low + gap / 2))
-    bound = high - gap / 2
-    for i in reversed(range(len(moved))):
-        moved[i] = bound = min(moved[i], bound)
-        bound -= gap
-    return moved
+    """Move ascending positions as little as needed to be a gap apart within [low, high]."""
+    steps = gap * np.arange(len(positions))
+    up = np.maximum.accumulate(np.maximum(positions, low + gap / 2) - steps)
+    last = high - gap / 2 - steps[-1]
+    return (np.minimum(up, last) + steps).tolist()
 
 
-def _figure(width: float, height: float) -> Any:
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f'{name[:length - 1]}…'
+
+
+def _colours() -> Any:
+    """The colours of rates in percent."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    return ScalarMappable(Normalize(0, 100), 'viridis')
+
+
+def _add_colour_bar(figure: Any, axes: Any, colours: Any) -> None:
+    figure.colorbar(
+        colours, ax=axes, label='images that run the block, %', location='bottom', shrink=.5, aspect=30, pad=.02)
+
+
+def _figure(height: float, heading: str, title: str) -> Any:
+    """A figure with a line that says what it shows, and the title below."""
     try:
-        from matplotlib.figure import Figure  # rather than pyplot, which keeps figures and may want a display
+        from matplotlib.figure import Figure  # not pyplot, which keeps figures and may need a display
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise ImportError("a plot needs matplotlib: pip install 'timm_aig[train]'") from e
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=.08, h_pad=.08))  # inches to the edge
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=.08, h_pad=.06))  # inches
+    lines = [heading, *textwrap.wrap(title, 96)]
+    figure.suptitle('\n'.join(lines), x=.012, ha='left', fontsize=10.5, linespacing=1.3, parse_math=False)
+    return figure
 
 
-def _save(figure: Any, path: Union[str, os.PathLike], pixels: Optional[int] = None) -> Path:
-    path = Path(path)
+def _save(figure: Any, path: PathLike, pixels: int = PIXELS) -> Path:
+    path, file = Path(path), io.BytesIO()
+    figure.savefig(file, format='png', dpi=pixels / figure.get_figwidth())
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        figure.savefig(partial, format='png', dpi=pixels / figure.get_figwidth() if pixels else 150)
+        Image.open(file).convert('RGB').save(partial, 'PNG', optimize=True)  # a tenth smaller
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Draw hub_configs/fmnist_accuracy_macs.png from the tables in hub_configs/results."""
+import csv
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+from timm_aig.analysis.figures import plot_accuracy_macs
+
+ROOT = Path(__file__).resolve().parents[1] / 'hub_configs'
+RESNET_32 = ('cifar_resnet32', 'cifar_resnet32_aig', 'cifar_resnet20')  # ResNet-110 costs 3.7 times as much
+ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
+TITLE = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Each dot is a training or a budget.'
+
+Point = Tuple[str, float, float]
+
+
+def read(name: str) -> List[Dict[str, str]]:
+    with open(ROOT / 'results' / name, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def trainings(rows: List[Dict[str, str]]) -> List[Point]:
+    """A point for each seed of the rows."""
+    points = []
+    for row in rows:
+        top1 = row['top1_seeds'].split(', ')
+        macs = row['macs_over_resnet32'].split(', ')
+        how = row['training'].replace('`--recipe paper`', 'recipe of the paper').removeprefix('static').lstrip(', ')
+        seeds = f'{len(top1)} seeds' if len(top1) > 1 else ''
+        name = ', '.join(filter(None, (architecture(row['model']), how, f'{row["epochs"]} epochs', seeds)))
+        points += sorted((name, float(m), float(t)) for m, t in zip(macs * len(top1), top1))
+    return points
+
+
+def architecture(model: str) -> str:
+    return model.removeprefix('cifar_').replace('resnet', 'ResNet-').replace('_aig', '-AIG')
+
+
+def main() -> None:
+    rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
+    curves = [
+        (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
+        for row in read('fmnist_budgets.csv')]
+    adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']])
+    static = trainings([row for row in rows if not row['model'].endswith('_aig')])
+    plot_accuracy_macs([*curves, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE)
+
+
+if __name__ == '__main__':
+    main()
