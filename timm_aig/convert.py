@@ -9,6 +9,7 @@ from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
+from .compat import model_args, set_model_args
 from .config import AIG_ARGS, AIGConfig
 from .gate import Gate
 
@@ -139,11 +140,10 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
     if not is_model(arch):
         return
     cfg['architecture'] = arch
-    args: Dict[str, Any] = getattr(model, '_model_args', {})
-    args = {k: v for k, v in args.items() if k not in (*AIG_ARGS, 'gate_offset', 'gate_budgets')}
+    args = {k: v for k, v in model_args(model).items() if k not in (*AIG_ARGS, 'gate_offset', 'gate_budgets')}
     if config:
         args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
-    vars(model)['_model_args'] = args
+    set_model_args(model, args)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

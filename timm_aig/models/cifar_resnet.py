@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_classifier, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
+from ..compat import feature_take_indices
 from ..convert import checkpoint_filter_fn
 from ..hub.source import checked_source
 
@@ -143,7 +143,7 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
         CifarResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive kin load too
+        pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive counterpart load too
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         **checked_source(pretrained, kwargs),
     )
