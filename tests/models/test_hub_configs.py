@@ -46,8 +46,17 @@ def test_every_file_is_in_the_registry_and_only_those_with_weights_are_listed_as
         assert (name in listed) == has_weights
 
 
+def test_a_default_has_weights_and_its_parent_has_none():
+    configs = [config for config in load_hub_configs().values() if config.get('default')]
+    assert {config['architecture'] for config in configs} >= {'cifar_resnet32_aig', 'cifar_resnet110_aig'}
+    assert len({config['architecture'] for config in configs}) == len(configs)
+    for config in configs:
+        assert timm.is_model_pretrained(f"{config['architecture']}.{config['tag']}")
+        assert not timm.is_model_pretrained(config['architecture'].removesuffix('_aig'))
+
+
 @pytest.mark.parametrize('change', [
-    dict(architecture='resnet50'), dict(tag='A b'), dict(description=''), dict(evil=1), dict(metrics=dict(top1=94)),
+    dict(architecture='resnet50'), dict(tag='A b'), dict(description=''), dict(evil=1), dict(default=False), dict(metrics=dict(top1=94)),
     dict(reported=dict(top1=1)), dict(aig=dict(target_rate=2, version=1)), dict(pretrained_cfg={}),
 ])
 def test_the_schema_refuses_what_is_wrong(change):
