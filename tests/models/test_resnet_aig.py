@@ -69,7 +69,7 @@ def test_a_family_whose_parent_has_no_weights_loads_its_trained_default(arch, tm
     assert model.pretrained_cfg == named.pretrained_cfg
     assert timm.models.get_model_args(model) == timm.models.get_model_args(named)
     assert budget_table(model) == budget_table(named) != ()
-    assert [b.target_rate for b in gated_blocks(model).values()] == [b.target_rate for b in gated_blocks(named).values()]
+    assert {b.target_rate for b in gated_blocks(model).values()} == {0.6}
     state = named.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     backbone = timm.create_model(arch, pretrained=True, features_only=True)
@@ -94,7 +94,7 @@ def test_weights_of_ones_own_win_over_the_trained_default(tmp_path):
 
 def test_list_trained_names_the_models_with_trained_gates():
     names = list_trained()
-    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet32_aig.fmnist_t06', 'cifar_resnet110_aig.fmnist_t06'} <= {*names}
+    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet110_aig.fmnist_t06'} <= {*names}
     pretrained = timm.list_models('*_aig', pretrained=True)
     assert set(names) < set(pretrained) and len(names) == len(set(names))
     for name in names:
@@ -265,7 +265,7 @@ def test_a_gates_parameters_are_grouped_with_their_block():
 
 @pytest.mark.parametrize('arch', ['resnet18_aig', 'cifar_resnet20_aig'])
 def test_a_training_step_compiles_into_one_graph(arch):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = timm.create_model(arch)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -278,7 +278,7 @@ def test_a_training_step_compiles_into_one_graph(arch):
 
 
 def test_compiled_in_eval_it_gives_the_same_logits(train_norms, train_gates):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
