@@ -19,13 +19,13 @@ def image_size(parent: str) -> int:
 
 
 def patterns(batch: int, count: int):
-    """Gates [B, L]: all open, all closed, and a mix where each block has both if it can."""
+    """Gates [B, L]: all open, all closed, and mixed in each block and sample."""
     mixed = (torch.arange(batch)[:, None] + torch.arange(count)) % 2 == 0
     return {'open': torch.ones_like(mixed), 'closed': torch.zeros_like(mixed), 'mixed': mixed}
 
 
 def tolerance(dtype, reference):
-    """Rounding of sums of the size of the reference."""
+    """Tolerances for rounding errors, relative to the largest value of the reference."""
     eps = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
     return dict(rtol=eps, atol=eps * float(reference.abs().max()))
 
@@ -37,7 +37,7 @@ def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut
         parent, dtype, channels_last, train_norms):
     static = train_norms(timm.create_model(parent)).eval()
     names = [n for n in ('layer1.0', 'layer1.1', 'layer2.0', 'layer2.1') if n in dict(static.named_modules())]
-    inputs = {}  # as they come in the network, whose blocks may count on inputs that a ReLU made
+    inputs = {}  # from the network, since its blocks may rely on inputs from a ReLU
     handles = [
         static.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: inputs.update({n: +args[0]}))
         for name in names
@@ -95,7 +95,7 @@ def test_masked_equals_sparse_through_a_whole_network(parent, train_norms, train
 
 
 @pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu'])
-def test_a_closed_block_still_applies_an_activation_that_is_no_relu(act_layer, train_norms):
+def test_a_closed_block_applies_an_activation_other_than_relu(act_layer, train_norms):
     model = gate_(train_norms(timm.create_model('resnet18', act_layer=act_layer))).eval()
     x = torch.randn(3, 64, 6, 6)
     block = model.layer1[1]
@@ -103,8 +103,8 @@ def test_a_closed_block_still_applies_an_activation_that_is_no_relu(act_layer, t
         torch.testing.assert_close(block(x), timm.layers.create_act_layer(act_layer)(x))
 
 
-def test_sparse_counts_on_a_relu_only_where_there_is_one(train_norms):
-    # gated blocks in a module of their own: nobody knows what goes in, so a closed block must clamp
+def test_sparse_skips_the_activation_only_after_a_relu(train_norms):
+    # the input of these blocks is unknown, so a closed block must clamp it
     blocks = nn.Sequential(*timm.create_model('resnet18').layer1)
     model = gate_(train_norms(nn.Sequential(blocks))).eval()
     x = torch.randn(2, 64, 6, 6)
@@ -115,7 +115,7 @@ def test_sparse_counts_on_a_relu_only_where_there_is_one(train_norms):
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d', 'seresnet50', 'cifar_resnet20'])
 @pytest.mark.usefixtures('slices')
 def test_sparse_computes_the_residual_branches_of_open_samples_and_no_others(arch, train_norms):
-    """Counted by torch where the convolutions are dispatched, and compared with timm's model."""
+    """Counted by FlopCounterMode and compared with timm's model."""
     static = timm.create_model(arch).eval()
     model = gate_(copy.deepcopy(static))
     names = list(gated_blocks(model))
@@ -192,7 +192,7 @@ def test_with_grad_in_eval_sparse_and_masked_have_the_same_gradients(arch, train
             torch.testing.assert_close(a, b, **tolerance(torch.float64, a), msg=lambda m, p=pattern: f'{p}: {m}')
 
 
-def test_training_is_masked_whatever_the_execution(train_norms):
+def test_training_is_masked_for_every_execution_mode(train_norms):
     model = gate_(train_norms(timm.create_model('cifar_resnet20')))
     seen = []
     for block in gated_blocks(model).values():
@@ -329,7 +329,7 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 @pytest.mark.parametrize('y_format', FORMATS)
 @pytest.mark.parametrize('grad_format', FORMATS)
-def test_the_gradients_of_the_masked_sum_are_those_of_its_formula_in_every_memory_format(y_format, grad_format):
+def test_the_masked_sum_has_the_right_gradients_in_every_memory_format(y_format, grad_format):
     shortcut, y, grad = torch.randn(3, 5, 3, 4, 6, dtype=torch.float64)
     z = torch.tensor([1., 0., 1., 1., 0.], dtype=torch.float64)
     inputs = [t.clone(memory_format=f).requires_grad_() for t, f in ((shortcut, grad_format), (y, y_format))]

@@ -1,4 +1,4 @@
-"""gate_ and ungate_: what they change, what they keep, what they refuse."""
+"""gate_ and ungate_: what they change, keep and refuse."""
 import copy
 import pickle
 import threading
@@ -30,7 +30,7 @@ def input_size(parent: str) -> int:
 
 
 def structure(model: nn.Module):
-    """Names, types, mode and tensors of a model: what must not change when a call fails."""
+    """Names, types, modes and tensors of a model, which must not change if a call fails."""
     modules = [(name, id(m), type(m), m.training) for name, m in model.named_modules(remove_duplicate=False)]
     tensors = [(k, v.data_ptr(), v.dtype, v.clone()) for k, v in model.state_dict(keep_vars=True).items()]
     return modules, [t[:3] for t in tensors], [t[3] for t in tensors]
@@ -138,7 +138,7 @@ def test_the_papers_schedule_gates_these_blocks(schedule_arch, names):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid, as torchvision wraps backbones: they stand inside as `body`."""
+    """A feature pyramid with the backbone as `body`, as in torchvision."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -153,7 +153,7 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    """A detector: a backbone two levels down and a head of its own."""
+    """A detector whose backbone is two levels down."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ def test_hooks_on_a_block_stay_on_it():
     assert seen == [GatedBasicBlock, BasicBlock]
 
 
-def test_drop_path_and_drop_block_come_along():
+def test_drop_path_and_drop_block_are_kept():
     model = gate_(timm.create_model('resnet26', drop_path_rate=0.2, drop_block_rate=0.2))
     assert model.layer4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert isinstance(model.layer4[1].drop_block, DropBlock2d)
@@ -254,7 +254,7 @@ def test_drop_path_and_drop_block_come_along():
 
 
 class Shared(nn.Module):
-    """Holds one block in two places of the same module, one in two modules, and one alone."""
+    """One block in two places of one module, one in two modules, and one in one place."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ def test_a_block_shared_in_two_places_stays_shared(train_norms):
     assert torch.equal(model(x), expected)
 
 
-def test_gates_that_would_answer_twice_are_an_error_in_forward_gates():
+def test_forward_gates_refuses_gates_that_run_twice():
     model = gate_(Shared()).eval()
     with pytest.raises(RuntimeError, match='exactly once'):
         timm_aig.forward_gates(model, torch.randn(3, 4, 4, 4))

@@ -70,7 +70,7 @@ def test_gates_of_half_precision_are_averaged_in_float32():
     assert TargetRateLoss([0.])(gates).item() == pytest.approx((1229 / 4096) ** 2, rel=1e-6)
 
 
-def test_the_targets_are_no_part_of_a_checkpoint():
+def test_the_losses_have_no_state():
     assert TargetRateLoss(TARGETS).state_dict() == {}
 
 

@@ -1,4 +1,4 @@
-"""forward_gates, record_gates and force_gates."""
+"""forward_gates, record_gates, force_gates: threads, compiling, checkpointing, detectors."""
 import copy
 import pickle
 import threading
@@ -186,7 +186,7 @@ def test_forward_gates_works_around_a_compiled_model(train_norms, train_gates):
         torch.testing.assert_close(y, expected[0])
 
 
-def test_checkpointing_that_is_not_reentrant_gives_the_same_gates_and_gradients(train_norms):
+def test_checkpointing_without_reentry_gives_the_same_gates_and_gradients(train_norms):
     x = torch.randn(4, 3, 32, 32)
     runs = []
     for checkpointing in (False, True):
@@ -204,7 +204,7 @@ def test_checkpointing_that_is_not_reentrant_gives_the_same_gates_and_gradients(
     assert all(g.abs().sum() > 0 for n, g in runs[1][1].items() if n.endswith('gate.fc2.bias'))
 
 
-def test_reentrant_checkpointing_is_refused_since_it_cuts_the_gates_gradient():
+def test_reentrant_checkpointing_is_an_error_since_it_drops_the_gradient_of_the_gates():
     model = timm.create_model('cifar_resnet20_aig')
     model.set_grad_checkpointing()
     set_reentrant_ckpt(True)
@@ -227,7 +227,7 @@ def test_frozen_gates_need_no_gradient():
     assert not forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
 
 
-def test_a_training_step_leaves_nothing_behind_that_would_stop_a_copy():
+def test_a_model_can_be_copied_and_pickled_after_a_training_step():
     model = timm.create_model('cifar_resnet20_aig')
     ema = ModelEmaV3(model, decay=0.5)
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
@@ -300,7 +300,7 @@ def test_passes_of_another_thread_do_not_mix_with_this_ones(train_gates):
 
 
 class Ensemble(nn.Module):
-    """Asks another adaptive model in the middle of its own pass."""
+    """Runs another adaptive model in the middle of its own pass."""
 
     def __init__(self, model, teacher):
         super().__init__()
@@ -349,7 +349,7 @@ def test_forced_gates_nest_and_the_inner_ones_win():
         assert forward_gates(model, x)[1].sum() == 0
 
 
-def test_forced_gates_are_still_computed():
+def test_forced_gates_still_run():
     model = timm.create_model('cifar_resnet20_aig').eval()
     calls = []
     for block in gated_blocks(model).values():

@@ -1,4 +1,4 @@
-"""AIGTask: what it returns, what it saves, how it is compiled, averaged and distributed (see also test_loss)."""
+"""AIGTask: results, checkpoints, compiling, EMA, distribution (see also test_loss), distillation."""
 import copy
 import math
 
@@ -28,7 +28,7 @@ def compute_loss(model, gates, target):
     return 10 * (share - target) ** 2
 
 
-def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
+def test_the_loss_is_the_sum_of_classification_and_gate_loss(model):
     reference = copy.deepcopy(model)
     task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
     assert isinstance(task, ClassificationTask)
@@ -108,7 +108,7 @@ def test_training_moves_the_execution_rate_to_the_target():
     assert sum(rates[-20:]) / 20 == pytest.approx(0.3, abs=0.1)
 
 
-def test_criterion_kwargs_make_timms_criterion_with_soft_targets(model):
+def test_criterion_kwargs_create_timms_criterion_and_soft_targets_work(model):
     task = AIGTask(model, criterion_kwargs=dict(smoothing=0.1), verbose=False)
     assert type(task.criterion).__name__ == 'LabelSmoothingCrossEntropy'
     with pytest.raises(ValueError, match='not both'):
@@ -133,7 +133,7 @@ def test_the_eval_model_is_the_adaptive_model_itself(model):
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-def test_the_average_follows_the_model_and_is_an_adaptive_model(model, compiled):
+def test_the_ema_follows_the_model_and_is_adaptive(model, compiled):
     torch.compiler.reset()
     task = AIGTask(model, verbose=False)
     task.setup_ema(decay=0.0)
@@ -241,7 +241,7 @@ def test_weight_decay_and_gradient_clipping_see_the_adaptive_models_parameters(m
 
 @pytest.mark.parametrize('weight', [0., 0.3, 1.])
 @pytest.mark.parametrize('temperature', [1., 4.])
-def test_the_distillation_and_its_gradient_are_those_of_softened_distributions(model, weight, temperature):
+def test_distillation_is_the_divergence_of_softened_distributions_with_its_gradient(model, weight, temperature):
     teacher, reference = timm.create_model('cifar_resnet20'), copy.deepcopy(model)
     task = AIGTask(
         model, nn.CrossEntropyLoss(), teacher=teacher, distill_weight=weight, distill_temperature=temperature,

@@ -53,7 +53,7 @@ def test_each_pretrained_tag_of_a_parent_is_a_tag_of_its_counterpart_with_the_sa
     assert timm.get_pretrained_cfg('resnet50_aig').tag == timm.get_pretrained_cfg('resnet50').tag
 
 
-def test_the_default_tag_stays_the_parents_when_hub_configs_have_weights(monkeypatch):
+def test_the_registered_default_tag_is_the_parents_even_if_hub_configs_have_weights(monkeypatch):
     for name in ('resnet50_aig.t05_paper', 'cifar_resnet32_aig.fmnist_t06'):
         config = resnet_aig._HUB_CONFIGS[name]
         monkeypatch.setitem(resnet_aig._HUB_CONFIGS, name, {
@@ -84,7 +84,7 @@ def test_only_pretrained_models_take_the_trained_default():
         timm.create_model('cifar_resnet44_aig', pretrained=True)
 
 
-def test_weights_of_ones_own_win_over_the_trained_default(tmp_path):
+def test_given_weights_win_over_the_trained_default(tmp_path):
     source = timm.create_model('cifar_resnet32_aig')
     overlay = save_weights(source, tmp_path / 'model.safetensors')
     model = timm.create_model('cifar_resnet32_aig', pretrained=True, pretrained_cfg_overlay=overlay)
@@ -109,7 +109,7 @@ def test_registering_the_adaptive_models_leaves_the_parents_alone():
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d'])
-def test_a_parents_weights_give_the_parents_logits_bit_for_bit_and_the_log_says_so(arch, tmp_path, caplog, train_norms):
+def test_a_parents_weights_give_its_logits_bit_for_bit_and_the_log_says_that_gates_are_untrained(arch, tmp_path, caplog, train_norms):
     static = train_norms(timm.create_model(arch)).eval()
     overlay = save_weights(static, tmp_path / 'model.safetensors')
     with caplog.at_level(logging.INFO):
@@ -229,7 +229,7 @@ def test_the_config_comes_as_keywords():
     dict(num_classes=3), dict(num_classes=0), dict(global_pool='catavgmax'), dict(act_layer='silu'),
     dict(block_args=dict(attn_layer='se')), dict(drop_block_rate=0.1),
 ])
-def test_it_takes_timms_arguments_as_its_parent_does(kwargs, train_norms):
+def test_it_takes_the_arguments_of_its_parent(kwargs, train_norms):
     model = train_norms(timm.create_model('resnet26_aig', **kwargs))
     x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
     model(x).sum().backward()
@@ -253,7 +253,7 @@ def test_features_only_gives_its_parents_features(kwargs, train_norms):
         assert all(torch.equal(a, b) for a, b in zip(model(x), static(x)))
 
 
-def test_a_gates_parameters_are_grouped_with_their_block():
+def test_the_parameters_of_a_gate_are_grouped_with_its_block():
     model = timm.create_model('resnet50_aig', device='meta')
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
