@@ -1,4 +1,4 @@
-"""Packages: those of timm_aig/, and hub_configs/ of the checkout as timm_aig.hub_configs. The rest: pyproject.toml."""
+"""Packages of timm_aig/, and hub_configs/ as timm_aig.hub_configs. Everything else is in pyproject.toml."""
 from setuptools import find_packages, setup
 
 setup(

@@ -19,19 +19,18 @@ pytest_plugins = ['loopback']
 
 torch.set_num_threads(1)  # the nets are small: threads cost more than they bring, ten times more on a busy machine
 
-# One arch for each kind of block; the others stand behind the marker all_archs.
-DEFAULT_ARCHS = (
-    'resnet18', 'resnet50', 'resnet50d', 'seresnet50', 'ecaresnet26t', 'resnetblur18', 'resnext50_32x4d', 'resnetrs50',
-    'resnet50_gn', 'cifar_resnet20',
-)
+# Archs whose blocks differ. The others run with the marker all_archs.
+SUITE_ARCHS = ('resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20')
+DEFAULT_ARCHS = (*SUITE_ARCHS, 'seresnet18', 'resnet50_gn')
 
 
 def pytest_generate_tests(metafunc):
-    """A test with an argument `parent` runs for every static arch that has an adaptive kin."""
-    if 'parent' in metafunc.fixturenames:
-        others = sorted(set(timm.list_models(module=('resnet', 'cifar_resnet'))) - set(DEFAULT_ARCHS))
-        metafunc.parametrize(
-            'parent', [*DEFAULT_ARCHS, *(pytest.param(arch, marks=pytest.mark.all_archs) for arch in others)])
+    """A test with the argument `parent`, or `suite_parent` for timm's suite, runs for each static arch."""
+    for argument, archs in (('parent', DEFAULT_ARCHS), ('suite_parent', SUITE_ARCHS)):
+        if argument in metafunc.fixturenames:
+            others = sorted(set(timm.list_models(module=('resnet', 'cifar_resnet'))) - set(archs))
+            metafunc.parametrize(
+                argument, [*archs, *(pytest.param(arch, marks=pytest.mark.all_archs) for arch in others)])
 
 
 @pytest.fixture(autouse=True)

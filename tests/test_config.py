@@ -1,4 +1,4 @@
-"""AIGConfig: schedules, JSON, what it refuses."""
+"""AIGConfig: schedules, JSON, bad fields."""
 import json
 from dataclasses import FrozenInstanceError, replace
 
@@ -30,7 +30,7 @@ def test_resnet101_has_the_papers_schedule(t):
     ([18, 18, 18], False, '1' * 18 + '1' + 't' * 17 + '1' + 't' * 16 + '1'),  # cifar_resnet110
     ([1, 1, 1, 1], False, '1111'),
 ])
-def test_other_networks_have_the_rule_behind_the_papers_schedules(stages, bottleneck, expected):
+def test_other_networks_follow_the_rule_of_the_papers_schedules(stages, bottleneck, expected):
     """The first stage, the first block of each stage and the last block always run."""
     values = {'1': 1., 't': 0.3}
     assert AIGConfig(0.3, schedule='paper').block_rates(stages, bottleneck) == tuple(
@@ -61,12 +61,12 @@ def test_a_config_survives_json(config):
     assert hash(AIGConfig.from_dict(json.loads(text))) == hash(config)
 
 
-def test_the_defaults_are_these_and_are_written_out():
+def test_to_dict_writes_the_defaults():
     assert AIGConfig().to_dict() == {'target_rate': 0.6, 'gate_channels': 16, 'gate_norm': 'bn', 'version': 1}
     assert AIGConfig.from_dict({}) == AIGConfig()
 
 
-def test_a_config_cannot_be_changed_but_replaced():
+def test_a_config_is_frozen_and_replace_checks_its_fields():
     config = AIGConfig(0.5, target_rates=[0.5, 1])
     with pytest.raises(FrozenInstanceError):
         config.target_rate = 0.7

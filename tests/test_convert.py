@@ -1,4 +1,4 @@
-"""gate_ and ungate_: what they change, what they keep, what they refuse."""
+"""gate_ and ungate_: what they change, keep and refuse."""
 import copy
 import pickle
 import threading
@@ -17,6 +17,7 @@ from timm_aig import (
     AIGConfig,
     GatedBasicBlock,
     GatedBottleneck,
+    InputError,
     gate_,
     gated_blocks,
     optimize_for_inference,
@@ -29,7 +30,7 @@ def input_size(parent: str) -> int:
 
 
 def structure(model: nn.Module):
-    """Names, types, mode and tensors of a model: what must not change when a call fails."""
+    """Names, types, modes and tensors of a model, which must not change if a call fails."""
     modules = [(name, id(m), type(m), m.training) for name, m in model.named_modules(remove_duplicate=False)]
     tensors = [(k, v.data_ptr(), v.dtype, v.clone()) for k, v in model.state_dict(keep_vars=True).items()]
     return modules, [t[:3] for t in tensors], [t[3] for t in tensors]
@@ -137,7 +138,7 @@ def test_the_papers_schedule_gates_these_blocks(schedule_arch, names):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid, as torchvision wraps backbones: they stand inside as `body`."""
+    """A feature pyramid with the backbone as `body`, as in torchvision."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -152,7 +153,7 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    """A detector: a backbone two levels down and a head of its own."""
+    """A detector whose backbone is two levels down."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +246,7 @@ def test_hooks_on_a_block_stay_on_it():
     assert seen == [GatedBasicBlock, BasicBlock]
 
 
-def test_drop_path_and_drop_block_come_along():
+def test_drop_path_and_drop_block_are_kept():
     model = gate_(timm.create_model('resnet26', drop_path_rate=0.2, drop_block_rate=0.2))
     assert model.layer4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert isinstance(model.layer4[1].drop_block, DropBlock2d)
@@ -253,7 +254,7 @@ def test_drop_path_and_drop_block_come_along():
 
 
 class Shared(nn.Module):
-    """Holds one block in two places of the same module, one in two modules, and one alone."""
+    """One block in two places of one module, one in two modules, and one in one place."""
 
     def __init__(self):
         super().__init__()
@@ -282,7 +283,7 @@ def test_a_block_shared_in_two_places_stays_shared(train_norms):
     assert torch.equal(model(x), expected)
 
 
-def test_gates_that_would_answer_twice_are_an_error_in_forward_gates():
+def test_forward_gates_refuses_gates_that_run_twice():
     model = gate_(Shared()).eval()
     with pytest.raises(RuntimeError, match='exactly once'):
         timm_aig.forward_gates(model, torch.randn(3, 4, 4, 4))
@@ -295,15 +296,29 @@ def test_gates_that_would_answer_twice_are_an_error_in_forward_gates():
     (lambda m: gate_(m, {'target_rate': 0.5}), 'config must be an AIGConfig, not dict'),
     (lambda m: gate_(m, 0.5), 'config must be an AIGConfig, not float'),
     (lambda m: gate_(m, 0), 'config must be an AIGConfig, not int'),
+    (lambda m: gate_(m, AIGConfig(), target_rate=0.5), r'config must not be given together .* \(target_rate\)'),
+    (lambda m: gate_(m, target_rate=2), r'target_rate must be a number in \(0, 1\], not 2'),
     (lambda m: ungate_(m), 'has no gated blocks'),
 ])
 def test_a_bad_call_on_a_static_model_is_explained_and_changes_nothing(call, message):
     model = timm.create_model('resnet18').eval()
     before, cfg = structure(model), copy.deepcopy(model.pretrained_cfg)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         call(model)
     assert_unchanged(model, before)
     assert model.pretrained_cfg == cfg
+
+
+def test_the_fields_of_the_config_are_keywords():
+    fields = dict(target_rate=0.25, schedule='paper', gate_channels=4, gate_norm='none')
+    model = gate_(timm.create_model('resnet18'), **fields)
+    expected = gate_(timm.create_model('resnet18'), AIGConfig(**fields))
+    assert [(n, b.target_rate) for n, b in gated_blocks(model).items()] == [('layer2.1', 0.25), ('layer3.1', 0.25)]
+    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
+        (k, v.shape) for k, v in expected.state_dict().items()]
+    assert timm.models.get_model_args(model) == timm.models.get_model_args(expected)
+    with pytest.raises(TypeError, match='rate'):
+        gate_(timm.create_model('resnet18'), rate=0.5)
 
 
 def test_an_optimized_model_is_not_ungated():
@@ -327,9 +342,9 @@ def test_gating_twice_is_refused_and_changes_nothing(config):
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: nn.Linear(3, 3), r'model \(Linear\) has no timm ResNet blocks'),
-    (lambda: timm.create_model('convnext_atto'), 'has no timm ResNet blocks'),
-    (lambda: torchvision.models.resnet18(), 'has no timm ResNet blocks'),
+    (lambda: nn.Linear(3, 3), r'model \(Linear\) has no supported blocks. Supported are BasicBlock and Bottleneck'),
+    (lambda: timm.create_model('convnext_atto'), r'model \(ConvNeXt\) has no supported blocks'),
+    (lambda: torchvision.models.resnet18(), r'model \(ResNet\) has no supported blocks'),
     (lambda: BasicBlock(4, 4), r'model \(BasicBlock\) is a block itself'),
 ])
 def test_a_model_without_resnet_blocks_is_refused(make, message):

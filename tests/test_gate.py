@@ -1,4 +1,4 @@
-"""Gate: what it draws, its gradient, its threshold."""
+"""Gate: draws, gradient, eval threshold."""
 import copy
 
 import pytest
@@ -47,7 +47,7 @@ def test_draws_are_independent_between_samples():
     n = 1_000_000
     with torch.no_grad():
         z = constant_gate(0., 0.)(torch.zeros(n, 1, 1, 1)).double() - 0.5
-    covariance = (z[1:] * z[:-1]).mean()  # of standard error 0.25 / sqrt(n)
+    covariance = (z[1:] * z[:-1]).mean()  # its standard error is 0.25 / sqrt(n)
     assert abs(covariance) <= 4 * 0.25 / n ** 0.5
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_gumbel_softmax_with_the_same_noise():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_without_noise_it_answers_as_in_eval_with_the_gradient_of_the_softmax():
+def test_training_without_noise_answers_as_eval_with_the_gradient_of_the_softmax():
     gate = Gate(3, 5, norm='none').double()
     gate.noise = False
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_without_noise_it_answers_as_in_eval_with_the_gradient_of_the_softmax():
     assert 0 < z.sum() < 64
 
 
-def test_the_offset_is_of_eval_alone_also_without_noise():
+def test_the_offset_acts_in_eval_only_even_without_noise():
     gate = constant_gate(1., 0.)
     gate.noise = False
     gate.set_offset(5.)
@@ -105,7 +105,7 @@ def test_the_offset_is_of_eval_alone_also_without_noise():
     assert gate.eval()(x).tolist() == [1., 1.]
 
 
-def test_sampling_in_eval_draws_also_when_the_training_does_not():
+def test_sampling_in_eval_draws_even_if_training_does_not():
     gate = constant_gate(0., 0.).eval()
     gate.noise = False
     model = timm_aig.gate_(nn.Sequential(nn.Sequential(timm_aig.blocks.BasicBlock(1, 1))), timm_aig.AIGConfig())
@@ -134,7 +134,7 @@ def test_answers_are_exactly_0_or_1_and_float32(closed, open, dtype):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('norm', ['bn', 'none'])
-def test_10_000_training_steps_with_extreme_logits_give_no_nan(dtype, norm):
+def test_training_with_extreme_logits_gives_no_nan(dtype, norm):
     gate = Gate(4, 4, norm)
     with torch.no_grad():
         gate.fc2.weight.copy_(torch.tensor([[1e4, -1e4, 0., 1.], [-1e4, 1e4, 1., 0.]]))
@@ -144,12 +144,12 @@ def test_10_000_training_steps_with_extreme_logits_give_no_nan(dtype, norm):
     with torch.autocast('cpu', dtype=dtype):
         assert gate.logits(x).abs().max() > 5e3
         assert gate.logits(x).dtype == dtype
-        for _ in range(5_000):  # with each norm, so 10,000 in each dtype
+        for _ in range(1_000):
             z = gate(x)
             exact &= ((z == 0) | (z == 1)).all()
             optimizer.zero_grad()
             z.sum().backward()
-            optimizer.step()  # a gradient with one NaN stays in the weights for good
+            optimizer.step()  # one NaN in a gradient would stay in the weights
     assert exact
     assert all(p.isfinite().all() for p in gate.parameters())
 
@@ -274,7 +274,7 @@ def test_scripted_it_answers_the_same():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_it_is_made_in_the_asked_dtype_on_the_asked_device(dtype):
+def test_it_has_the_given_dtype_and_device(dtype):
     gate = Gate(4, device='meta', dtype=dtype)
     assert {(p.device.type, p.dtype) for p in gate.parameters()} == {('meta', dtype)}
     assert gate(torch.empty(2, 4, 8, 8, device='meta', dtype=dtype)).shape == (2,)

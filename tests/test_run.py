@@ -1,4 +1,4 @@
-"""python -m timm_aig.run: scripts that know nothing of timm_aig run with its models."""
+"""python -m timm_aig.run: scripts that do not import timm_aig run with its models."""
 import os
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_it_works_under_torchrun(script):
     (['no/such.py', '--model', 'x'], 2, 'there is no file no/such.py'),
     ([], 2, 'usage: python -m timm_aig.run SCRIPT'), (['--help'], 0, 'usage: python -m timm_aig.run SCRIPT'),
 ])
-def test_what_is_missing_is_said(args, code, message, capsys):
+def test_a_missing_script_is_named_and_help_is_printed(args, code, message, capsys):
     with pytest.raises(SystemExit) as exit:
         main(args)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""AIGTask: what it returns, what it saves, how it is compiled, averaged and distributed (see also test_loss)."""
+"""AIGTask: results, checkpoints, compiling, EMA, distribution (see also test_loss), distillation."""
 import copy
 import math
 
@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
-from timm_aig import AIGTask, ComputeTargetLoss, TargetRateLoss, compute_cost, forward_gates
+from timm_aig import AIGTask, ComputeTargetLoss, InputError, TargetRateLoss, compute_cost, forward_gates
 
 X, TARGET = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
@@ -21,7 +21,14 @@ def model(train_norms, train_gates):
     return train_gates(train_norms(timm.create_model('cifar_resnet20_aig', target_rate=0.7)))
 
 
-def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
+def compute_loss(model, gates, target):
+    """10 (MACs share - target)^2 of the mean gates."""
+    cost = compute_cost(model, (3, 32, 32))
+    share = (cost.fixed + gates.mean(0).double() @ torch.tensor(cost.blocks).double()) / cost.total
+    return 10 * (share - target) ** 2
+
+
+def test_the_loss_is_the_sum_of_classification_and_gate_loss(model):
     reference = copy.deepcopy(model)
     task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
     assert isinstance(task, ClassificationTask)
@@ -29,7 +36,7 @@ def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
     result = task(X, TARGET)
     torch.manual_seed(1)
     logits, gates = forward_gates(reference, X)
-    rate_loss = ((gates.mean(0) - 0.7) ** 2).sum()
+    rate_loss = compute_loss(reference, gates, 0.7)
     expected = nn.functional.cross_entropy(logits, TARGET) + rate_loss
 
     assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate', 'block_rates'}
@@ -45,17 +52,44 @@ def test_the_loss_is_that_of_the_classification_plus_that_of_the_gates(model):
         torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f'{name}: {m}')
 
 
-def test_the_targets_are_the_blocks_own_and_another_loss_can_be_given():
-    rates = [1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1]
-    model = timm.create_model('cifar_resnet20_aig', target_rates=rates)
-    task = AIGTask(model, verbose=False)
-    gates = torch.rand(5, 7)
-    assert torch.equal(task.gate_loss(gates), TargetRateLoss(rates[1:-1])(gates))
-    loss = ComputeTargetLoss(compute_cost(model, (3, 16, 16)), 0.5, weight=3.)
+def test_the_default_loss_on_the_gates_is_that_of_finetunes_default_recipe(finetune):
+    args = finetune.parse_args(['--model', 'cifar_resnet20_aig', '--target-rate', '0.4', '--device', 'cpu'])
+    model = timm.create_model('cifar_resnet20_aig', target_rate=0.4)
+    recipe_task, _ = finetune.create_task(args, model, None, compute_cost(model, (3, 32, 32)))
+    own, recipe = AIGTask(model, verbose=False).gate_loss, recipe_task.gate_loss
+    assert type(own) is type(recipe) is ComputeTargetLoss
+    assert own.target == pytest.approx(recipe.target)
+    assert (own.weight, own.cost) == (recipe.weight, recipe.cost)
+
+
+@pytest.mark.parametrize('kwargs,target', [
+    (dict(target_rate=0.3), 0.3),
+    (dict(target_rates=[1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1]), 5.5 / 9),
+    (dict(schedule='paper', target_rate=0.3), (6 + 3 * 0.3) / 9),
+])
+def test_the_default_target_is_the_mean_target_rate_of_all_blocks(kwargs, target):
+    model = timm.create_model('cifar_resnet20_aig', **kwargs)
+    assert AIGTask(model, verbose=False).gate_loss.target == pytest.approx(target)
+
+
+def test_another_loss_on_the_gates_can_be_given(model):
+    loss = TargetRateLoss([0.5] * 9, weight=3.)
     torch.manual_seed(1)
     result = AIGTask(model, gate_loss=loss, verbose=False)(X, TARGET)
     torch.manual_seed(1)
     assert result['rate_loss'] == loss(forward_gates(model, X)[1]).detach()
+
+
+@pytest.mark.parametrize('make,reason', [
+    (lambda: timm.create_model('cifar_resnet20_aig', target_rate=0.01), r'target must be in \[0\.0'),
+    (lambda: nn.Sequential(timm.create_model('cifar_resnet20_aig')), 'input_size'),
+])
+def test_a_model_without_a_default_loss_needs_one(make, reason):
+    model = make()
+    with pytest.raises(InputError, match=f'gate_loss must be given for this model: .*{reason}') as error:
+        AIGTask(model, verbose=False)
+    assert error.value.argument == 'gate_loss'
+    AIGTask(model, gate_loss=TargetRateLoss([0.5] * 9), verbose=False)
 
 
 def test_training_moves_the_execution_rate_to_the_target():
@@ -74,7 +108,7 @@ def test_training_moves_the_execution_rate_to_the_target():
     assert sum(rates[-20:]) / 20 == pytest.approx(0.3, abs=0.1)
 
 
-def test_criterion_kwargs_make_timms_criterion_with_soft_targets(model):
+def test_criterion_kwargs_create_timms_criterion_and_soft_targets_work(model):
     task = AIGTask(model, criterion_kwargs=dict(smoothing=0.1), verbose=False)
     assert type(task.criterion).__name__ == 'LabelSmoothingCrossEntropy'
     with pytest.raises(ValueError, match='not both'):
@@ -99,8 +133,8 @@ def test_the_eval_model_is_the_adaptive_model_itself(model):
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-def test_the_average_follows_the_model_and_is_an_adaptive_model(model, compiled):
-    torch._dynamo.reset()
+def test_the_ema_follows_the_model_and_is_adaptive(model, compiled):
+    torch.compiler.reset()
     task = AIGTask(model, verbose=False)
     task.setup_ema(decay=0.0)
     if compiled:
@@ -153,7 +187,7 @@ def test_a_checkpoint_loads_into_a_compiled_task(model):
 
 
 def test_a_compiled_task_trains_and_evaluates(model):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
     expected = copy.deepcopy(model).eval()(X).detach()
     eval_model = task.compile(backend='aot_eager')
@@ -189,9 +223,8 @@ def test_moving_the_task_keeps_its_device_dtype_and_exact_targets(model):
     task = AIGTask(model, verbose=False).to(torch.float64)
     assert task.dtype == next(model.parameters()).dtype == torch.float64
     assert task(X.double(), TARGET)['loss'].dtype == torch.float64
-    targets = task.gate_loss.target_rates
-    task.to(torch.bfloat16)  # 0.6 has no bfloat16
-    assert task.gate_loss.target_rates == targets
+    task.to(torch.bfloat16)  # which cannot represent 0.7
+    assert task.gate_loss.target == pytest.approx(0.7, abs=1e-12)
     task.to('meta')
     assert task.device.type == next(model.parameters()).device.type == 'meta'
 
@@ -208,7 +241,7 @@ def test_weight_decay_and_gradient_clipping_see_the_adaptive_models_parameters(m
 
 @pytest.mark.parametrize('weight', [0., 0.3, 1.])
 @pytest.mark.parametrize('temperature', [1., 4.])
-def test_the_distillation_and_its_gradient_are_those_of_softened_distributions(model, weight, temperature):
+def test_distillation_is_the_divergence_of_softened_distributions_with_its_gradient(model, weight, temperature):
     teacher, reference = timm.create_model('cifar_resnet20'), copy.deepcopy(model)
     task = AIGTask(
         model, nn.CrossEntropyLoss(), teacher=teacher, distill_weight=weight, distill_temperature=temperature,
@@ -224,7 +257,7 @@ def test_the_distillation_and_its_gradient_are_those_of_softened_distributions(m
     log_q = logits / temperature - (logits / temperature).exp().sum(1, keepdim=True).log()
     divergence = (p * (p.log() - log_q)).sum(1).mean() * temperature ** 2
     expected = (1 - weight) * nn.functional.cross_entropy(logits, TARGET) + weight * divergence
-    expected = expected + ((gates.mean(0) - 0.7) ** 2).sum()
+    expected = expected + compute_loss(reference, gates, 0.7)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     expected.backward()
     for (name, a), b in zip(model.named_parameters(), reference.parameters()):
@@ -247,8 +280,12 @@ def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
     assert not [k for k in task.get_checkpoint_state()['state_dict'] if 'teacher' in k]
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(distill_weight=1.1), dict(distill_weight=-0.1), dict(distill_temperature=0.), dict(distill_weight=math.nan)])
-def test_distillation_arguments_out_of_range_are_refused(model, kwargs):
-    with pytest.raises(ValueError, match=r'distill_weight must be in \[0, 1\] and distill_temperature above 0'):
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(distill_weight=1.1), r'distill_weight must be in \[0, 1\], not 1.1'),
+    (dict(distill_weight=-0.1), r'distill_weight must be in \[0, 1\], not -0.1'),
+    (dict(distill_weight=math.nan), r'distill_weight must be in \[0, 1\], not nan'),
+    (dict(distill_temperature=0.), r'distill_temperature must be above 0, not 0.0'),
+])
+def test_distillation_arguments_out_of_range_are_refused(model, kwargs, message):
+    with pytest.raises(InputError, match=message):
         AIGTask(model, **kwargs)

@@ -2,16 +2,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
-from . import models  # noqa: F401, registers the entry points
-from .blocks import (
-    GatedBasicBlock,
-    GatedBottleneck,
-    gated_blocks,
-    set_execution,
-    set_gate_offset,
-)
+from .blocks import GatedBasicBlock, GatedBottleneck, gated_blocks, set_execution, set_gate_offset
 from .budget import BudgetPoint, budget_table, set_budget
 from .config import AIGConfig, InputError
 from .convert import gate_, ungate_
@@ -19,6 +12,7 @@ from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import ComputeTargetLoss, TargetRateLoss
+from .models.resnet_aig import list_trained  # registers the entry points
 from .passes import force_gates, forward_gates, record_gates
 
 if TYPE_CHECKING:
@@ -34,11 +28,11 @@ __all__ = [
     'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
     'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate', 'export_aoti',
     'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'record_gates', 'save_pretrained',
-    'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
+    'list_trained', 'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'record_gates',
+    'save_pretrained', 'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
-_LAZY = {  # imported when first used: slow to import, and most users never need them
+_LAZY = {  # slow to import: imported at first use
     'AIGTask': '.task',
     'calibrate_budget': '.training.calibrate',
     'evaluate': '.training.evaluate',

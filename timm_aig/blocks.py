@@ -6,24 +6,25 @@ import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
+from .config import InputError
 from .gate import Gate, runs_eagerly
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'set_execution', 'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
-SLICE_NUMEL = 2 ** 17  # elements of a sample from which, on a CPU, copying it costs more than running it by itself
+SLICE_NUMEL = 2 ** 17  # elements per sample from which, on a CPU, gathering costs more than running slices in place
 
 
 class GatedBlock(nn.Module):
-    """What both gated blocks share: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
+    """Base of both gated blocks: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
 
     Modifications:
-        * takes over the submodules (and so the keys) of the timm block it is built from
-        * `gate` decides for each sample whether the residual branch counts
-        * masked execution computes the branch for every sample and multiplies it by z: training, tracing, scripting,
-          compiling, the meta device
-        * sparse execution computes it for the open samples only: eval without grad
+        * takes the submodules of the timm block it is built from, and so its keys
+        * `gate` answers for each sample whether the residual branch runs
+        * masked execution computes the branch for every sample and multiplies it by z. It is used for training,
+          tracing, scripting, compiling and on the meta device
+        * sparse execution computes the branch of open samples only. It is used in eval without grad
     """
 
     if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class GatedBlock(nn.Module):
             block: The timm block to take over.
             gate: Gate for the block's input.
             target_rate: Share of samples that should run the block, in (0, 1).
-            relu_input: The input always comes out of a ReLU and the block ends in one, so that a closed block with an
+            relu_input: The input always is the output of a ReLU and the block ends in one, so a closed block with an
                 identity shortcut returns its input unchanged.
         """
         nn.Module.__init__(self)
@@ -48,16 +49,16 @@ class GatedBlock(nn.Module):
         self.execution = 'auto'
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
-        """What the gate may skip: the timm block's forward up to the shortcut."""
+        """Residual branch: the timm block's forward up to the shortcut. This is what a closed gate skips."""
         raise NotImplementedError
 
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
-        """Activation behind the sum of shortcut and residual."""
+        """Activation after the sum of shortcut and residual."""
         raise NotImplementedError
 
     @torch.jit.ignore
     def ungated(self) -> nn.Module:
-        """The plain timm block with this block's submodules, without the gate."""
+        """timm block with this block's submodules but no gate."""
         state = {k: v for k, v in vars(self).items() if k not in ('target_rate', 'relu_input', 'execution')}
         state['_modules'] = {k: v for k, v in self._modules.items() if k != 'gate'}
         block = self.block_cls.__new__(self.block_cls)
@@ -69,7 +70,7 @@ class GatedBlock(nn.Module):
         z = self.gate(x)
         if not torch.jit.is_scripting():
             if self._runs_sparse(x):
-                return run_open_rows(self, x, open_rows(z))
+                return run_open_rows(self, x, open_rows(z))  # closed samples are skipped here
         y = self.residual(x)
         shortcut = x if self.downsample is None else self.downsample(x)
         if not torch.jit.is_scripting():
@@ -85,14 +86,14 @@ class GatedBlock(nn.Module):
         return self.execution == 'sparse' or not torch.is_grad_enabled()
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
-        """act(residual(x) + shortcut), see run_open_rows."""
+        """act(residual(x) + shortcut). `overwrite`: the result may be written into shortcut."""
         y = self.residual(x)
         y += shortcut
         return self.last_act(y)
 
 
 class _AddMasked(torch.autograd.Function):
-    """shortcut + z * y for shortcut and y [B, C, H, W] and z [B], with half the memory traffic of two operations."""
+    """shortcut + z * y for shortcut and y [B, C, H, W] and z [B]. Has half the memory traffic of two operations."""
 
     @staticmethod
     def forward(shortcut: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -106,33 +107,34 @@ class _AddMasked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         y, z = ctx.saved_tensors
-        # a view for channels_last and a copy for contiguous tensors, as for the gradient of y
-        rows, grad_rows = (t.permute(0, 2, 3, 1).flatten(1) for t in (y, grad))
+        channels_last = y.is_contiguous(memory_format=torch.channels_last)
+        # flatten in the memory format of y, where it is a view
+        rows, grad_rows = ((t.permute(0, 2, 3, 1) if channels_last else t).flatten(1) for t in (y, grad))
         return grad, grad * z.view(-1, 1, 1, 1), torch.linalg.vecdot(grad_rows, rows)
 
 
 def open_rows(z: torch.Tensor) -> List[int]:
-    """Which samples of gate answers z [B] run."""
+    """Indices of the open samples in answers z [B]."""
     return [row for row, answer in enumerate(z.tolist()) if answer]
 
 
 def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool = False) -> torch.Tensor:
-    """Sparse execution of a block: the residual branch of the open samples and nothing else.
+    """Sparse execution of a block: the residual branch of the open samples, and no other.
 
     Args:
         block: Has `downsample` (or None), `relu_input`, `last_act(y)` and `add_residual(x, shortcut, overwrite)`.
         x: Block inputs [B, C, H, W].
-        rows: The open samples, ascending.
-        owned: Nobody else holds x, so that the output may be written into it.
+        rows: Indices of the open samples, ascending.
+        owned: Nothing else holds x, so the output may overwrite it.
 
     Returns:
-        The block's outputs [B, C', H', W'] in the memory format of x; x itself if no sample changes.
+        Block outputs [B, C', H', W'] in the memory format of x, or x itself if no sample changes.
     """
     shortcut = x if block.downsample is None else block.downsample(x)
     owned = owned or shortcut is not x
     if len(x) == len(rows) > 0:
         return block.add_residual(x, shortcut, owned)
-    unchanged = shortcut is x and block.relu_input  # what a closed block does to its sample
+    unchanged = shortcut is x and block.relu_input  # a closed block returns its input
     if unchanged and not rows:
         return x
     y = shortcut if owned else shortcut.clone()
@@ -146,7 +148,7 @@ def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool 
 
 
 def _run_slices(block: Any, x: torch.Tensor, y: torch.Tensor, rows: Sequence[int], unchanged: bool) -> torch.Tensor:
-    """run_open_rows into y without gathering: open samples that are neighbours run as a slice of the batch."""
+    """run_open_rows without gathering: each run of neighbouring open samples is a slice of x and writes into y."""
     stop = 0
     for is_open, neighbours in groupby(range(len(x)), set(rows).__contains__):
         count = len(list(neighbours))
@@ -160,14 +162,14 @@ def _run_slices(block: Any, x: torch.Tensor, y: torch.Tensor, rows: Sequence[int
 
 
 def _take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[index] in the memory format of x; index_select by itself would return contiguous rows."""
+    """x[index] in the memory format of x. index_select alone would return contiguous rows."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
 
 
 def _put_rows(y: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """y with its rows at index replaced, in place where autograd allows."""
+    """Replace the rows of y at index, in place where autograd allows it."""
     if y.requires_grad or rows.requires_grad:
         return y.index_copy(0, index, rows)
     if y.is_contiguous(memory_format=torch.channels_last):
@@ -177,7 +179,7 @@ def _put_rows(y: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch
 
 
 class GatedBasicBlock(GatedBlock, BasicBlock):
-    """timm's BasicBlock behind a gate."""
+    """timm's BasicBlock with a gate."""
     block_cls = BasicBlock
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
@@ -199,7 +201,7 @@ class GatedBasicBlock(GatedBlock, BasicBlock):
 
 
 class GatedBottleneck(GatedBlock, Bottleneck):
-    """timm's Bottleneck behind a gate."""
+    """timm's Bottleneck with a gate."""
     block_cls = Bottleneck
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,14 +226,16 @@ class GatedBottleneck(GatedBlock, Bottleneck):
 
 
 def gated_blocks(model: nn.Module) -> Dict[str, Any]:
-    """Gated blocks of a model by module name ('layer2.1'), in order. Empty for a static model."""
+    """Gated blocks of a model in order, by module name ('layer2.1'). A static model has none."""
     return {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'gate', None), Gate)}
 
 
 def require_gated_blocks(model: nn.Module) -> Dict[str, Any]:
+    """gated_blocks, but an InputError for a static model."""
     blocks = gated_blocks(model)
     if not blocks:
-        raise ValueError(f'model ({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_ first.')
+        raise InputError(
+            f'({type(model).__name__}) has no gated blocks, convert it with timm_aig.gate_ first.', 'model')
     return blocks
 
 
@@ -239,25 +243,31 @@ def set_execution(model: nn.Module, mode: str) -> None:
     """Choose how the gated blocks of a model run in eval. Training, tracing and compiling are always masked.
 
     Args:
-        model: Model with gated blocks.
-        mode: 'auto', sparse without grad and masked with; 'sparse', with grad too; 'masked', never sparse.
+        model: Adaptive model.
+        mode: 'auto' is sparse without grad and masked with grad, 'sparse' and 'masked' are the same with and without.
 
     Raises:
-        ValueError: An unknown mode, a static model, or one optimized for inference, which is always sparse.
+        InputError: An unknown mode, a static model, or an optimized model, which is always sparse.
     """
     if mode not in EXECUTIONS:
-        raise ValueError(f'mode must be one of {", ".join(EXECUTIONS)}, not {mode!r}.')
+        raise InputError(f'must be one of {", ".join(EXECUTIONS)}, not {mode!r}.', 'mode')
     blocks = require_gated_blocks(model)
     if not all(isinstance(block, GatedBlock) for block in blocks.values()):
-        raise ValueError('model is optimized for inference and always sparse, set the execution of the original.')
+        raise InputError('is optimized for inference and always sparse, set the execution of the original.', 'model')
     for block in blocks.values():
         block.execution = mode
 
 
 def set_gate_offset(model: nn.Module, offset: float) -> None:
-    """Set the logit offset added before the eval threshold: more open gates above 0, fewer below."""
+    """Set the logit that the gates add to the open one in eval: above 0 more gates open, below 0 fewer.
+
+    The offset is part of the state dict.
+
+    Raises:
+        InputError: The offset is nan or the model is static.
+    """
     offset = float(offset)
     if offset != offset:
-        raise ValueError('offset must be a number, not nan.')
+        raise InputError('must be a number, not nan.', 'offset')
     for block in require_gated_blocks(model).values():
         block.gate.set_offset(offset)

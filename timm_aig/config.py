@@ -1,6 +1,6 @@
-"""AIGConfig: which blocks of a ResNet are gated, how often they should run, and what their gates look like.
+"""AIGConfig: which blocks of a ResNet are gated, their target rates and the form of their gates.
 
-And InputError, which every module raises for a value that it cannot use.
+Also InputError, the exception for bad arguments.
 """
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -12,13 +12,13 @@ SCHEDULES = ('paper',)
 
 
 class InputError(ValueError):
-    """A value that cannot be used. The message says which, what it was and what is allowed."""
+    """A bad argument. The message names it and says what it was and what is allowed."""
 
     def __init__(self, problem: str, argument: Optional[str] = None) -> None:
         """
         Args:
-            problem: What is wrong, without the argument's name.
-            argument: Its Python name, which scripts show as a flag. None if no single argument is at fault.
+            problem: Message without the argument's name.
+            argument: Python name of the argument, which scripts show as a flag. None if it is no single argument.
         """
         super().__init__(problem if argument is None else f'{argument} {problem}')
         self.problem = problem
@@ -26,11 +26,7 @@ class InputError(ValueError):
 
 
 def _paper_schedule(stages: Sequence[int], bottleneck: bool, t: float) -> List[float]:
-    """Target rate of each block for stages of so many blocks (paper, section 4.2).
-
-    Networks of the shape of ResNet-50 and ResNet-101 as published. Others by the rule behind them: the first stage,
-    the first block of each stage and the last block always run.
-    """
+    """Target rate of each block, given the number of blocks in each stage (paper, section 4.2). See AIGConfig."""
     if bottleneck and tuple(stages) == (3, 4, 6, 3):
         return [1., 1., .8, 1., t, t, t, 1., t, t, t, t, t, 1., .7, 1.]
     if bottleneck and tuple(stages) == (3, 4, 23, 3):
@@ -46,17 +42,22 @@ def _paper_schedule(stages: Sequence[int], bottleneck: bool, t: float) -> List[f
 class AIGConfig:
     """How to make a ResNet adaptive.
 
+    The schedule 'paper' (section 4.2) leaves blocks that always run without a gate. With t = target_rate, the published
+    schedules are `[1, 1, .8, 1, t, t, t, 1, t, t, t, t, t, 1, .7, 1]` for ResNet-50 and `[1] * 8 + [t] * 25` for
+    ResNet-101. The 0.8 and 0.7 belong to that of ResNet-50 and do not depend on t. Other networks get the rule behind
+    these: the first stage, the first block of each stage and the last block always run.
+
     Args:
         target_rate: Share of samples that should run a gated block, in (0, 1].
-        schedule: None, every block is gated at target_rate; 'paper', as in the paper, some blocks always run.
-        target_rates: One rate for each block of the network, in order, instead of the two above. A block with
-            rate 1 always runs and gets no gate.
+        schedule: None gates every block at target_rate. 'paper' gates some of them, see above.
+        target_rates: One rate for each block of the network in order, instead of target_rate and schedule. A block
+            with rate 1 always runs and has no gate.
         gate_channels: Hidden width of a gate.
         gate_norm: Norm of a gate's hidden layer, 'bn' or 'none'.
         version: Version of this format.
 
     Raises:
-        ValueError: A field has a value that is not allowed.
+        InputError: A field has a bad value.
     """
     target_rate: float = 0.6
     schedule: Optional[str] = None
@@ -68,41 +69,41 @@ class AIGConfig:
     def __post_init__(self) -> None:
         _check_rate('target_rate', self.target_rate)
         if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise ValueError(f'schedule must be None or one of {", ".join(SCHEDULES)}, not {self.schedule!r}.')
+            raise InputError(f'must be None or one of {", ".join(SCHEDULES)}, not {self.schedule!r}.', 'schedule')
         if self.target_rates is not None:
             if isinstance(self.target_rates, (str, bytes)) or not isinstance(self.target_rates, Sequence):
-                raise ValueError(f'target_rates must be a list of rates, not {self.target_rates!r}.')
+                raise InputError(f'must be a list of rates, not {self.target_rates!r}.', 'target_rates')
             for i, rate in enumerate(self.target_rates):
-                _check_rate(f'target_rates[{i}]', rate)
+                _check_rate('target_rates', rate, f'[{i}]')
             object.__setattr__(self, 'target_rates', tuple(self.target_rates))
         if not _is_int(self.gate_channels) or self.gate_channels < 1:
-            raise ValueError(f'gate_channels must be a whole number above 0, not {self.gate_channels!r}.')
+            raise InputError(f'must be a whole number above 0, not {self.gate_channels!r}.', 'gate_channels')
         if self.gate_norm not in GATE_NORMS:
-            raise ValueError(f'gate_norm must be one of {", ".join(GATE_NORMS)}, not {self.gate_norm!r}.')
+            raise InputError(f'must be one of {", ".join(GATE_NORMS)}, not {self.gate_norm!r}.', 'gate_norm')
         if self.version != 1:
-            raise ValueError(f'version must be 1, not {self.version!r}: a newer timm_aig wrote this config.')
+            raise InputError(f'must be 1, not {self.version!r}: a newer timm_aig wrote this config.', 'version')
 
     def block_rates(self, stages: Sequence[int], bottleneck: bool = True) -> Tuple[float, ...]:
-        """Target rate of each block of a network, 1 for one that always runs.
+        """Target rate of each block of a network, 1 for blocks that always run.
 
         Args:
             stages: Number of blocks in each stage.
-            bottleneck: The blocks are Bottleneck, not BasicBlock.
+            bottleneck: True for Bottleneck blocks, False for BasicBlock.
 
         Raises:
-            ValueError: `target_rates` has another length than the network has blocks.
+            InputError: `target_rates` has a different length than the network has blocks.
         """
         if self.target_rates is not None:
             if len(self.target_rates) != sum(stages):
-                raise ValueError(
-                    f'target_rates has {len(self.target_rates)} rates, the network has {sum(stages)} blocks.')
+                raise InputError(
+                    f'has {len(self.target_rates)} rates, the network has {sum(stages)} blocks.', 'target_rates')
             return self.target_rates
         if self.schedule == 'paper':
             return tuple(_paper_schedule(stages, bottleneck, self.target_rate))
         return (self.target_rate,) * sum(stages)
 
     def to_dict(self) -> Dict[str, Any]:
-        """Fields that differ from None as plain JSON types."""
+        """Fields that are not None, as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
@@ -110,12 +111,12 @@ class AIGConfig:
         """Inverse of to_dict.
 
         Raises:
-            ValueError: An unknown field, or a value that is not allowed.
+            InputError: An unknown field or a bad value.
         """
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f'unknown AIGConfig field {", ".join(unknown)}, known are {", ".join(known)}.')
+            raise InputError(f'unknown AIGConfig field {", ".join(unknown)}, known are {", ".join(known)}.')
         return cls(**values)
 
 
@@ -126,6 +127,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_rate(name: str, rate: Any) -> None:
+def _check_rate(argument: str, rate: Any, index: str = '') -> None:
     if not (_is_int(rate) or isinstance(rate, float)) or not 0 < rate <= 1:
-        raise ValueError(f'{name} must be a number in (0, 1], not {rate!r}.')
+        raise InputError(f'must be a number in (0, 1], not {rate!r}.', argument + index)

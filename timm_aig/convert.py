@@ -1,4 +1,4 @@
-"""gate_ and ungate_: static timm ResNets <-> adaptive ResNets, in place; and the same for their checkpoints."""
+"""Convert timm ResNets and their checkpoints to adaptive ones and back: gate_, ungate_, checkpoint_filter_fn."""
 import logging
 from itertools import groupby
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type
@@ -9,7 +9,8 @@ from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
-from .config import AIG_ARGS, AIGConfig
+from .compat import model_args, set_model_args
+from .config import AIG_ARGS, AIGConfig, InputError
 from .gate import Gate
 
 __all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn']
@@ -20,7 +21,7 @@ GATED: Dict[type, Type[GatedBlock]] = {cls.block_cls: cls for cls in (GatedBasic
 
 
 class _Site(NamedTuple):
-    """Where a block sits: `parent` (named `stage`) holds it as its child `child`."""
+    """Place of a block: child `child` of `parent`, whose name is `stage`."""
     stage: str
     parent: nn.Module
     child: str
@@ -31,13 +32,13 @@ def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
     return [
         _Site(stage, parent, child, block)
         for stage, parent in model.named_modules()
-        for child, block in parent._modules.items()  # named_children() leaves out a block's second name
+        for child, block in parent._modules.items()  # named_children() would leave out the second name of a block
         if type(block) in types
     ]
 
 
 def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
-    """Target rate of each block; a network is what shares the name in front of its stages."""
+    """Target rate of each block. Stages whose names have the same prefix are one network."""
     if config.target_rates is not None:
         return config.block_rates([len(sites)])
     rates: Tuple[float, ...] = ()
@@ -48,7 +49,7 @@ def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
 
 
 def _relu_input(site: _Site) -> bool:
-    """Whether both the block before this one, in the same nn.Sequential, and this one end in a ReLU."""
+    """Whether this block and the one before it in the same nn.Sequential both end in a ReLU."""
     if not isinstance(site.parent, nn.Sequential):
         return False
     index = list(site.parent._modules).index(site.child)
@@ -62,34 +63,41 @@ def _last_act(block: nn.Module) -> Optional[nn.Module]:
     return block.act2 if isinstance(block, BasicBlock) else None
 
 
-def gate_(model: nn.Module, config: Optional[AIGConfig] = None) -> nn.Module:
+def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -> nn.Module:
     """Make every timm ResNet block of a model adaptive, in place.
 
-    In eval the model computes what it did before, bit for bit, until its gates are trained: they start open.
+    The gates start open: until they are trained, the model in eval computes the same as before, bit for bit.
 
     Args:
-        model: Any module that contains timm's BasicBlock or Bottleneck: a timm ResNet, a features_only backbone, a
-            detector with such a backbone.
-        config: Which blocks to gate and at what rate, AIGConfig() by default.
+        model: Any module that contains timm's BasicBlock or Bottleneck, such as a timm ResNet, a features_only
+            backbone or a detector with one.
+        config: Which blocks to gate and their target rates. Default: AIGConfig().
+        **fields: AIGConfig's fields, instead of config: `gate_(model, target_rate=0.5)`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: No ResNet blocks, gates already there, or a config that does not fit; the model is unchanged then.
+        InputError: The model has no ResNet blocks or has gates already, or the config does not fit it. The model is
+            unchanged then.
     """
-    config = AIGConfig() if config is None else config
+    if config is not None and fields:
+        raise InputError(f'must not be given together with its fields ({", ".join(fields)}).', 'config')
+    config = AIGConfig(**fields) if config is None else config
     if not isinstance(config, AIGConfig):
-        raise ValueError(f'config must be an AIGConfig, not {type(config).__name__}.')
+        raise InputError(f'must be an AIGConfig, not {type(config).__name__}.', 'config')
     if _find_blocks(model, tuple(GATED.values())) or isinstance(model, GatedBlock):
-        raise ValueError('model is gated already, ungate_ it first to change its gates.')
+        raise InputError('is gated already, ungate_ it first to change its gates.', 'model')
     sites = _find_blocks(model, tuple(GATED))
+    if type(model) in GATED:
+        raise InputError(f'({type(model).__name__}) is a block itself, gate_ the module that holds it.', 'model')
     if not sites:
-        what = 'is a block itself, gate_ the module that holds it' if type(model) in GATED else \
-            'has no timm ResNet blocks (BasicBlock, Bottleneck)'
-        raise ValueError(f'model ({type(model).__name__}) {what}.')
+        raise InputError(
+            f'({type(model).__name__}) has no supported blocks. Supported are BasicBlock and Bottleneck of '
+            f'timm.models.resnet, in the models of timm.list_models(module=("resnet", "cifar_resnet")) and in modules '
+            f'built from them.', 'model')
 
-    replacements: Dict[nn.Module, GatedBlock] = {}  # by block, so that one used in two places stays one
+    replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, _rates(sites, config)):
         if rate < 1 and site.block not in replacements:
             conv = site.block.conv1
@@ -111,18 +119,18 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None) -> nn.Module:
 
 
 def ungate_(model: nn.Module) -> nn.Module:
-    """Turn an adaptive model back into the plain ResNet, in place: all blocks always run, keys are timm's again.
+    """Turn an adaptive model back into the static timm model, in place. All blocks run and the keys are timm's.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: The model has no gated blocks, or is optimized for inference.
+        InputError: The model has no gated blocks or is optimized for inference.
     """
     require_gated_blocks(model)
     sites = _find_blocks(model, tuple(GATED.values()))
     if not sites:
-        raise ValueError('model is optimized for inference, ungate_ the original and optimize that.')
+        raise InputError('is optimized for inference, ungate_ the original and optimize that.', 'model')
     blocks = {site.block: site.block.ungated() for site in sites}  # by block, as in gate_
     for site in sites:
         setattr(site.parent, site.child, blocks[site.block])
@@ -131,7 +139,7 @@ def ungate_(model: nn.Module) -> nn.Module:
 
 
 def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
-    """Keep what timm would rebuild the model from (its architecture and arguments) true to what it is now."""
+    """Update the architecture and arguments from which timm would rebuild the model."""
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
         return
@@ -139,67 +147,70 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
     if not is_model(arch):
         return
     cfg['architecture'] = arch
-    args: Dict[str, Any] = getattr(model, '_model_args', {})
-    args = {k: v for k, v in args.items() if k not in (*AIG_ARGS, 'gate_offset', 'gate_budgets')}
+    args = {k: v for k, v in model_args(model).items() if k not in (*AIG_ARGS, 'gate_offset', 'gate_budgets')}
     if config:
         args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
-    vars(model)['_model_args'] = args
+    set_model_args(model, args)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model, in the form of timm's filter_fn: adaptive or static, whichever they are.
+    """Fit a checkpoint to a model. Both may be adaptive or static. This is a filter_fn as timm calls it.
 
-    A static checkpoint gets the new, open gates of an adaptive model; an adaptive one must have the model's gates, and
-    loses them for a static model.
+    A static checkpoint for an adaptive model gets the model's new, open gates. An adaptive checkpoint must have the
+    same gates as the model, or loses them if the model is static.
 
     Args:
-        state_dict: The checkpoint.
+        state_dict: Checkpoint.
         model: ResNet made by timm.create_model.
 
+    Returns:
+        The checkpoint with the gates of the model.
+
     Raises:
-        RuntimeError: The checkpoint's gates are not the model's (other blocks, or another width or norm), or weights
+        RuntimeError: The checkpoint's gates are not the model's (other blocks, another width or norm), or weights
             other than the classifier's are missing.
     """
     missing = [k for k in model.state_dict() if k not in state_dict and not _may_be_missing(k)]
-    if missing:  # timm would leave them at random where another number of classes is asked for
+    if missing:  # timm does not check this if the number of classes differs, and would leave random weights
         raise RuntimeError(f'The checkpoint does not fit: it lacks {len(missing)} tensors, {", ".join(missing[:3])}...')
     own = {k: v for k, v in model.state_dict().items() if _gated_block(k)}
     theirs = {k: v for k, v in state_dict.items() if _gated_block(k)}
     if not theirs:
         if own:
             _logger.warning(
-                f'Weights of the static parent: the {len(gated_blocks(model))} gates of this model are new and open '
-                f'for every image, so it computes what its parent does until it is fine-tuned.')
+                f'Loaded the weights of the static parent. The {len(gated_blocks(model))} gates are untrained and '
+                f'open for every image, so the model computes the same as its parent until it is fine-tuned. '
+                f'timm_aig.list_trained() lists the models with trained gates.')
         return {**state_dict, **own}
     blocks_own, blocks_theirs = ({_gated_block(k) for k in keys} for keys in (own, theirs))
     if not own and not getattr(model, 'pretrained_cfg', {}).get('architecture', '').endswith('_aig'):
         _logger.warning(
-            f'Weights of an adaptive model: its {len(blocks_theirs)} gates are dropped, this static model runs every '
-            f'block for every image.')
+            f'Loaded the weights of an adaptive model. Since this model is static, its {len(blocks_theirs)} gates are '
+            f'dropped and every block runs for every image.')
         return {k: v for k, v in state_dict.items() if k not in theirs}
     if blocks_own != blocks_theirs:
         raise RuntimeError(
             f'The checkpoint does not fit: it has gates on {_names(blocks_theirs)}, the model on {_names(blocks_own)}. '
             f'Pass the target_rate, schedule or target_rates it was trained with.')
     for key in sorted(own.keys() | theirs.keys()):
-        if key.endswith('.gate.offset'):  # files of timm_aig before 0.2 have none
+        if key.endswith('.gate.offset'):  # missing in files of timm_aig before 0.2
             continue
         shapes = [list(d[key].shape) if key in d else 'missing' for d in (theirs, own)]
         if shapes[0] != shapes[1]:
             raise RuntimeError(
-                f'The checkpoint does not fit: {key} is {shapes[0]} there and {shapes[1]} in the model. '
+                f'The checkpoint does not fit: {key} is {shapes[0]} in the checkpoint and {shapes[1]} in the model. '
                 f'Pass the gate_channels and gate_norm it was trained with.')
     return state_dict
 
 
 def _gated_block(key: str) -> str:
-    """Name of the block whose gate a key of a ResNet's state dict belongs to, '' for another key."""
+    """Block of a state dict key of a gate, '' for other keys: 'layer1.0.gate.fc1.bias' -> 'layer1.0'."""
     block, gate, _ = key.partition('.gate.')
     return block if gate and block.startswith('layer') else ''
 
 
 def _may_be_missing(key: str) -> bool:
-    """Gates, the classifier, and what checkpoints of old versions of torch do not have."""
+    """Gates, the classifier, and a counter that checkpoints of old torch versions do not have."""
     return bool(_gated_block(key)) or key.startswith('fc.') or key.endswith('.num_batches_tracked')
 
 

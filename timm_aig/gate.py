@@ -1,4 +1,4 @@
-"""Gate: a block's input -> open or closed, for each sample.
+"""Gate: from a block's input to open or closed, for each sample.
 
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3
 """
@@ -15,21 +15,20 @@ __all__ = ['Gate']
 
 
 class _GatePass(threading.local):
-    """Per-thread state of the running forward pass: recording and overrides. Set by the functions of passes.
+    """Per-thread state of the running forward pass: recording and overrides. Set by passes.py.
 
-    Kept by thread and not on the modules, so that a model can be copied, checkpointed, compiled and shared between
-    threads at any moment.
+    It is not kept on the modules, so a model can be copied, checkpointed, compiled and shared between threads.
     """
 
-    def __init__(self) -> None:  # in every thread; here and not on the class, since torch.compile guards instances
-        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # each gate that answered and its answers
-        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> the answers [B] to give instead, bool
+    def __init__(self) -> None:  # runs in every thread; instance attributes, since torch.compile guards only those
+        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # gates that answered, with their answers
+        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> bool [B], its answers instead
         self.sample = False  # draw in eval too
-        self.rows = slice(None)  # the part of the batch that runs now
-        self.batch: Optional[int] = None  # size of the whole batch, if it runs in parts
+        self.rows = slice(None)  # part of the batch that is running
+        self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
     def forced_answers(self, gate: 'Gate', rows: int) -> Optional[torch.Tensor]:
-        """Answers [rows], bool, that force_gates gives for a gate, None if it gives none."""
+        """Forced answers of a gate, bool [rows], or None."""
         if self.forced is None or id(gate) not in self.forced:
             return None
         answers = self.forced[id(gate)]
@@ -45,33 +44,33 @@ gate_pass = _GatePass()
 def sample_gate(logits: torch.Tensor, noise: bool = True) -> torch.Tensor:
     """Draw open (1) or closed (0) with probability softmax(logits), the Gumbel-max trick (paper, eq. 3 to 6).
 
-    The forward value is exactly 0 or 1, the gradient that of softmax(logits + noise) (straight-through).
+    The forward value is exactly 0 or 1. The gradient is that of softmax(logits + noise) (straight-through).
 
     Args:
         logits: Closed and open logits [B, 2].
-        noise: Draw; False takes the larger logit, as eval does, and keeps the gradient.
+        noise: True draws. False takes the larger logit, as eval does, and keeps the gradient.
 
     Returns:
-        Answers [B], float32 whatever the dtype of logits (float64 for float64).
+        Answers [B], float32 for any dtype of logits but float64, which stays.
     """
-    gumbel = torch.zeros_like(logits, dtype=torch.float32)  # also lifts half precision to float32
+    gumbel = torch.zeros_like(logits, dtype=torch.float32)  # float32 noise for half precision too
     if noise:
-        # -log(-log(u)) is finite only inside (0, 1): from the smallest normal float32 to the largest below 1.
+        # -log(-log(u)) is finite only inside (0, 1): clamp to the smallest normal float32 and the largest below 1
         uniform = torch.rand_like(gumbel).clamp(1.1754944e-38, 1. - 2. ** -24)
         gumbel = -torch.log(-torch.log(uniform))
     noisy = logits + gumbel
     soft = F.softmax(noisy, dim=1)[:, 1]
     hard = (noisy[:, 1] > noisy[:, 0]).to(soft.dtype)
-    return hard + (soft - soft.detach())  # in this order, so that the value stays exactly 0 or 1
+    return hard + (soft - soft.detach())  # this order keeps the value exactly 0 or 1
 
 
 def runs_eagerly(x: torch.Tensor) -> bool:
-    """Whether Python may branch on x: tracers hand in proxies and subclasses of Tensor."""
+    """Whether Python may branch on the values of x. Tracers pass proxies and subclasses of Tensor."""
     return type(x) is torch.Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
 
 class _GlobalPool(torch.autograd.Function):
-    """x.mean((2, 3)) whose gradient is an expanded view rather than a tensor of the size of x."""
+    """x.mean((2, 3)) with an expanded view as its gradient, not a tensor of the size of x."""
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +88,8 @@ class _GlobalPool(torch.autograd.Function):
 class Gate(nn.Module):
     """Decides from a block's input whether the block runs (paper, section 3.2).
 
-    Global average pool -> fc1 -> bn -> ReLU -> fc2 -> two logits, index 1 for open. In training the answer is drawn,
-    in eval it is `open + offset > closed`. A new gate opens with probability 0.87, and in eval for every sample.
+    Global average pool -> fc1 -> bn -> ReLU -> fc2 -> two logits, of which index 1 is open. Training draws the answer,
+    eval takes `open + offset > closed`. A new gate opens with probability 0.87 in training and always in eval.
     """
 
     offset: torch.Tensor
@@ -107,37 +106,33 @@ class Gate(nn.Module):
         Args:
             in_channels: Channels of the block's input.
             hidden_channels: Width of the hidden layer.
-            norm: Norm of the hidden layer, 'bn' (the paper's) or 'none' (small batches, batch 1).
+            norm: Norm of the hidden layer: 'bn' (paper), or 'none', which trains with a batch of 1.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Linear(in_channels, hidden_channels, **dd)
         self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
-        self.noise = True  # draw in training, False: threshold as in eval, with the same gradient
-        # added to the open logit before the eval threshold
-        self.register_buffer('offset', torch.zeros((), **dd))
+        self.noise = True  # False: training takes the larger logit instead of drawing
+        self.register_buffer('offset', torch.zeros((), **dd))  # added to the open logit in eval
+        self.register_load_state_dict_pre_hook(_fill_offset)
         self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
         self.init_weights()
 
     def set_offset(self, offset: float) -> None:
-        """Set the logit offset of the eval threshold."""
+        """Set the logit that eval adds to the open one."""
         self.offset.fill_(offset)
-
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict.setdefault(f'{prefix}offset', self.offset)  # weights saved before the offset was a buffer
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize the last layer: P(open) = 0.87, whatever the input."""
+        """Initialize fc2 so that P(open) is 0.87 for any input."""
         nn.init.normal_(self.fc2.weight, std=0.001)
         with torch.no_grad():
             self.fc2.bias[0] = 0.1
             self.fc2.bias[1] = 2.0
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Closed and open logits [B, 2] of block inputs [B, C, H, W]."""
+        """Closed and open logits [B, 2] for block inputs [B, C, H, W]."""
         x = self.fc1(self._pool(x))
         return self.fc2(F.relu(self.bn(x)))
 
@@ -148,13 +143,9 @@ class Gate(nn.Module):
         return x.mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Answer for block inputs x.
+        """Answers [B], 1. for open and 0. for closed, for block inputs [B, C, H, W].
 
-        Args:
-            x: Block inputs [B, C, H, W].
-
-        Returns:
-            Answers [B], 1. for open and 0. for closed, float32 whatever the dtype of x (float64 if drawn in float64).
+        They are float32 for any dtype of x, but float64 in training with float64.
         """
         logits = self.logits(x)
         sample = False
@@ -169,10 +160,15 @@ class Gate(nn.Module):
         return z
 
     def _note(self, z: torch.Tensor) -> torch.Tensor:
-        """Serve the force_gates and forward_gates of this thread."""
+        """Apply this thread's force_gates and record_gates."""
         forced = gate_pass.forced_answers(self, len(z)) if gate_pass.forced is not None else None
         if forced is not None:
             z = forced.to(z.device, z.dtype)
         if gate_pass.record is not None:
             gate_pass.record.append((self, z))
         return z
+
+
+def _fill_offset(gate: Gate, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load weights saved before timm_aig 0.2, which have no offset: it stays as it is."""
+    state_dict.setdefault(f'{prefix}offset', gate.offset)

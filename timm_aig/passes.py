@@ -1,6 +1,6 @@
-"""Forward passes that record the gates' answers, or give others: forward_gates, record_gates, force_gates."""
+"""Record or override the gates of a forward pass: forward_gates, record_gates, force_gates."""
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ __all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates']
 
 
 class GateRecord:
-    """The answers of a model's gates in the forward pass of a record_gates block."""
+    """What the gates of a model answered inside a record_gates block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.answers: List[Tuple[Gate, torch.Tensor]] = []
@@ -22,26 +22,28 @@ class GateRecord:
 
     @property
     def gates(self) -> torch.Tensor:
-        """Answers [B, L] as 0./1., for the B samples of the pass and the L gated blocks in order. In training they
-        carry the straight-through gradient. A static model has L = 0 and B = 0.
+        """Answers [B, L], 0. or 1., of the L gated blocks in order for the B samples of the pass.
+
+        In training they carry the straight-through gradient. For a static model they are [0, 0].
 
         Raises:
-            RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing cut the gradient.
+            RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing dropped the gradient.
         """
         if not self._gates:
             return torch.zeros(0, 0)
         parts: Dict[int, List[torch.Tensor]] = {id(gate): [] for gate in self._gates}
         for gate, z in self.answers:
             if id(gate) in parts:
-                parts[id(gate)].append(z)  # several in a row if the model runs its batch in parts
+                parts[id(gate)].append(z)  # several if the model runs its batch in parts
         if len({sum(map(len, answers)) for answers in parts.values()}) != 1 or not all(parts.values()):
-            raise RuntimeError('gates are recorded of one forward pass that runs each gated block exactly once, in '
-                               'the thread that calls it: not under DataParallel.')
+            raise RuntimeError(
+                'record_gates needs one forward pass that runs each gated block exactly once, in this thread. '
+                'DataParallel runs other threads.')
         gates = torch.stack([torch.cat(answers) for answers in parts.values()], dim=1)
         if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._gates)):
             raise RuntimeError(
-                'the gates carry no gradient: re-entrant checkpointing drops it, '
-                'call timm.layers.set_reentrant_ckpt(False).')
+                'The gates have no gradient, since re-entrant checkpointing drops it. '
+                'Call timm.layers.set_reentrant_ckpt(False).')
         return gates
 
     def _should_have_gradient(self, gate: Gate) -> bool:
@@ -50,17 +52,17 @@ class GateRecord:
 
 @contextmanager
 def record_gates(model: nn.Module, sample: bool = False) -> Iterator[GateRecord]:
-    """Record what the gates of a model answer in one forward pass, inside a `with` block and in this thread.
+    """Record the gates of one forward pass, inside a `with` block and in this thread.
 
-    For modules whose forward takes or returns something else than one batch of images, such as a detector::
+    For modules whose forward takes more than one batch of images, such as a detector:
 
         with timm_aig.record_gates(detector) as record:
             losses = detector(images, targets)
-        rate_loss(record.gates)  # [B, L]
+        loss = sum(losses.values()) + rate_loss(record.gates)  # gates [B, L]
 
     Args:
         model: Any module with L gated blocks.
-        sample: Draw the gates in eval too, as the authors' code does, instead of taking the threshold.
+        sample: Draw the gates in eval too, as the authors' code does.
     """
     outer = gate_pass.record, gate_pass.sample
     record = GateRecord(model)
@@ -72,19 +74,19 @@ def record_gates(model: nn.Module, sample: bool = False) -> Iterator[GateRecord]
 
 
 def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tuple[Any, torch.Tensor]:
-    """Forward pass that also returns what the gates answered.
+    """Forward pass that also returns the answers of the gates.
 
     Args:
-        model: Any module with gated blocks, each run once by its forward.
-        x: Input of the model, batch first, [B, C, H, W].
-        sample: Draw the gates in eval too, as the authors' code does, instead of taking the threshold.
+        model: Any module with gated blocks that runs each of them once.
+        x: Images [B, C, H, W].
+        sample: Draw the gates in eval too, as the authors' code does.
 
     Returns:
-        The model's own output, and the gates [B, L] as 0./1. for its L gated blocks in order. In training the gates
-        carry the straight-through gradient. A static model has L = 0.
+        The model's output, and gates [B, L], 0. or 1., of its L gated blocks in order (L = 0 for a static model).
+        In training the gates carry the straight-through gradient.
 
     Raises:
-        RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing cut the gates' gradient.
+        RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing dropped the gradient.
     """
     with record_gates(model, sample) as record:
         output = model(x)
@@ -93,22 +95,29 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
 
 
 @contextmanager
-def force_gates(model: nn.Module, gates: torch.Tensor) -> Iterator[None]:
-    """Answer for the gates of a model, inside a `with` block and in this thread. The gates are still computed.
+def force_gates(
+        model: nn.Module,
+        gates: Optional[torch.Tensor] = None,
+        *,
+        open: Optional[torch.Tensor] = None,
+) -> Iterator[None]:
+    """Override the answers of the gates, inside a `with` block and in this thread. The gates still run.
 
-    With gradient checkpointing, gradients are right only if the backward pass is inside the block, in this thread.
+    With gradient checkpointing, run the backward pass inside the block too: it runs the gates again.
 
     Args:
         model: Model with L gated blocks.
-        gates: Which block runs for which sample of the batches to come, bool or 0/1, [B, L].
+        gates: Answers [B, L], bool or 0/1, for each batch inside the block.
+        open: Old name of `gates`.
 
     Raises:
-        InputError: The model is static or `gates` is not [B, L]; inside the block, if an input's batch is not B.
+        InputError: The model is static or `gates` is not [B, L]. Inside the block: a batch is not of size B.
     """
+    gates = open if gates is None else gates
     blocks = require_gated_blocks(model)
-    if gates.ndim != 2 or gates.shape[1] != len(blocks):
-        raise InputError(f'must be [batch, {len(blocks)}] for {len(blocks)} gated blocks, not {list(gates.shape)}.',
-                         'gates')
+    if not torch.is_tensor(gates) or gates.ndim != 2 or gates.shape[1] != len(blocks):
+        raise InputError(f'must be a tensor [batch, {len(blocks)}] for {len(blocks)} gated blocks, '
+                         f'not {list(gates.shape) if torch.is_tensor(gates) else gates!r}.', 'gates')
     outer = gate_pass.forced
     answers = (gates != 0).t()
     gate_pass.forced = {**(outer or {}), **{id(block.gate): z for block, z in zip(blocks.values(), answers)}}

@@ -1,7 +1,7 @@
-"""Run a script of timm (validate.py, benchmark.py, inference.py, onnx_export.py, train.py) with the plugin imported.
+"""Run a script of timm (validate.py, benchmark.py, inference.py, onnx_export.py, train.py) with the adaptive models.
 
-timm's scripts import no plugin, so they do not know the adaptive models. They are in timm's repository, not in its
-package; take those of the installed version.
+timm's scripts do not import timm_aig, so they do not know its models. They are in timm's repository but not in its
+package. Take those of the installed version.
 
     python -m timm_aig.run validate.py data --model resnet50_aig --pretrained
     torchrun --nproc_per_node=2 -m timm_aig.run train.py data --model cifar_resnet32
@@ -28,11 +28,11 @@ def main(args: List[str]) -> None:
     script = Path(args[0])
     if not script.is_file():
         print(
-            f'timm_aig.run: there is no file {script}. timm\'s scripts are in its repository: '
+            f'timm_aig.run: there is no file {script}. The scripts of timm are in its repository: '
             f'https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__}', file=sys.stderr)
         sys.exit(2)
     sys.argv = args
-    sys.path[0] = str(script.resolve().parent)  # `python -m` has put the working directory there
+    sys.path[0] = str(script.resolve().parent)  # instead of the working directory, from `python -m`
     runpy.run_path(args[0], run_name='__main__')
 
 

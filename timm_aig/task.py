@@ -1,21 +1,24 @@
-"""AIGTask: timm's classification task with a loss on the gates and, if asked for, distillation."""
+"""AIGTask: timm's classification task with a loss on the gates and optional distillation."""
 from typing import Any, Callable, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .blocks import require_gated_blocks
-from .loss import TargetRateLoss
+from .config import InputError
+from .cost import compute_cost, own_input_size
+from .loss import ComputeTargetLoss
 from .passes import forward_gates
 
 __all__ = ['AIGTask']
 
 
 class GatesModule(nn.Module):
-    """Returns (output, gates) from forward, since DistributedDataParallel sees no other output."""
+    """Returns (output, gates) from forward, the only outputs that DistributedDataParallel sees."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -26,9 +29,9 @@ class GatesModule(nn.Module):
 
 
 class AIGTask(ClassificationTask):
-    """Classification of an adaptive model: classification loss plus the loss on its gates (paper, section 3.3).
+    """Classification with an adaptive model: classification loss plus a loss on the gates (paper, section 3.3).
 
-    The eval model, and so every checkpoint, is the adaptive model itself.
+    The eval model and all checkpoints are the adaptive model itself.
 
     Example:
 
@@ -57,27 +60,30 @@ class AIGTask(ClassificationTask):
             model: Adaptive model.
             criterion: Classification loss. Created from criterion_kwargs when None.
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
-            gate_loss: Loss of the gates [B, L], TargetRateLoss of the model's own target rates when None.
-            teacher: Frozen model to distil from, usually the static parent, with the same input normalization.
-            distill_weight: Share of distillation in the classification loss, in [0, 1], the labels have the rest.
-            distill_temperature: Softmax temperature of the distillation, above 0 (Hinton et al., 1503.02531).
+            gate_loss: Loss on the gates [B, L]. If None, that of the distill recipe of scripts/finetune.py:
+                ComputeTargetLoss with weight 10. Its target MACs share is the mean target rate of all blocks, of which
+                those without a gate have rate 1. TargetRateLoss is the paper's.
+            teacher: Model to distill from, usually the static parent, with the same input normalization. It is frozen.
+            distill_weight: Share of the distillation in the classification loss, in [0, 1]. The labels have the rest.
+            distill_temperature: Softmax temperature of the distillation, above 0 (Hinton et al., arXiv:1503.02531).
             device: Device for task tensors.
             dtype: Dtype for task tensors.
             verbose: Enable info logging.
 
         Raises:
-            ValueError: The model has no gated blocks, or distill_weight or distill_temperature is out of range.
+            InputError: The model has no gated blocks, distill_weight or distill_temperature is out of range, or
+                gate_loss is missing where the default does not apply: the model has no input size in a pretrained_cfg,
+                or what always runs takes more MACs than the target.
         """
-        if not 0 <= distill_weight <= 1 or not distill_temperature > 0:
-            raise ValueError(
-                f'distill_weight must be in [0, 1] and distill_temperature above 0, '
-                f'not {distill_weight!r} and {distill_temperature!r}.')
-        blocks = require_gated_blocks(model)
+        if not 0 <= distill_weight <= 1:
+            raise InputError(f'must be in [0, 1], not {distill_weight!r}.', 'distill_weight')
+        if not distill_temperature > 0:
+            raise InputError(f'must be above 0, not {distill_temperature!r}.', 'distill_temperature')
+        require_gated_blocks(model)
         super().__init__(
             GatesModule(model), criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype,
             verbose=verbose)
-        gate_loss = gate_loss or TargetRateLoss([block.target_rate for block in blocks.values()])
-        self.gate_loss = gate_loss.to(device=self.device)
+        self.gate_loss = (gate_loss or _default_gate_loss(model)).to(device=self.device)
         self.teacher = None if teacher is None else teacher.to(device=self.device).eval().requires_grad_(False)
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature
@@ -90,7 +96,7 @@ class AIGTask(ClassificationTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> Any:
-        """Compile the module that trains and, by itself, the model that is evaluated."""
+        """Compile the training module and the eval model, each by itself."""
         self.eval_model = torch.compile(self.get_eval_model(), backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module: Any = torch.compile(
             self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
@@ -110,9 +116,9 @@ class AIGTask(ClassificationTask):
             target: Labels [B], or soft targets [B, num_classes].
 
         Returns:
-            Dictionary of 'loss' (to train on), 'output' (logits [B, num_classes]), 'rate_loss' (the part of the loss
-            that the gates cause), 'execution_rate' (share of gated blocks run) and 'block_rates' (the same of each
-            block, [L]), rates in [0, 1].
+            Dictionary of 'loss' (total), 'output' (logits [B, num_classes]), 'rate_loss' (loss on the gates, part of
+            the total), 'block_rates' (execution rate of each gated block, [L] in [0, 1]) and 'execution_rate' (their
+            mean).
         """
         output, gates = self.trainable_module(input)
         rate_loss = self.gate_loss(gates)
@@ -128,9 +134,17 @@ class AIGTask(ClassificationTask):
         }
 
     def distillation_loss(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """T^2 KL(teacher || model) of logits at temperature T, the mean over the batch."""
+        """T^2 KL(teacher || model) of logits at temperature T, averaged over the batch."""
         assert self.teacher is not None
         with torch.no_grad():
             target = F.log_softmax(self.teacher(input).float() / self.distill_temperature, dim=1)
         output = F.log_softmax(output.float() / self.distill_temperature, dim=1)
         return F.kl_div(output, target, reduction='batchmean', log_target=True) * self.distill_temperature ** 2
+
+
+def _default_gate_loss(model: nn.Module) -> nn.Module:
+    rates = [getattr(m, 'target_rate', 1.) for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    try:
+        return ComputeTargetLoss(compute_cost(model, own_input_size(model)), sum(rates) / len(rates), weight=10.)
+    except ValueError as e:
+        raise InputError(f'must be given for this model: {e}', 'gate_loss') from e

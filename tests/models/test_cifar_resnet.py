@@ -42,7 +42,7 @@ def test_its_keys_are_those_of_a_timm_resnet():
     assert {'conv1.weight', 'bn1.weight', 'layer2.0.downsample.0.weight', 'fc.weight'} <= keys
 
 
-def test_a_forward_pass_is_that_of_its_parts(train_norms):
+def test_the_forward_pass_equals_its_layers_in_sequence(train_norms):
     model = train_norms(timm.create_model('cifar_resnet20')).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

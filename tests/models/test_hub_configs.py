@@ -1,4 +1,4 @@
-"""hub_configs: the one source of what checkpoints there are."""
+"""hub_configs: schema, registry, defaults."""
 import json
 from pathlib import Path
 
@@ -18,13 +18,13 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
-def test_a_hub_config_fits_the_schema_its_name_and_what_reads_it(file):
+def test_a_hub_config_fits_its_schema_its_name_and_its_readers(file):
     config = json.loads(file.read_text())
     VALIDATOR.validate(config)
     name = f"{config['architecture']}.{config['tag']}"
     assert file.stem == name
     check_pretrained_cfg(config['pretrained_cfg'], file)
-    if 'metrics' not in config:  # a training would see and measure other images than the registry says
+    if 'metrics' not in config:  # or training and registry would use different images
         for key in ('input_size', 'crop_pct', 'interpolation'):
             assert config['recipe'][key] == config['pretrained_cfg'][key]
     assert checked_results(config, config['architecture']) == config
@@ -46,9 +46,19 @@ def test_every_file_is_in_the_registry_and_only_those_with_weights_are_listed_as
         assert (name in listed) == has_weights
 
 
+def test_a_default_has_weights_and_its_parent_has_none():
+    configs = [config for config in load_hub_configs().values() if config.get('default')]
+    assert {config['architecture'] for config in configs} >= {'cifar_resnet32_aig', 'cifar_resnet110_aig'}
+    assert len({config['architecture'] for config in configs}) == len(configs)
+    for config in configs:
+        assert timm.is_model_pretrained(f"{config['architecture']}.{config['tag']}")
+        assert not timm.is_model_pretrained(config['architecture'].removesuffix('_aig'))
+
+
 @pytest.mark.parametrize('change', [
-    dict(architecture='resnet50'), dict(tag='A b'), dict(description=''), dict(evil=1), dict(metrics=dict(top1=94)),
-    dict(reported=dict(top1=1)), dict(aig=dict(target_rate=2, version=1)), dict(pretrained_cfg={}),
+    dict(architecture='resnet50'), dict(tag='A b'), dict(description=''), dict(evil=1), dict(default=False),
+    dict(metrics=dict(top1=94)), dict(reported=dict(top1=1)), dict(aig=dict(target_rate=2, version=1)),
+    dict(pretrained_cfg={}),
 ])
 def test_the_schema_refuses_what_is_wrong(change):
     config = {**json.loads((ROOT / 'hub_configs' / 'resnet50_aig.t05_paper.json').read_text()), **change}

@@ -13,9 +13,11 @@ from timm_aig import (
     AIGConfig,
     GatedBasicBlock,
     GatedBottleneck,
+    budget_table,
     forward_gates,
     gate_,
     gated_blocks,
+    list_trained,
 )
 from timm_aig.models import resnet_aig
 
@@ -28,14 +30,14 @@ def save_weights(model, path, **extra):
     return dict(file=str(path))
 
 
-def test_every_resnet_of_timm_and_every_cifar_resnet_has_an_adaptive_kin():
+def test_every_resnet_of_timm_and_every_cifar_resnet_has_an_adaptive_counterpart():
     assert len(timm.list_models(module='resnet')) == 81
     assert len(timm.list_models(module='cifar_resnet')) == 5
     assert timm.list_models('*_aig', module='resnet_aig') == timm.list_models('*_aig')
     assert sorted(timm.list_models('*_aig')) == sorted(f'{parent}_aig' for parent in PARENTS)
 
 
-def test_each_pretrained_tag_of_a_parent_is_one_of_its_kin_with_the_parents_repository():
+def test_each_pretrained_tag_of_a_parent_is_a_tag_of_its_counterpart_with_the_same_repository():
     parents = set(timm.list_models(module='resnet'))
     tags = [name for name in timm.list_pretrained() if name.partition('.')[0] in parents]
     assert len(tags) == 150
@@ -51,7 +53,7 @@ def test_each_pretrained_tag_of_a_parent_is_one_of_its_kin_with_the_parents_repo
     assert timm.get_pretrained_cfg('resnet50_aig').tag == timm.get_pretrained_cfg('resnet50').tag
 
 
-def test_the_default_tag_stays_the_parents_when_hub_configs_have_weights(monkeypatch):
+def test_the_registered_default_tag_is_the_parents_even_if_hub_configs_have_weights(monkeypatch):
     for name in ('resnet50_aig.t05_paper', 'cifar_resnet32_aig.fmnist_t06'):
         config = resnet_aig._HUB_CONFIGS[name]
         monkeypatch.setitem(resnet_aig._HUB_CONFIGS, name, {
@@ -61,19 +63,60 @@ def test_the_default_tag_stays_the_parents_when_hub_configs_have_weights(monkeyp
     assert cfgs['cifar_resnet32_aig'].default_with_tag[0] == 'untrained'
 
 
-def test_registering_the_kin_leaves_the_parents_alone():
+@pytest.mark.parametrize('arch', ['cifar_resnet32_aig', 'cifar_resnet110_aig'])
+def test_a_family_whose_parent_has_no_weights_loads_its_trained_default(arch, tmp_path):
+    model, named = (timm.create_model(name, pretrained=True).eval() for name in (arch, f'{arch}.fmnist_t06'))
+    assert model.pretrained_cfg == named.pretrained_cfg
+    assert timm.models.get_model_args(model) == timm.models.get_model_args(named)
+    assert budget_table(model) == budget_table(named) != ()
+    assert {b.target_rate for b in gated_blocks(model).values()} == {0.6}
+    state = named.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    backbone = timm.create_model(arch, pretrained=True, features_only=True)
+    assert torch.equal(backbone.layer3[1].gate.fc1.weight, model.layer3[1].gate.fc1.weight)
+
+
+def test_only_pretrained_models_take_the_trained_default():
+    model = timm.create_model('cifar_resnet32_aig')
+    assert model.conv1.in_channels == 3 and model.pretrained_cfg['tag'] == 'untrained'
+    assert budget_table(model) == ()
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):  # no trained model of this depth
+        timm.create_model('cifar_resnet44_aig', pretrained=True)
+
+
+def test_given_weights_win_over_the_trained_default(tmp_path):
+    source = timm.create_model('cifar_resnet32_aig')
+    overlay = save_weights(source, tmp_path / 'model.safetensors')
+    model = timm.create_model('cifar_resnet32_aig', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.conv1.weight, source.conv1.weight)
+    assert budget_table(model) == ()
+
+
+def test_list_trained_names_the_models_with_trained_gates():
+    names = list_trained()
+    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet110_aig.fmnist_t06'} <= {*names}
+    pretrained = timm.list_models('*_aig', pretrained=True)
+    assert set(names) < set(pretrained) and len(names) == len(set(names))
+    for name in names:
+        weights = timm.models.load_state_dict(timm.get_pretrained_cfg(name).file)
+        assert any('.gate.' in key for key in weights), name
+    assert all(timm.get_pretrained_cfg(name).hf_hub_id.startswith('timm/') for name in {*pretrained} - {*names})
+
+
+def test_registering_the_adaptive_models_leaves_the_parents_alone():
     model = timm.create_model('resnet50')
     assert not gated_blocks(model) and model.pretrained_cfg['architecture'] == 'resnet50'
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d'])
-def test_a_parents_weights_give_the_parents_logits_bit_for_bit_and_the_log_says_so(arch, tmp_path, caplog, train_norms):
+def test_a_parents_weights_give_its_logits_bit_for_bit_and_the_log_says_that_gates_are_untrained(arch, tmp_path, caplog, train_norms):
     static = train_norms(timm.create_model(arch)).eval()
     overlay = save_weights(static, tmp_path / 'model.safetensors')
     with caplog.at_level(logging.INFO):
         model = timm.create_model(f'{arch}_aig', pretrained=True, pretrained_cfg_overlay=overlay).eval()
     count = len(gated_blocks(model))
-    assert f'the {count} gates of this model are new and open for every image' in caplog.text
+    assert f'The {count} gates are untrained and open for every image' in caplog.text
+    assert 'timm_aig.list_trained()' in caplog.text
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), static(x))
@@ -104,14 +147,14 @@ def test_an_adaptive_checkpoint_loads_with_its_gates_and_without_the_message(tmp
     x = torch.randn(8, 3, 32, 32)
     assert torch.equal(forward_gates(model, x)[1], forward_gates(source, x)[1])
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
-    assert 'gates of this model are new' not in caplog.text
+    assert 'untrained' not in caplog.text
 
 
 @pytest.mark.parametrize('kwargs,message', [
     ({}, r'it has gates on 2 blocks \(layer2.1, layer3.1\), the model on 8 blocks .* Pass the target_rate, schedule'),
     (dict(target_rate=1), 'it has gates on 2 blocks .* the model on no block'),
-    (dict(schedule='paper', gate_channels=8), r'bias is \[16\] there and \[8\] in the model. Pass the gate_channels'),
-    (dict(schedule='paper', gate_norm='none'), r'bn.bias is \[16\] there and missing in the model.'),
+    (dict(schedule='paper', gate_channels=8), r'bias is \[16\] .* and \[8\] in the model. Pass the gate_channels'),
+    (dict(schedule='paper', gate_norm='none'), r'bn.bias is \[16\] .* and missing in the model.'),
 ])
 def test_a_checkpoint_whose_gates_do_not_fit_is_explained(kwargs, message, tmp_path):
     source = timm.create_model('resnet18_aig', schedule='paper')
@@ -124,7 +167,7 @@ def test_a_checkpoint_with_a_part_of_a_gate_missing_is_explained(tmp_path):
     source = timm.create_model('resnet18_aig')
     state = {k: v for k, v in source.state_dict().items() if k != 'layer3.1.gate.fc2.bias'}
     save_file(state, tmp_path / 'model.safetensors')
-    with pytest.raises(RuntimeError, match=r'layer3.1.gate.fc2.bias is missing there and \[2\] in the model'):
+    with pytest.raises(RuntimeError, match=r'layer3.1.gate.fc2.bias is missing in the checkpoint and \[2\] in'):
         timm.create_model('resnet18_aig', pretrained=True,
                           pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')))
 
@@ -186,7 +229,7 @@ def test_the_config_comes_as_keywords():
     dict(num_classes=3), dict(num_classes=0), dict(global_pool='catavgmax'), dict(act_layer='silu'),
     dict(block_args=dict(attn_layer='se')), dict(drop_block_rate=0.1),
 ])
-def test_it_takes_timms_arguments_as_its_parent_does(kwargs, train_norms):
+def test_it_takes_the_arguments_of_its_parent(kwargs, train_norms):
     model = train_norms(timm.create_model('resnet26_aig', **kwargs))
     x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
     model(x).sum().backward()
@@ -210,7 +253,7 @@ def test_features_only_gives_its_parents_features(kwargs, train_norms):
         assert all(torch.equal(a, b) for a, b in zip(model(x), static(x)))
 
 
-def test_a_gates_parameters_are_grouped_with_their_block():
+def test_the_parameters_of_a_gate_are_grouped_with_its_block():
     model = timm.create_model('resnet50_aig', device='meta')
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
@@ -222,7 +265,7 @@ def test_a_gates_parameters_are_grouped_with_their_block():
 
 @pytest.mark.parametrize('arch', ['resnet18_aig', 'cifar_resnet20_aig'])
 def test_a_training_step_compiles_into_one_graph(arch):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = timm.create_model(arch)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -235,7 +278,7 @@ def test_a_training_step_compiles_into_one_graph(arch):
 
 
 def test_compiled_in_eval_it_gives_the_same_logits(train_norms, train_gates):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():

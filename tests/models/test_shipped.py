@@ -1,4 +1,4 @@
-"""Weights that ship with the package: they load offline, and compute what is published of them."""
+"""Weights that ship with the package: they load offline and reproduce their published figures."""
 import csv
 import json
 import shutil
@@ -43,7 +43,7 @@ with torch.no_grad():
     assert all(map(torch.equal, timm_aig.forward_gates(model, x), (logits, gates)))
 assert next(iter(timm_aig.gated_blocks(model).values())).target_rate == 0.3
 assert 'cifar_resnet20_aig.test' in timm.list_pretrained()
-assert timm.create_model('cifar_resnet20_aig').conv1.in_channels == 3  # the weights' own only where they are asked for
+assert timm.create_model('cifar_resnet20_aig').conv1.in_channels == 3  # those of the weights only with their tag
 '''
     done = subprocess.run(
         [sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -56,7 +56,7 @@ SHIPPED = sorted(file.stem for file in (ROOT / 'hub_configs').glob('*.safetensor
 
 @pytest.fixture(scope='session')
 def fashion_mnist(request):
-    """Folder with Fashion-MNIST, of Debian's package dataset-fashion-mnist or downloaded, kept in pytest's cache."""
+    """Folder with Fashion-MNIST from Debian's package dataset-fashion-mnist or a download, in pytest's cache."""
     root = request.config.cache.mkdir('fashion_mnist')
     if not (root / 'FashionMNIST' / 'raw' / 't10k-labels-idx1-ubyte').exists():
         subprocess.run([sys.executable, ROOT / 'scripts' / 'prepare_fashion_mnist.py', root], check=True)
@@ -65,7 +65,7 @@ def fashion_mnist(request):
 
 @pytest.mark.parametrize('name', SHIPPED)
 def test_shipped_weights_reproduce_their_published_figures(name, fashion_mnist, run_script, capsys):
-    """To the image on the machine that trained them; rounding of another may tip one or two."""
+    """Exactly on the machine that trained them. Rounding on another may change one or two images."""
     published = json.loads((ROOT / 'hub_configs' / f'{name}.json').read_text())
     assert run_script(
         'validate.py', '--model', name, '--pretrained', '--dataset', published['dataset'], '--data-dir', fashion_mnist,
@@ -84,7 +84,7 @@ def test_shipped_weights_take_budgets(name):
     assert [point.to_dict() for point in timm_aig.budget_table(model)] == published
     assert {.4, .5, .6, .7, .8, .9, 1.} <= {row['budget'] for row in published}
     assert all(abs(row['macs_share'] - row['budget']) <= .005 for row in published)
-    assert timm_aig.budget_table(timm.create_model(name)) == ()  # nothing is known of other weights
+    assert timm_aig.budget_table(timm.create_model(name)) == ()  # not calibrated
     size = model.pretrained_cfg['input_size']
     cost, images = timm_aig.compute_cost(model, size), torch.rand(32, *size)
     shares = {}

@@ -1,6 +1,7 @@
-"""timm's own tests of its models, unmodified, run on the adaptive ones.
+"""timm's tests of its models, unmodified, run on the adaptive models.
 
-They come from the sdist of the installed timm, downloaded once into pytest's cache.
+They come from the sdist of the installed timm, which is downloaded once into pytest's cache. One process runs them for
+all archs that are selected.
 """
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 
-# What timm tests of a model, beside the tests that load weights from the Hub.
+# Tests that timm runs for each model, except those that load weights from the Hub.
 TESTS = {
     'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
     'test_model_forward_features', 'test_model_forward_fx', 'test_model_backward_fx',
@@ -23,7 +24,7 @@ NEED_WEIGHTS = ('test_model_load_pretrained', 'test_model_features_pretrained', 
 
 @pytest.fixture(scope='session')
 def timm_tests(request) -> Path:
-    """Folder of the tests of the installed timm, without timm's source, which would be imported instead."""
+    """Folder with the tests of the installed timm. It has no source of timm, so the installed timm is imported."""
     name = f'timm-{timm.__version__}'
     cache = request.config.cache.mkdir(name)
     folder = cache / name / 'tests'
@@ -38,27 +39,36 @@ def timm_tests(request) -> Path:
         with tarfile.open(sdist) as tar:
             members = [m for m in tar.getmembers() if m.name.startswith(f'{name}/tests/')]
             tar.extractall(cache, members=members, filter='data')
-    (folder / 'pytest.ini').write_text('[pytest]\n')  # or it would take this project's settings
+    (folder / 'pytest.ini').write_text('[pytest]\n')  # or pytest would use this project's settings
     return folder
 
 
-@pytest.mark.timeout(3600)
-def test_timms_tests_pass(parent, timm_tests, tmp_path):
-    arch = f'{parent}_aig'
+@pytest.fixture(scope='session')
+def results(request, timm_tests, tmp_path_factory):
+    """Test cases of timm's suite by adaptive arch, for all archs selected in this session."""
+    params = [getattr(item, 'callspec', None) and item.callspec.params for item in request.session.items]
+    archs = [f'{p["suite_parent"]}_aig' for p in params if p and 'suite_parent' in p]
     env = dict(os.environ, TORCH_BACKEND='timm_aig', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', TIMEOUT='1800')
-    env.pop('GITHUB_ACTIONS', None)  # timm leaves out the largest there
+    env.pop('GITHUB_ACTIONS', None)  # timm skips its largest models there
+    selected = ' or '.join(f'-{arch}] or -{arch}.' for arch in archs)  # ids are [batch-arch.tag]
+    report = tmp_path_factory.mktemp('timm') / 'results.xml'
     subprocess.run(
         [sys.executable, '-m', 'pytest', 'test_models.py', '-q', '-p', 'no:cacheprovider', '-W', 'ignore',
-         f'--junitxml={tmp_path}/results.xml',
-         '-k', f'(-{arch}] or -{arch}.) and not ({" or ".join(NEED_WEIGHTS)})'],  # ids are [batch-arch.tag]
+         f'--junitxml={report}', '-k', f'({selected}) and not ({" or ".join(NEED_WEIGHTS)})'],
         cwd=timm_tests, env=env, check=False,
     )
-    cases = ElementTree.parse(tmp_path / 'results.xml').findall('.//testcase')
-    assert [case.get('name') for case in cases if len(case)] == []  # failures, errors and skips have a child
-    names = [case.get('name', '').partition('[')[0] for case in cases]
-    assert set(names) >= TESTS
-    # one test each, but of the configs one for each tag
+    cases = ElementTree.parse(report).findall('.//testcase')
+    return {arch: [c for c in cases if f'-{arch}]' in c.get('name') or f'-{arch}.' in c.get('name')] for arch in archs}
+
+
+@pytest.mark.timeout(24 * 3600)  # the first test waits for all archs, hours for every one
+def test_timms_tests_pass(suite_parent, results):
+    arch = f'{suite_parent}_aig'
+    assert [case.get('name') for case in results[arch] if len(case)] == []  # failures, errors and skips have a child
+    names = [case.get('name').partition('[')[0] for case in results[arch]]
     tags = timm.list_models(f'{arch}.*', include_tags=True)
     assert len(tags) >= 1
+    # one test of each kind, but test_model_default_cfgs for each tag
+    assert {*names} >= TESTS
     assert {name: names.count(name) for name in TESTS} == {
         name: len(tags) if name == 'test_model_default_cfgs' else 1 for name in TESTS}

@@ -1,10 +1,10 @@
-"""The paper's CIFAR ResNets: static ResNet-20/32/44/56/110, three stages of BasicBlocks, for 32 x 32 images.
+"""CIFAR ResNets of the paper: static ResNet-20/32/44/56/110, three stages of BasicBlocks for 32 x 32 images.
 
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385, section 4.2
 * `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 4.1
 
-Downsampling shortcuts are 1x1 convolutions, as in the second paper's code, not the zero padding of the first.
+Downsampling shortcuts are 1x1 convolutions as in the code of the second paper, not zero padding as in the first.
 """
 from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_classifier, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
+from ..compat import feature_take_indices
 from ..convert import checkpoint_filter_fn
 from ..hub.config_json import checked_source
 
@@ -56,7 +56,7 @@ class CifarResNet(ResNet):
             act_layer: Activation layer.
             norm_layer: Norm layer.
             drop_rate: Dropout probability before the classifier.
-            drop_path_rate: Stochastic depth rate of the last block, growing linearly up to it.
+            drop_path_rate: Stochastic depth rate of the last block; it grows linearly over the blocks.
             zero_init_last: Zero-initialize the last norm weight of each residual branch.
         """
         nn.Module.__init__(self)
@@ -86,8 +86,8 @@ class CifarResNet(ResNet):
         )
         for stage in stages:
             self.add_module(*stage)
-        self.layer4 = nn.Sequential()  # empty, so that ResNet's forward serves
-        # make_blocks counts strides from 4, behind an ImageNet stem
+        self.layer4 = nn.Sequential()  # for ResNet's forward
+        # make_blocks starts at stride 4, that of an ImageNet stem
         self.feature_info.extend(dict(info, reduction=info['reduction'] // 4) for info in feature_info)
 
         self.num_features = channels[-1] * block.expansion
@@ -104,7 +104,7 @@ class CifarResNet(ResNet):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that returns intermediates: index 0 is the stem, 1 to 3 the stages. Arguments as in ResNet."""
+        """Forward features and return intermediates: 0 is the stem, 1 to 3 are the stages. Arguments as in ResNet."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
         take_indices, max_index = feature_take_indices(4, indices)
@@ -127,7 +127,7 @@ class CifarResNet(ResNet):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Prune the stages that the given intermediates do not need. Arguments as in ResNet."""
+        """Prune stages not required for the given intermediates. Arguments as in ResNet."""
         take_indices, max_index = feature_take_indices(4, indices)
         for name in ('layer1', 'layer2', 'layer3')[max_index:]:
             setattr(self, name, nn.Sequential())
@@ -143,7 +143,7 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
         CifarResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive kin load too
+        pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive counterpart load, too
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
         **checked_source(pretrained, kwargs),
     )

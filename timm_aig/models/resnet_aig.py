@@ -2,16 +2,19 @@
 
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503
 
-Each of them is the parent arch, converted with gate_. AIGConfig's fields are keyword arguments of the entry points,
-and so are gate_offset, the offset that set_gate_offset sets, and gate_budgets, the table that set_budget reads. A tag
-of the parent ('resnet50_aig.tv2_in1k') loads the parent's weights and leaves the gates open; the other tags come from
-hub_configs.
+Each is the parent arch converted with gate_. AIGConfig's fields are keyword arguments of the entry points. So are
+gate_offset, for set_gate_offset, and gate_budgets, the table of set_budget.
+
+Tags of the parent ('resnet50_aig.tv2_in1k') load the parent's weights and leave the gates open. The other tags are the
+files of hub_configs. Without a tag, pretrained=True loads the parent's default tag. If the parent has no weights, it
+loads the hub_config that is marked "default".
 """
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from safetensors import SafetensorError
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
@@ -24,25 +27,23 @@ from timm.models.resnet import ResNet
 
 from ..blocks import set_gate_offset
 from ..budget import BudgetPoint, read_budget_table, set_budget_table
-from ..config import AIG_ARGS, AIGConfig
+from ..config import AIG_ARGS, AIGConfig, InputError
 from ..convert import checkpoint_filter_fn, gate_
 from ..hub.config_json import checked_source, config_file
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .hub_configs import load_hub_configs
 
-__all__ = ['checkpoint_filter_fn']  # register_model adds each entry point
+__all__ = ['list_trained']  # register_model adds each entry point
 
 _PARENTS = list_models(module=('resnet', 'cifar_resnet'))
 _HUB_CONFIGS = load_hub_configs()
+_DEFAULT_TAGS = {c['architecture']: c['tag'] for c in _HUB_CONFIGS.values() if c.get('default')}
 
 
 def _default_cfgs() -> Dict[str, Any]:
-    """Pretrained cfgs by 'arch_aig.tag': hub_configs', and the parents' (loading from the parents' repositories).
-
-    The default tag is the parent's: a star marks it.
-    """
+    """Pretrained cfgs of hub_configs and of the parents, by 'arch_aig.tag'. The parent's default tag is the default."""
     cfgs: Dict[str, Any] = {}
-    for name, config in _HUB_CONFIGS.items():  # timm's sizes, means and the like are tuples, which JSON has not
+    for name, config in _HUB_CONFIGS.items():  # lists of JSON become tuples, as timm has them
         cfgs[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
     for parent in _PARENTS:
         parent_cfgs = get_arch_pretrained_cfgs(parent)
@@ -57,6 +58,15 @@ def _default_cfgs() -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
+def list_trained() -> List[str]:
+    """Names of the pretrained models with trained gates, for timm.create_model(name, pretrained=True).
+
+    The other names of timm.list_models('*_aig', pretrained=True) load the static parent's weights. Their gates are
+    open for every image.
+    """
+    return [name for name in list_models('*_aig*', pretrained=True) if name in _HUB_CONFIGS]
+
+
 def _adaptive_resnet(
         parent: str,
         aig_args: Dict[str, Any],
@@ -69,13 +79,21 @@ def _adaptive_resnet(
     return model
 
 
+def _with_default_tag(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments with the default tag of hub_configs, if they say neither a tag nor where other weights are."""
+    overlay = PretrainedCfg(**(kwargs.get('pretrained_cfg_overlay') or {}))
+    if variant not in _DEFAULT_TAGS or kwargs.get('pretrained_cfg') or overlay.has_weights:
+        return kwargs
+    return dict(kwargs, pretrained_cfg=_DEFAULT_TAGS[variant])
+
+
 def _hub_config(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     tag = kwargs.get('pretrained_cfg')
     return _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
 
 
 def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """AIGConfig fields and other arguments; fields not given come from the tag's hub config, if it has one."""
+    """AIGConfig fields and other arguments. Fields that are not given come from the tag's hub config, if any."""
     aig_args = {k: v for k, v in _hub_config(variant, kwargs).get('aig', {}).items() if k in AIG_ARGS}
     aig_args.update((k, kwargs[k]) for k in AIG_ARGS if k in kwargs)
     return aig_args, {k: v for k, v in kwargs.items() if k not in AIG_ARGS}
@@ -89,11 +107,11 @@ def _create_resnet_aig(
         **kwargs,
 ) -> ResNet:
     parent = variant.removesuffix('_aig')
-    kwargs = checked_source(pretrained, kwargs)
+    kwargs = checked_source(pretrained, _with_default_tag(variant, kwargs) if pretrained else kwargs)
     hub_config = _hub_config(variant, kwargs) if pretrained else {}
     aig_args, kwargs = _split_args(variant, kwargs)
     if gate_budgets is None and hub_config and AIGConfig(**aig_args) == AIGConfig.from_dict(hub_config['aig']):
-        gate_budgets = hub_config.get('gate_budgets')  # other gates than the tag's have other budgets
+        gate_budgets = hub_config.get('gate_budgets')  # the budgets are those of the tag's gates
     table = read_budget_table(() if gate_budgets is None else gate_budgets)
     try:
         model = build_model_with_cfg(
@@ -104,16 +122,17 @@ def _create_resnet_aig(
             feature_cfg=dict(out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4)),
             **kwargs,
         )
-        if gate_offset is not None:  # over what the weights say
+        if gate_offset is not None:  # replaces that of the weights
             set_gate_offset(model, gate_offset)
         return model
     except SafetensorError as e:
-        raise RuntimeError(f'The weights of {variant} are no whole safetensors file: {e}') from e
+        raise RuntimeError(f'The weights of {variant} are not a valid safetensors file: {e}') from e
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:
         if config_file(kwargs) is None:
             raise
-        raise ValueError(f'{config_file(kwargs)} describes no {variant}, or an argument does not fit it: '
-                         f'{type(e).__name__} {e}') from e
+        raise InputError(
+            f'{config_file(kwargs)} describes no {variant}, or an argument does not fit it: '
+            f'{type(e).__name__} {e}') from e
 
 
 @register_model
@@ -121,7 +140,7 @@ def resnet50_aig(pretrained: bool = False, **kwargs) -> ResNet:
     """Constructs a ResNet-50-AIG model, the paper's smaller ImageNet network.
 
     Args:
-        pretrained: Load weights: the tag's, ResNet-50's default weights with open gates if none is given.
+        pretrained: Load weights of the tag, without one ResNet-50's default weights with open gates.
         **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
             gate_budgets, and timm's ResNet arguments.
     """
