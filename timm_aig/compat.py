@@ -1,15 +1,48 @@
 """Names of other packages that are private or undocumented and have no public counterpart.
 
 Each entry says what needs it and what happens in a version that lacks it: the slower public way, never a crash.
+`nn.Module._modules` is used where it is needed: torch's own containers rely on it.
 """
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import torch.nn as nn
+
+# ---- torch
+
+
+# ---- timm
+
+try:
+    # CifarResNet.forward_intermediates, as in each model of timm. Without it: the same in a few lines.
+    from timm.models._features import feature_take_indices
+except ImportError:
+    def feature_take_indices(
+            num_features: int,
+            indices: Optional[Union[int, List[int]]] = None,
+    ) -> Tuple[List[int], int]:
+        """Indices of the features to take, the last n for a number n, and the largest of them."""
+        if indices is None or isinstance(indices, int):
+            indices = list(range(num_features))[-(indices or num_features):]
+        take_indices = [range(num_features)[index] for index in indices]
+        return take_indices, max(take_indices)
+
+
+def model_args(model: nn.Module) -> Dict[str, Any]:
+    """Keyword arguments that timm.create_model recorded for exports. Without the record: none."""
+    return dict(getattr(model, '_model_args', {}))
+
+
+def set_model_args(model: nn.Module, args: Dict[str, Any]) -> None:
+    """Replace that record, so that an export of a gated model names its gates. Without it: nothing reads this."""
+    vars(model)['_model_args'] = args
+
 
 # ---- huggingface_hub
 
 
 def hub_client_factory() -> Callable[[], Any]:
-    """The function that makes huggingface_hub's HTTP clients, for hub_timeout to set limits on them and to restore it.
+    """The function that makes huggingface_hub's HTTP clients: hub_timeout limits its clients, then restores it.
 
     Without the private name: plain clients, which ignore a factory set by huggingface_hub.set_client_factory.
     """
@@ -17,3 +50,6 @@ def hub_client_factory() -> Callable[[], Any]:
     from huggingface_hub.utils import _http
     plain = partial(type(get_session()), follow_redirects=True, timeout=None)
     return getattr(_http, '_GLOBAL_CLIENT_FACTORY', plain)
+
+
+# ---- onnxruntime
