@@ -231,20 +231,15 @@ def _budgets(model: nn.Module) -> str:
     if not table:
         return ''
     low, high = table[0].budget, table[-1].budget
+    about = (
+        f"`timm_aig.set_budget(model, {low:g})` sets the mean share of the static parent's MACs that the model runs, "
+        f'from {low:g} to {high:g}. Measured on {table[0].images} calibration images; other images give somewhat other '
+        'figures.')
     rows = [
         f'| {p.budget:.3g} | {p.macs_share:.4f} | {"" if p.top1 is None else f"{p.top1:.2f} %"} | {p.gate_offset:g} |'
         for p in table]
-    return '\n'.join([
-        '## Budgets',
-        '',
-        f"`timm_aig.set_budget(model, {low:g})` sets the mean share of the static parent's MACs that the model runs,",
-        f'from {low:g} to {high:g}. Measured on {table[0].images} calibration images; other images give somewhat other '
-        'figures.',
-        '',
-        '| Budget | MACs share | Top-1 accuracy | Gate offset |',
-        '|---|---|---|---|',
-        *rows,
-    ])
+    header = ['| Budget | MACs share | Top-1 accuracy | Gate offset |', '|---|---|---|---|']
+    return '\n'.join(['## Budgets', '', about, '', *header, *rows])
 
 
 def _usage(name: str, adaptive: bool, channels: int) -> str:
