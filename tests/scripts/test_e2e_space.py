@@ -198,7 +198,7 @@ def test_the_slider_acts_at_once_and_a_typed_number_out_of_its_range_is_its_near
 def test_a_model_for_colour_images_comes_from_the_hub_without_the_grey_samples(page, client, tmp_path):
     client.get("result = timm_aig.push_to_hub(make(0), 'alice/page').url")
     page.type_model('hf-hub:alice/page')
-    page.wait(lambda: '9 of its 9 blocks' in page.text('#about') and 'Drop an image' in page.text('#cost'))
+    page.wait(lambda: '9 of its 9 blocks' in page.text('#about') and 'Drop an image' in page.text('#network'))
     assert 'Gate offset' in page.text('#budget') and 'budget' not in page.text('#budget').replace('budgets', '')
     assert not page.find('#samples').is_displayed()
     Image.new('RGB', (40, 40), 'red').save(tmp_path / 'red.png')
