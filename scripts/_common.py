@@ -43,8 +43,8 @@ EXIT_CODES = (
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
-    'budget': '--budgets', 'folder': '--output', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO',
-    'target': '--target-rate'}
+    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'folder': '--output', 'offset': '--gate-offset',
+    'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -104,7 +104,7 @@ ARGUMENTS = {
                     help='loader processes (default: %(default)s)'),
     'device': dict(metavar='NAME', help='default: cuda if there is one, else cpu'),
     'threads': dict(type=integer(1), metavar='N', help="CPU threads (default: torch's)"),
-    'amp': dict(action='store_true', help='mixed precision in bfloat16'),
+    'amp': dict(action='store_true', help='mixed precision'),
     'gate_offset': dict(type=number('[-inf, inf]'), metavar='X',
                         help="added to each gate's open logit; more opens more gates (default: the model's)"),
     'budgets': dict(type=number('(0, 1]'), nargs='+', metavar='X', help='MACs shares'),
@@ -122,7 +122,7 @@ class Parser(argparse.ArgumentParser):
     source = ''  # in front of an error: the flag and file that the arguments come from
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r'^argument (?:-\w/)?([^/:]+)(?:/-\w)?: ', r'\1 ', message)
+        message = re.sub(r'^argument ([^/:]+)[^:]*: ', r'\1 ', message)
         print(f'error: {self.source}{message}', file=sys.stderr)
         sys.exit(2)
 
@@ -236,7 +236,7 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
     except InputError:
         raise
     except kind as e:
-        raise InputError(f'{value}: {e}', argument) from e
+        raise InputError(f'{value}: {str(e) or type(e).__name__}', argument) from e
 
 
 def create_model(name: str, pretrained: bool = False, argument: str = 'model', **kwargs: Any) -> Any:

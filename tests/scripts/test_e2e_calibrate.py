@@ -52,8 +52,8 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
     assert code == 0 and '20 images' in out and f'Wrote {config}.' in out and ' 0.5  ' in out
     written = json.loads(config.read_text())
     assert written['recipe'] == {'lr': 1} and written['gate_budgets'][0]['budget'] == .5
-    args = finetune.parse_args(['--data-dir', str(images), '--holdout', '20', '--model', 'resnet18'], '', '')
-    assert seen[0].indices == finetune.open_data(args)[1].indices and len(seen[0]) == 20
+    args = finetune.parse_args(['--data-dir', str(images), '--holdout', '20', '--model', 'resnet18'])
+    assert seen[0].indices == finetune.open_training_splits(args)[1].indices and len(seen[0]) == 20
 
 
 @pytest.mark.parametrize('args, error', [

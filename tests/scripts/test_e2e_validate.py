@@ -2,19 +2,17 @@
 import csv
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
+from functools import partial
 
 import pytest
 import timm
+import validate as script
 from PIL import Image
 from scipy.stats import binomtest
 
 import timm_aig
 from timm_aig.training.data import hold_out, open_dataset
-
-SCRIPT = Path(__file__).parents[2] / 'scripts' / 'validate.py'
 
 
 @pytest.fixture
@@ -111,14 +109,23 @@ def test_two_models_are_compared_image_by_image(validate, static_model, adaptive
     assert comparison['p_value'] == pytest.approx(expected)
 
 
-def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptive_model, images):
+def test_the_shards_of_two_processes_add_up_to_the_same_counts(
+        validate, adaptive_model, images, fork_main, wait, tmp_path):
     alone = validate('--model', adaptive_model)['rows'][0]
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', SCRIPT, '--json',
-         '--model', adaptive_model, '--data-dir', images, '--workers', '0', '--batch-size', '8', '--device', 'cpu'],
-        capture_output=True, text=True, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    shards = json.loads(done.stdout)['rows'][0]
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+
+    def prepare(rank):  # as torchrun does
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        os.dup2(os.open(tmp_path / f'stdout {rank}', os.O_CREAT | os.O_WRONLY), 1)
+
+    args = ['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
+            '--device', 'cpu']
+    processes = [fork_main(args, partial(prepare, rank), script.main) for rank in range(2)]
+    assert [wait(process) for process in processes] == [0, 0], (tmp_path / 'stderr').read_text()
+    shards = json.loads((tmp_path / 'stdout 0').read_text())['rows'][0]
+    assert not (tmp_path / 'stdout 1').read_text()
     assert alone['images'] % 2 == 1  # does not divide
     summed = ('loss', 'macs', 'macs_share')  # floats, added up in another order
     assert {k: v for k, v in shards.items() if k not in ('images_per_second', *summed)} == {
