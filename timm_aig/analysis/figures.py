@@ -116,7 +116,7 @@ def plot_blocks_run(
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
     at, edges = torch.arange(table.shape[1]).double(), np.arange(table.shape[1] + 1) - .5
     low, high = (int(end) for end in table.sum(0).nonzero().flatten()[[0, -1]])
-    every = -(-(high - low + 1) // 12)
+    every = -(-(high - low + 1) // (24 // columns))  # numbers that fit below a panel
     for axes, name, images in zip(panels, groups, table):
         mean = float(images @ at / images.sum())
         axes.stairs(100 * images / images.sum(), edges, fill=True, color=BLUE)
