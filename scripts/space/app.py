@@ -60,22 +60,13 @@ Choose a model, drop an image, move the slider."""
 
 @dataclass
 class Session:
-    """State of a tab.
-
-    Args:
-        model: Name of its model.
-        image: Its image, mode L or RGB, None before the first one.
-        title: Name of the image.
-        sample: The image is one of the samples.
-        shown: Network, input and run on the page now. A new object each time: time_it stops when it is replaced.
-        pictured: The title and the model of the pictures on the page.
-    """
+    """State of a tab."""
     model: str
     image: Optional[Image.Image] = None
-    title: str = ''
-    sample: bool = False
-    shown: Optional[Tuple[Network, Any, Run]] = None
-    pictured: Tuple[Any, ...] = ()
+    title: str = ''  # of the image
+    sample: bool = False  # the image is one of the samples
+    shown: Optional[Tuple[Network, Any, Run]] = None  # on the page now; time_it stops when another object replaces it
+    pictured: Tuple[Any, ...] = ()  # what the pictures on the page show
 
     def take_sample(self, index: int) -> None:
         path = SAMPLES[index]

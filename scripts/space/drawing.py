@@ -46,6 +46,7 @@ CSS = """
 .aig th:first-child { position: sticky; left: 0; text-align: left; background: var(--body-background-fill) }
 .aig tr.this th:first-child { font-weight: 700 }
 .aig tr.this td { outline: 2px solid var(--body-text-color); outline-offset: -1px }
+@media (max-width: 480px) { #cost th, #cost td { padding: .2em .3em; font-size: .85em } }
 """
 
 # viridis at 0, 0.1, ..., 1 (matplotlib, CC0): its lightness rises evenly, for every kind of colour vision

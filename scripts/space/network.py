@@ -9,10 +9,9 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -24,7 +23,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from images import read_image
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
@@ -58,18 +56,9 @@ class ModelError(ValueError):
     """A model that cannot be used. The message is for the visitor of the page."""
 
 
-@dataclass(frozen=True)
-class Slider:
-    """Range of the slider of a model: its calibrated budgets in percent of the MACs, or else its gate offset.
-
-    Args:
-        calibrated: The slider sets a budget; otherwise it sets the gate offset.
-        low: Lowest value.
-        high: Highest value.
-        step: Distance of two values.
-        value: Value that the model was saved with.
-    """
-    calibrated: bool
+class Slider(NamedTuple):
+    """Range of the slider of a model, and the value that it was saved with."""
+    calibrated: bool  # it sets a budget in percent of the MACs, otherwise the gate offset
     low: float
     high: float
     step: float
@@ -86,35 +75,19 @@ class Slider:
         return cls(True, low, high, 1, min(distance, key=lambda percent: distance[percent]))
 
 
-@dataclass(frozen=True)
-class Run:
-    """One image at one budget.
-
-    Args:
-        probabilities: Probability of each class, [num_classes].
-        gates: Which of the L gated blocks ran, 0. or 1., [1, L].
-        opens: Probability of open of each gate, the softmax of its two logits, L numbers.
-        threshold: A block runs where its gate's probability is above this; 0.5 at offset 0.
-    """
-    probabilities: torch.Tensor
-    gates: torch.Tensor
-    opens: List[float]
-    threshold: float
+class Run(NamedTuple):
+    """One image at one budget."""
+    probabilities: torch.Tensor  # of the classes, [num_classes]
+    gates: torch.Tensor  # which of the L gated blocks ran, 0. or 1., [1, L]
+    opens: List[float]  # probability of open that each gate gives, the softmax of its two logits
+    threshold: float  # a block runs where its gate's probability is above this; 0.5 at offset 0
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Time of one image in the adaptive model and in its static parent, measured in turns.
-
-    Args:
-        adaptive: Median in ms.
-        parent: Median in ms.
-        ratios: Quartiles of adaptive over parent, one ratio a turn: lower, median, upper.
-        turns: Number of turns.
-    """
-    adaptive: float
-    parent: float
-    ratios: Tuple[float, float, float]
+class Timing(NamedTuple):
+    """Time of one image in the adaptive model and in its static parent, measured in turns."""
+    adaptive: float  # median in ms
+    parent: float  # median in ms
+    ratios: Tuple[float, float, float]  # quartiles of adaptive over parent, one ratio a turn
     turns: int
 
 
@@ -282,7 +255,6 @@ def _check_source(name: str) -> None:
     """Check that the page may load a model of a folder or repository, before its weights are read."""
     source, _, place = name.partition(':')
     if source == 'hf-hub':
-        validate_repo_id(place.partition('@')[0])
         architecture = str(load_model_config_from_hf(place)[1])
     elif source == 'local-dir' and not ON_A_SPACE:
         architecture = str(json.loads(Path(place, 'config.json').read_text(encoding='utf-8'))['architecture'])

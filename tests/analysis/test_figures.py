@@ -194,6 +194,6 @@ def test_the_histograms_are_shares_of_each_group_over_whole_numbers_of_blocks(tm
     table = torch.tensor([[0, 3, 1], [2, 2, 0], [0, 0, 5]])
     plot_blocks_run(table, {'$x': [0, 1], 'y': [2]}, tmp_path / 'a.png')
     panels = drawn().axes
-    assert [[bar.get_height() for bar in axes.patches] for axes in panels] == [[25, 62.5, 12.5], [0, 0, 100]]
+    assert [axes.patches[0].get_data().values.tolist() for axes in panels] == [[25, 62.5, 12.5], [0, 0, 100]]
     assert [axes.get_title(loc='left') for axes in panels] == ['$x, mean 0.9', 'y, mean 2.0']
     assert panels[0].get_xticks().tolist() == [0, 1, 2]

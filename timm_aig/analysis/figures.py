@@ -114,12 +114,12 @@ def plot_blocks_run(
     rows = -(-len(groups) // columns)
     figure = _figure(1.4 + 1.4 * rows, f'How many of the {table.shape[1] - 1} gated blocks run', title)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
-    at = torch.arange(table.shape[1])
+    at, edges = torch.arange(table.shape[1]).double(), np.arange(table.shape[1] + 1) - .5
     low, high = (int(end) for end in table.sum(0).nonzero().flatten()[[0, -1]])
-    every = -(-(high - low + 1) // 12)
+    every = -(-(high - low + 1) // (24 // columns))  # numbers that fit below a panel
     for axes, name, images in zip(panels, groups, table):
-        mean = float(images @ at.double() / images.sum())
-        axes.bar(at, 100 * images / images.sum(), width=.9, color=BLUE)
+        mean = float(images @ at / images.sum())
+        axes.stairs(100 * images / images.sum(), edges, fill=True, color=BLUE)
         axes.axvline(mean, color=RED, linewidth=1.5)
         axes.set_title(f'{_short(name, 20)}, mean {mean:.1f}', fontsize=9, loc='left', parse_math=False)
         axes.grid(axis='y', alpha=.3)
