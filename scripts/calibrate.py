@@ -123,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
         result = timm_aig.calibrate_budget(
             model, loader, args.budgets, tolerance=args.tolerance, max_accuracy_drop=args.max_accuracy_drop,
             confidence=args.confidence, progress=True)
+    except InputError:
+        raise
     except ValueError as e:
         raise InputError(str(e)) from e
     # printed first: nothing that cannot be written loses it
