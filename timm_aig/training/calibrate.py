@@ -206,8 +206,8 @@ class _Search:
         if budget in self.found:
             return self.found[budget]
         if budget < self.all_closed.share:
-            raise OutOfReach(f'budget {budget:g} is out of reach: the range is {self.all_closed.share:.4f}, with all gates '
-                             f'closed, to 1.')
+            raise OutOfReach(f'budget {budget:g} is out of reach: the range is {self.all_closed.share:.4f}, with all '
+                             f'gates closed, to 1.')
         low = self.found[max(b for b in self.found if b < budget)]
         high = self.found[min(b for b in self.found if b > budget)]
         if low.share < budget < high.share:  # start from the narrowest pair of measurements
