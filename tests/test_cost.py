@@ -1,4 +1,5 @@
-"""MACs against known values, the paper's shares and a count by hand."""
+"""compute_cost and summary: known values, the paper's shares, and a network counted by hand."""
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -6,9 +7,10 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_aig
-from timm_aig import AIGConfig, Cost, compute_cost, gate_
+from timm_aig import AIGConfig, Cost, InputError, compute_cost, gate_
 
 
 def resnet(arch: str, **kwargs):
@@ -32,14 +34,14 @@ def test_a_static_model_has_the_known_macs_and_all_are_fixed(arch, size, macs):
     ('resnet50_aig', 0.4, 0.717), ('resnet50_aig', 0.5, 0.760), ('resnet50_aig', 0.6, 0.802),
     ('resnet50_aig', 0.7, 0.845), ('resnet101_aig', 0.3, 0.506), ('resnet101_aig', 0.5, 0.647),
 ])
-def test_the_papers_schedules_execute_these_shares(arch, t, share):
+def test_the_schedules_of_the_paper_execute_the_shares_it_reports(arch, t, share):
     model = resnet(arch, target_rate=t, schedule='paper')
     cost = compute_cost(model, (3, 224, 224))
     rates = torch.tensor([[block.target_rate for block in timm_aig.gated_blocks(model).values()]])
     assert f'{cost.executed(rates).item() / cost.total:.3f}' == f'{share:.3f}'
 
 
-def test_all_gates_together_are_a_tiny_share():
+def test_the_gates_are_a_tiny_share():
     cost = compute_cost(resnet('resnet101_aig', schedule='paper'), (3, 224, 224))
     assert f'{100 * cost.gates / cost.total:.3f}' == '0.006'  # the paper: under 0.04 %
     cost = compute_cost(resnet('resnet50_aig'), (3, 224, 224))
@@ -68,7 +70,7 @@ HEAD = 16 * 5
 GATE = 8 * 16 + 16 * 2
 
 
-def test_a_tiny_network_has_the_macs_counted_by_hand():
+def test_a_tiny_network_matches_a_count_by_hand():
     model = gate_(Tiny())
     cost = compute_cost(model, (3, 10, 6))
     assert cost.blocks == (BASIC, BOTTLENECK)
@@ -78,7 +80,7 @@ def test_a_tiny_network_has_the_macs_counted_by_hand():
     assert compute_cost(Tiny(), (3, 10, 6)).total == cost.static == cost.total - 2 * GATE
 
 
-def test_an_always_on_block_is_fixed_and_pays_for_no_gate():
+def test_a_block_without_a_gate_is_fixed_and_adds_no_gate():
     cost = compute_cost(gate_(Tiny(), AIGConfig(target_rates=[1, 0.5])), (3, 10, 6))
     assert cost.blocks == (BOTTLENECK,)
     assert cost.gates == GATE
@@ -120,15 +122,65 @@ def test_counting_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_is_counted_while_another_thread_runs_it():
+def test_a_count_is_the_same_while_another_thread_runs_another_model():
+    model, other = gate_(Tiny()), Tiny().eval()
+    expected = compute_cost(model, (3, 10, 6))
+    x, stop = torch.randn(1, 3, 10, 6), threading.Event()
+
+    def run():
+        passes = 0
+        while not stop.is_set():
+            with torch.no_grad():
+                other(x)
+            passes += 1
+        return passes
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        counts = [compute_cost(model, (3, 10, 6)) for _ in range(30)]
+        stop.set()
+        assert running.result() > 30
+    assert counts == [expected] * 30
+
+
+def test_a_model_runs_and_is_counted_at_once():
     model = timm.create_model('cifar_resnet20_aig').eval()
     x = torch.randn(1, 3, 8, 8)
-    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
         expected = model(x)
-        counting = other.submit(lambda: [compute_cost(model, (3, 8, 8)) for _ in range(5)])
+        counting = pool.submit(lambda: [compute_cost(model, (3, 8, 8)) for _ in range(5)])
         while not counting.done():
             assert torch.equal(model(x), expected)
-        counting.result()
+        assert counting.result() == [compute_cost(model, (3, 8, 8))] * 5
+
+
+@pytest.mark.parametrize('arch', ['vit_tiny_patch16_224', 'resnet50_clip', 'convnext_atto'])
+def test_attention_and_other_networks_are_counted_as_pytorch_counts_them(arch):
+    model = resnet(arch)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(torch.empty(1, 3, 224, 224, device='meta'))
+    assert compute_cost(model).fixed == counter.get_total_flops() // 2
+
+
+def test_inference_mode_does_not_change_the_count():
+    expected = compute_cost(Tiny(), (3, 10, 6))
+    with torch.inference_mode():
+        assert compute_cost(Tiny(), (3, 10, 6)) == expected
+
+
+def test_the_input_size_is_the_models_own_with_its_own_channels():
+    model = resnet('resnet18_aig', in_chans=1)
+    assert compute_cost(model) == compute_cost(model, (1, 224, 224))
+    assert compute_cost(resnet('cifar_resnet20_aig')) == compute_cost(resnet('cifar_resnet20_aig'), (3, 32, 32))
+    assert timm_aig.summary(model) == timm_aig.summary(model, (1, 224, 224))
+
+
+@pytest.mark.parametrize('count', [compute_cost, timm_aig.summary])
+def test_a_model_without_a_config_needs_an_input_size(count):
+    with pytest.raises(InputError, match=r'input_size must be given .*: Sequential has no pretrained_cfg') as error:
+        count(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    assert error.value.argument == 'input_size'
 
 
 @pytest.mark.parametrize('make', [
@@ -137,7 +189,7 @@ def test_a_model_is_counted_while_another_thread_runs_it():
     lambda: timm.create_model('resnet18_aig').to(memory_format=torch.channels_last),
     lambda: timm.create_model('resnet18_aig', features_only=True, out_indices=(4,)),
 ])
-def test_dtype_layout_and_a_missing_head_do_not_change_the_count_of_the_blocks(make):
+def test_dtype_layout_and_a_missing_head_do_not_change_the_block_counts(make):
     cost = compute_cost(resnet('resnet18_aig'), (3, 64, 64))
     other = compute_cost(make(), (3, 64, 64))
     assert other.blocks == cost.blocks and other.gates == cost.gates
@@ -145,7 +197,7 @@ def test_dtype_layout_and_a_missing_head_do_not_change_the_count_of_the_blocks(m
 
 
 @pytest.mark.parametrize('execution', ['auto', 'masked', 'sparse'])
-def test_the_count_does_not_depend_on_the_execution_or_the_gates(execution):
+def test_the_count_does_not_depend_on_execution_or_gate_offset(execution):
     model = timm.create_model('cifar_resnet20_aig')
     expected = compute_cost(model, (3, 16, 16))
     timm_aig.set_execution(model, execution)
@@ -154,13 +206,13 @@ def test_the_count_does_not_depend_on_the_execution_or_the_gates(execution):
 
 
 @pytest.mark.parametrize('input_size', [(224, 224), (3, 0, 224), (1, 3, 224, 224), (3, -1, 4)])
-def test_a_bad_input_size_is_refused(input_size):
+def test_a_bad_input_size_is_an_error(input_size):
     with pytest.raises(ValueError, match=r'input_size must be \(C, H, W\), each above 0'):
         compute_cost(resnet('resnet18'), input_size)
 
 
 def cells(table):
-    """Lines of a summary as lists of cells, rules left out."""
+    """Cells of each line of a summary, without the rules."""
     return [[cell for cell in line.split('  ') if cell.strip()] for line in table.splitlines() if set(line) != {'-'}]
 
 
@@ -181,7 +233,7 @@ def test_the_summary_has_every_block_and_adds_up():
 
 
 @pytest.mark.parametrize('as_gates', [True, False])
-def test_the_summary_shows_measured_rates_and_what_they_cost(as_gates):
+def test_the_summary_shows_measured_rates_and_their_macs(as_gates):
     model = resnet('cifar_resnet20_aig', in_chans=1)
     gates = torch.bernoulli(torch.full((50, 9), .4))
     cost = compute_cost(model, (1, 32, 32))
@@ -192,12 +244,12 @@ def test_the_summary_shows_measured_rates_and_what_they_cost(as_gates):
     assert f'mean image: {executed:,.0f} MACs, {executed / (cost.total - cost.gates):.1%} of' in table
 
 
-def test_a_static_model_has_a_summary_without_gates():
+def test_the_summary_of_a_static_model_has_no_gates():
     rows = cells(timm_aig.summary(resnet('resnet18'), (3, 64, 64)))
     assert len(rows) == 11 and all('always on' in row for row in rows[1:10]) and '0 of 8 blocks gated' in rows[-1][1]
 
 
-def test_a_model_optimized_for_inference_is_refused_with_what_to_do():
+def test_an_optimized_model_is_an_error_that_says_what_to_do():
     model = timm_aig.optimize_for_inference(timm.create_model('cifar_resnet20_aig'))
     for count in (compute_cost, timm_aig.summary):
         with pytest.raises(ValueError, match='Take the original of an optimized one'):
@@ -210,11 +262,6 @@ def test_a_model_optimized_for_inference_is_refused_with_what_to_do():
     (dict(rates=torch.zeros(0, 9)), r'rates must be 9 numbers'),
     (dict(input_size=(3, 0, 8)), 'input_size'),
 ])
-def test_a_summary_refuses_what_does_not_fit(kwargs, error):
+def test_rates_and_sizes_that_do_not_fit_are_errors(kwargs, error):
     with pytest.raises(ValueError, match=error):
         timm_aig.summary(resnet('cifar_resnet20_aig'), **kwargs)
-
-
-def test_a_summary_asks_for_the_input_size_of_a_model_without_a_config():
-    with pytest.raises(ValueError, match=r'input_size: Sequential does not say its own, give \(C, H, W\)'):
-        timm_aig.summary(nn.Sequential(nn.Conv2d(3, 4, 1)))

@@ -1,4 +1,4 @@
-"""set_budget: one checkpoint at many budgets. A table of gate offsets, measured by calibrate_budget, and its use."""
+"""Budgets: the table of gate offsets that calibrate_budget measured, and set_budget, which uses it."""
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any, Dict, Optional, Sequence, Tuple
@@ -6,80 +6,69 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import torch.nn as nn
 
 from .blocks import gated_blocks, require_gated_blocks, set_gate_offset
+from .config import InputError
 
 __all__ = ['BudgetPoint', 'budget_offset', 'budget_table', 'read_budget_table', 'set_budget', 'set_budget_table']
 
-LARGEST_OFFSET = 65536.
-LONGEST_TABLE = 256
-MOST_BLOCKS = 4096
-OPTIONAL = ('top1', 'block_rates')
+LARGEST_OFFSET = 65536.  # opens any gate
+RETIRED_FIELDS = ('block_rates',)  # in tables that older versions saved
 
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One row of a table of budgets: what calibrate_budget measured.
+    """One row of a budget table, as measured by calibrate_budget.
 
     Args:
-        budget: Wanted mean MACs over those of the static parent, in (0, 1].
-        gate_offset: Offset of the gates that gives it.
-        macs_share: Mean MACs share that it gave on the calibration images.
+        budget: Wanted mean MACs over the MACs of the static parent, in (0, 1].
+        gate_offset: Gate offset that gives it.
+        macs_share: Mean MACs share measured on the calibration images.
         images: Number of calibration images.
-        top1: Accuracy on them, percent; None if they had no labels.
-        block_rates: Execution rate of each of the L gated blocks on them, in [0, 1].
+        top1: Accuracy on them, percent. None without labels.
 
     Raises:
-        ValueError: A field has a value that is not allowed.
+        InputError: A field is not a number, or out of range.
     """
     budget: float
     gate_offset: float
     macs_share: float
     images: int
     top1: Optional[float] = None
-    block_rates: Optional[Tuple[float, ...]] = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-                ('budget', 0, 1), ('gate_offset', -LARGEST_OFFSET, LARGEST_OFFSET), ('macs_share', 0, 2),
-                ('images', 1, 2 ** 53), ('top1', 0, 100)):
-            value = getattr(self, name)
+        for name, value in asdict(self).items():
             if name == 'top1' and value is None:
                 continue
-            kinds = (int,) if name == 'images' else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high \
-                    or (name == 'budget' and value == 0):
-                what = 'whole number' if name == 'images' else 'number'
-                raise ValueError(f'{name} must be a {what} {"above" if name == "budget" else "from"} {low:g} '
-                                 f'to {high:g}, not {str(value)[:80]!r}.')
-        rates = self.block_rates
-        if rates is not None:
-            if not isinstance(rates, (list, tuple)) or len(rates) > MOST_BLOCKS or not all(
-                    isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1 for rate in rates):
-                raise ValueError(f'block_rates must be a list of rates from 0 to 1, not {str(rates)[:80]!r}.')
-            object.__setattr__(self, 'block_rates', tuple(rates))
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2 ** 53:
+                raise InputError(f'must be a finite number, not {value!r:.80}.', name)
+        if not 0 < self.budget <= 1:
+            raise InputError(f'must be in (0, 1], not {self.budget:g}.', 'budget')
+        if abs(self.gate_offset) > LARGEST_OFFSET:
+            raise InputError(f'must be at most {LARGEST_OFFSET:g}, not {self.gate_offset:g}.', 'gate_offset')
 
     def to_dict(self) -> Dict[str, Any]:
-        """Fields that differ from None as plain JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        """The fields that are not None, for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def read_budget_table(rows: Any) -> Tuple[BudgetPoint, ...]:
-    """A table from its JSON form, a list of objects with BudgetPoint's fields.
+    """Read a table from its JSON form, a list of objects with the fields of BudgetPoint.
 
     Raises:
-        ValueError: It has another form, or budgets or offsets that do not ascend.
+        InputError: Another form, a bad field, or budgets or offsets that do not ascend.
     """
-    if not isinstance(rows, (list, tuple)) or len(rows) > LONGEST_TABLE:
-        raise ValueError(f'gate_budgets must be a list of at most {LONGEST_TABLE} objects.')
+    if not isinstance(rows, (list, tuple)):
+        raise InputError(f'must be a list of objects, not {rows!r:.80}.', 'gate_budgets')
     known = [f.name for f in fields(BudgetPoint)]
     points = []
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not set(known) - {*OPTIONAL} <= set(row) <= set(known):
-            raise ValueError(f'gate_budgets[{i}] must be an object of {", ".join(known)}, of which '
-                             f'{" and ".join(OPTIONAL)} may be missing.')
+        row = {k: v for k, v in row.items() if k not in RETIRED_FIELDS} if isinstance(row, dict) else row
+        if not isinstance(row, dict) or not {*known} - {'top1'} <= {*row} <= {*known}:
+            raise InputError(f'gate_budgets[{i}] must be an object with {", ".join(known[:-1])} and perhaps top1, '
+                             f'not {row!r:.80}.')
         try:
             points.append(BudgetPoint(**row))
-        except ValueError as e:
-            raise ValueError(f'gate_budgets[{i}]: {e}') from e
+        except InputError as e:
+            raise InputError(f'gate_budgets[{i}]: {e}') from e
     _require_ascending(points)
     return tuple(points)
 
@@ -87,45 +76,37 @@ def read_budget_table(rows: Any) -> Tuple[BudgetPoint, ...]:
 def _require_ascending(points: Sequence[BudgetPoint]) -> None:
     for a, b in pairwise(points):
         if a.budget >= b.budget or a.gate_offset > b.gate_offset:
-            raise ValueError(f'gate_budgets must ascend, budget {b.budget:g} at offset {b.gate_offset:g} follows '
-                             f'{a.budget:g} at {a.gate_offset:g}.')
+            raise InputError(f'must ascend: budget {b.budget:g} at offset {b.gate_offset:g} follows {a.budget:g} at '
+                             f'{a.gate_offset:g}.', 'gate_budgets')
 
 
 def budget_table(model: nn.Module) -> Tuple[BudgetPoint, ...]:
-    """The calibrated budgets of a model, ascending; empty if it was not calibrated or is static."""
+    """The calibrated budgets of a model, ascending. Empty for a model that is static or not calibrated."""
     return next((block.gate.budgets for block in gated_blocks(model).values()), ())
 
 
 def set_budget_table(model: nn.Module, points: Sequence[BudgetPoint]) -> None:
-    """Give a model a table of budgets, or with () take it away. Its gate offset stays.
+    """Replace the budget table of a model; () removes it. The gate offset stays as it is.
 
     Raises:
-        ValueError: The model is static, the points do not ascend or are too many, or they are of another number of
-            blocks.
+        InputError: The model is static, or the points do not ascend.
     """
-    if len(points) > LONGEST_TABLE:
-        raise ValueError(f'gate_budgets must have at most {LONGEST_TABLE} points, not {len(points)}.')
     _require_ascending(points)
-    blocks = require_gated_blocks(model)
-    for point in points:
-        if point.block_rates is not None and len(point.block_rates) != len(blocks):
-            raise ValueError(f'gate_budgets: budget {point.budget:g} has {len(point.block_rates)} block_rates, the '
-                             f'model {len(blocks)} gated blocks.')
-    for block in blocks.values():
+    for block in require_gated_blocks(model).values():
         block.gate.budgets = tuple(points)
 
 
 def budget_offset(table: Sequence[BudgetPoint], budget: float) -> float:
-    """Gate offset for a budget, by linear interpolation between the two budgets of a table next to it.
+    """Gate offset for a budget, interpolated linearly between its two neighbours in the table.
 
     Raises:
-        ValueError: The budget is outside of the table.
+        InputError: The budget is outside the table.
     """
     low, high = table[0], table[-1]
-    if not low.budget <= budget <= high.budget:  # nor for nan
-        span = f'{low.budget:g}' if len(table) == 1 else f'{low.budget:g} to {high.budget:g}'
-        raise ValueError(f'budget must be in the range that was calibrated, {span}, not {budget!r}: '
-                         f'timm_aig.calibrate_budget extends it.')
+    if not low.budget <= budget <= high.budget:  # also if it is nan
+        span = f'{low.budget:g}' if len(table) == 1 else f'from {low.budget:g} to {high.budget:g}'
+        raise InputError(f'must be {span}, as calibrated, not {budget!r}. timm_aig.calibrate_budget extends the range.',
+                         'budget')
     for a, b in pairwise(table):
         if a.budget <= budget < b.budget:
             return a.gate_offset + (b.gate_offset - a.gate_offset) * (budget - a.budget) / (b.budget - a.budget)
@@ -133,24 +114,24 @@ def budget_offset(table: Sequence[BudgetPoint], budget: float) -> float:
 
 
 def set_budget(model: nn.Module, budget: float) -> float:
-    """Let a calibrated model spend a share of the MACs of its static parent, in the mean over images like those it was
-    calibrated on. What optimize_for_inference makes of it takes budgets too.
+    """Set the gate offset with which a calibrated model spends a share of its static parent's MACs.
+
+    The share is a mean over images like those it was calibrated on. Works for optimized models too.
 
     Args:
         model: Model with a table of calibrate_budget, its own or loaded.
-        budget: Mean MACs over those of the static parent.
+        budget: Mean MACs over the MACs of the static parent.
 
     Returns:
         The gate offset that was set.
 
     Raises:
-        ValueError: The model is static, was not calibrated, or the budget is out of range. The model is
-            unchanged then.
+        InputError: The model is static or not calibrated, or the budget is outside its table. The model is unchanged.
     """
     require_gated_blocks(model)
     table = budget_table(model)
     if not table:
-        raise ValueError('model has no calibrated budgets, call timm_aig.calibrate_budget on held-out images first.')
+        raise InputError('has no calibrated budgets, call timm_aig.calibrate_budget on held-out images first.', 'model')
     offset = budget_offset(table, budget)
     set_gate_offset(model, offset)
     return offset

@@ -1,26 +1,30 @@
-"""MACs: of each block, of each sample, and a table of them."""
+"""MACs of a model: of each block, of each sample, and a table of them."""
 import copy
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode  # documented in PyTorch's notes on extending it
+from torch.utils.flop_counter import flop_registry
 
 from .blocks import gated_blocks
+from .config import InputError
 
-__all__ = ['Cost', 'compute_cost', 'summary']
+__all__ = ['Cost', 'compute_cost', 'own_input_size', 'summary']
 
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one forward pass for one sample, convolutions and matrix products.
+    """MACs of one forward pass for one sample: convolutions, matrix products and attention.
 
     Args:
         fixed: What always runs: stem, head, shortcuts, blocks without a gate, gates.
         blocks: Residual branch of each of the L gated blocks.
-        gates: The gates themselves, counted in fixed.
+        gates: The gates, which are part of fixed.
     """
     fixed: int
     blocks: Tuple[int, ...]
@@ -37,28 +41,33 @@ class Cost:
         return self.total - self.gates
 
     def executed(self, gates: torch.Tensor) -> torch.Tensor:
-        """MACs [B] of samples with gates [B, L], differentiable, float64 (float32 on mps, which has no other)."""
+        """MACs [B] of samples with gates or rates [B, L]. Differentiable, float64 (float32 on mps).
+
+        Raises:
+            InputError: `gates` is not [B, L].
+        """
         if gates.ndim != 2 or gates.shape[1] != len(self.blocks):
-            raise ValueError(f'gates must be [batch, {len(self.blocks)}], not {list(gates.shape)}.')
+            raise InputError(f'must be [batch, {len(self.blocks)}], not {list(gates.shape)}.', 'gates')
         dtype = torch.float32 if gates.device.type == 'mps' else torch.float64
         return self.fixed + gates.to(dtype) @ gates.new_tensor(self.blocks, dtype=dtype)
 
     def share(self, gates: torch.Tensor) -> torch.Tensor:
-        """The same over the MACs of the static parent: with all gates open slightly above 1, by the gates' own."""
+        """executed(gates) over the MACs of the static parent, [B]: slightly above 1 with all gates open."""
         return self.executed(gates) / self.static
 
 
-def compute_cost(model: nn.Module, input_size: Tuple[int, int, int]) -> Cost:
-    """Count the MACs of a model, adaptive or static (then all of them are fixed).
+def compute_cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Cost:
+    """Count the MACs of a model. All MACs of a static model are fixed.
 
-    Nothing is computed: the model runs on the meta device, on tensors without data.
+    A copy of the model runs on the meta device, without data. Other threads may run models meanwhile.
 
     Args:
-        model: Model that takes one image batch.
-        input_size: Of one image (C, H, W).
+        model: Adaptive or static model that takes a batch of images.
+        input_size: Image size (C, H, W). Default: own_input_size(model).
 
     Raises:
-        ValueError: input_size is not three numbers above 0, or the model needs data to run, as an optimized one does.
+        InputError: A bad input_size, none for a model without a pretrained_cfg, or a model that needs data to run, as
+            an optimized one does.
     """
     return _cost(_count_macs(model, input_size), list(gated_blocks(model)))
 
@@ -68,62 +77,80 @@ def summary(
         input_size: Optional[Tuple[int, int, int]] = None,
         rates: Union[torch.Tensor, Sequence[float], None] = None,
 ) -> str:
-    """A table to print: the residual branch of each block, what else there is, and the totals.
+    """Table of a model's blocks and their MACs, to print.
 
     Args:
-        model: A model with timm ResNet blocks, adaptive or static.
-        input_size: Of one image (C, H, W), by default that of the model's pretrained_cfg.
-        rates: What was measured of the L gated blocks: rates [L] in [0, 1], or gates [N, L] of N images.
+        model: Adaptive or static model with timm ResNet blocks.
+        input_size: Image size (C, H, W). Default: own_input_size(model).
+        rates: Measured execution rates [L] of the L gated blocks, in [0, 1], or gates [N, L] of N images.
 
     Returns:
-        Lines of block, kind, target rate, measured rate, MACs and their share of all. With rates, the last line has
-        the MACs of the mean image over those of the static parent.
+        A line per block with its kind, target rate, measured rate, MACs and their share of the total, then the rest of
+        the model and the total. With rates, the last line compares the mean image with the static parent.
 
     Raises:
-        ValueError: rates do not fit the model, input_size is missing or not three numbers above 0, or the model needs
-            data to run, as an optimized one does.
+        InputError: `rates` does not fit the model, or as in compute_cost.
     """
-    gated = gated_blocks(model)
+    gated = list(gated_blocks(model))
     if rates is not None:
-        rates = torch.as_tensor(rates, dtype=torch.float64).cpu()
-        rates = rates.mean(0) if rates.ndim == 2 else rates
-        if tuple(rates.shape) != (len(gated),) or not ((rates >= 0) & (rates <= 1)).all():
-            raise ValueError(
-                f'rates must be {len(gated)} numbers in [0, 1] or gates [N, {len(gated)}] with N above 0, '
-                f'not {list(rates.shape)} from {rates.min() if rates.numel() else None} to '
-                f'{rates.max() if rates.numel() else None}.')
-    macs = _count_macs(model, input_size or own_input_size(model))
-    cost = _cost(macs, list(gated))
+        rates = _mean_rates(rates, len(gated))
+    macs = _count_macs(model, input_size)
+    cost = _cost(macs, gated)
     blocks = {name: m for name, m in model.named_modules() if name in gated or isinstance(m, (BasicBlock, Bottleneck))}
     rest = cost.total
     rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
     for name, block in blocks.items():
         own = _branch(macs, name)
         rest -= own
-        target = measured_rate = ''
+        target = measured = ''
         if name in gated:
-            target = f'{block.target_rate:g}' if hasattr(block, 'target_rate') else ''
-            if rates is not None:
-                measured_rate = f'{rates[list(gated).index(name)]:.3f}'
+            target = f'{block.target_rate:g}'
+            measured = '' if rates is None else f'{rates[gated.index(name)]:.3f}'
         rows.append((name, type(block).__name__.removeprefix('Gated'), 'gated' if name in gated else 'always on',
-                     target, measured_rate, f'{own:,}', f'{own / cost.total:.1%}'))
+                     target, measured, f'{own:,}', f'{own / cost.total:.1%}'))
     rows.append(('other', 'stem, shortcuts, head, gates', 'always on', '', '', f'{rest:,}', f'{rest / cost.total:.1%}'))
     rows.append(('total', f'{len(gated)} of {len(blocks)} blocks gated', '', '',
-                 '' if rates is None or not len(rates) else f'{rates.mean():.3f}', f'{cost.total:,}', '100.0%'))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    rule = ['-' * sum(widths, 2 * (len(widths) - 1))]
-    lines = [lines[0], *rule, *lines[1:-1], *rule, lines[-1]]
+                 '' if rates is None or not gated else f'{rates.mean():.3f}', f'{cost.total:,}', '100.0%'))
+    lines = _align(rows)
     if rates is not None:
         lines.append(f'mean image: {cost.executed(rates[None]).item():,.0f} MACs, '
                      f"{cost.share(rates[None]).item():.1%} of the static parent's {cost.static:,}")
     return '\n'.join(lines)
 
 
-def _branch(macs: Callable[..., int], name: str) -> int:
-    """MACs of the residual branch of a block."""
-    return macs(name) - macs(f'{name}.gate') - macs(f'{name}.downsample')
+def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
+    """Image size (C, H, W) of a model: pretrained_cfg's size with the model's own in_chans.
+
+    Raises:
+        InputError: The model has no pretrained_cfg with an input_size, or no convolution.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    in_chans = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if not cfg.get('input_size') or in_chans is None:
+        raise InputError(
+            f'must be given as (C, H, W): {type(model).__name__} has no pretrained_cfg with its own.', 'input_size')
+    return (in_chans, *cfg['input_size'][1:])
+
+
+def _mean_rates(rates: Any, blocks: int) -> torch.Tensor:
+    """Rates [L] in float64, from rates [L] or gates [N, L]."""
+    rates = torch.as_tensor(rates, dtype=torch.float64).cpu()
+    mean = rates.mean(0) if rates.ndim == 2 else rates
+    if mean.shape != (blocks,) or not ((mean >= 0) & (mean <= 1)).all():
+        values = f', from {rates.min():g} to {rates.max():g}' if rates.numel() else ''
+        raise InputError(
+            f'must be {blocks} numbers in [0, 1], or gates [N, {blocks}] with N above 0, '
+            f'not {list(rates.shape)}{values}.', 'rates')
+    return mean
+
+
+def _align(rows: Sequence[Tuple[str, ...]]) -> List[str]:
+    """Lines of a table: the first three columns left-aligned, rules below the head and above the last row."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    rule = '-' * sum(widths, 2 * (len(widths) - 1))
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def _cost(macs: Callable[..., int], gated: Sequence[str]) -> Cost:
@@ -131,34 +158,55 @@ def _cost(macs: Callable[..., int], gated: Sequence[str]) -> Cost:
     return Cost(fixed=macs() - sum(blocks), blocks=blocks, gates=sum(macs(f'{name}.gate') for name in gated))
 
 
-def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
-    """Of the pretrained_cfg, with the channels of the first convolution: timm leaves those of the weights there."""
-    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if not cfg.get('input_size') or channels is None:
-        raise ValueError(f'input_size: {type(model).__name__} does not say its own, give (C, H, W).')
-    return (channels, *cfg['input_size'][1:])
+def _branch(macs: Callable[..., int], name: str) -> int:
+    """MACs of the residual branch of a block."""
+    return macs(name) - macs(f'{name}.gate') - macs(f'{name}.downsample')
 
 
-def _count_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> Callable[..., int]:
-    """Function of a module's name that gives its MACs for one sample, of the model without one."""
-    if len(input_size) != 3 or any(size < 1 for size in input_size):
-        raise ValueError(f'input_size must be (C, H, W), each above 0, not {tuple(input_size)}.')
+class _MacCounter(TorchDispatchMode):
+    """MACs of each module of a model, by name.
+
+    FlopCounterMode hooks every module of the process, and so counts what other threads run. A dispatch mode acts in its
+    own thread only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.macs: Counter = Counter()
+        self._running: List[str] = []  # '' is the model itself
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name), prepend=True)
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, name: str, *args: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *args: Any) -> None:
+        self._running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count_flops = flop_registry.get(func.overloadpacket)
+        if count_flops is not None:
+            macs = count_flops(*args, **(kwargs or {}), out_val=out) // 2
+            self.macs.update(dict.fromkeys(self._running, macs))
+        return out
+
+
+def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Callable[..., int]:
+    """A function from a module's name to its MACs for one sample; without a name, those of the whole model."""
+    size = own_input_size(model) if input_size is None else tuple(input_size)
+    if len(size) != 3 or any(length < 1 for length in size):
+        raise InputError(f'must be (C, H, W), each above 0, not {size}.', 'input_size')
     meta = {id(t): t.to('meta') for t in (*model.parameters(), *model.buffers())}
     shapes = copy.deepcopy(model, meta).eval()  # the model itself may be running in another thread
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    x = torch.empty(1, *input_size, device='meta', dtype=dtype)
-    counter = FlopCounterMode(display=False)
+    counter = _MacCounter(shapes)
     try:
-        with torch.no_grad(), counter:
-            shapes(x)
+        with torch.inference_mode(False), torch.no_grad(), counter:  # inference mode would not split up conv2d
+            shapes(torch.empty(1, *size, device='meta', dtype=dtype))
     except NotImplementedError as e:
-        raise ValueError(
-            f'model ({type(model).__name__}) does not run on the meta device. Take the original of an optimized one.'
-        ) from e
-    counts = counter.get_flop_counts()
-
-    def macs(name: str = '') -> int:
-        return sum(counts.get(f'{type(model).__name__}.{name}' if name else 'Global', {}).values()) // 2
-
-    return macs
+        raise InputError(
+            f'({type(model).__name__}) does not run on the meta device. Take the original of an optimized one.',
+            'model') from e
+    return lambda name='': counter.macs[name]

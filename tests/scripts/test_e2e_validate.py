@@ -64,8 +64,7 @@ def test_a_larger_offset_opens_more_gates_until_all_are_open(validate, adaptive_
 @pytest.fixture(scope='module')
 def calibrated_model(adaptive_model, tmp_path_factory):
     """The same with a table of budgets: not measured, but with offsets that differ."""
-    rows = [dict(budget=b, gate_offset=o, macs_share=b, images=9, block_rates=[b] * 9)
-            for b, o in ((.4, -4.), (.8, 4.))]
+    rows = [dict(budget=b, gate_offset=o, macs_share=b, images=9) for b, o in ((.4, -4.), (.8, 4.))]
     model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=rows)
     return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("calibrated"))}'
 

@@ -1,4 +1,4 @@
-"""evaluate: exact figures, in one process and in two."""
+"""evaluate: exact results, in one process and in two."""
 import os
 import sys
 
@@ -27,7 +27,7 @@ def loader(images=IMAGES, labels=LABELS, batch_size=8):
     return DataLoader(TensorDataset(images, labels), batch_size)
 
 
-def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
+def test_results_equal_those_of_a_plain_loop_over_the_images(model):
     cost = timm_aig.compute_cost(model, (3, 8, 8))
     evaluation = evaluate(model, loader(), likeness=True)
     losses, correct, among5, all_gates, given = [], [], [], [], []
@@ -58,7 +58,7 @@ def test_all_figures_are_those_of_a_plain_loop_over_the_images(model):
 
 
 @pytest.mark.parametrize('batch_size', [1, 5, 23])
-def test_they_do_not_depend_on_the_batches(model, batch_size):
+def test_results_do_not_depend_on_the_batch_size(model, batch_size):
     a, b = evaluate(model, loader(batch_size=batch_size)), evaluate(model, loader())
     assert (a.top1, a.top5) == (b.top1, b.top5) and torch.equal(a.gates, b.gates)
 
@@ -83,7 +83,7 @@ def test_the_likeness_of_a_class_without_images_is_nan(model):
     assert alike[:4].sum(1).tolist() == pytest.approx([1] * 4) and alike[4:].isnan().all()
 
 
-def test_a_label_without_a_class_is_refused(model):
+def test_a_label_without_a_class_is_an_error(model):
     with pytest.raises(ValueError, match='the model has 10 classes, the data set has a label 10'):
         evaluate(model, loader(labels=LABELS + 1))
     assert not model.training
@@ -99,14 +99,34 @@ def test_a_static_model_has_one_path_and_all_macs():
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_the_mode_is_restored_and_the_statistics_stay(model, training):
+def test_modes_and_statistics_are_as_before_also_after_an_error(model, training):
     model.train(training)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.layer1.train(not training)  # fine-tuning with frozen norms
+    modes = [module.training for module in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    model.fc.register_forward_hook(lambda module, *_: seen.append(module.training or model.layer1.training))
     evaluate(model, loader())
+    assert set(seen) == {False}
+    assert [module.training for module in model.modules()] == modes
     with pytest.raises(ZeroDivisionError):
         evaluate(model, (1 / 0 for _ in range(1)))
-    assert model.training is training
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_the_device_is_that_of_the_models_parameters():
+    seen = []
+
+    class Loader:
+        def __iter__(self):
+            image = torch.empty(1, 3, 8, 8)
+            image.to = lambda device, **kwargs: seen.append(device) or 1 / 0
+            return iter([(image, torch.zeros(1))])
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate(timm.create_model('cifar_resnet20', device='meta'), Loader())
+    assert seen == [torch.device('meta')]
 
 
 def test_gates_can_be_drawn(model):
@@ -131,7 +151,7 @@ def run_process(rank, folder, model):
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_exact_counts_of_one_though_23_images_do_not_divide(model, tmp_path):
+def test_two_processes_return_the_results_of_one_for_a_number_of_images_that_does_not_divide(model, tmp_path):
     mp.start_processes(run_process, args=(str(tmp_path), model), nprocs=2, start_method='fork')
     one = evaluate(model, loader(), likeness=True)
     for rank in (0, 1):

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..inference.optimize import InferenceBlock, InferenceStage, optimize_for_inference
+from ..inference import InferenceBlock, InferenceStage, optimize_for_inference
 
 __all__ = ['MODES', 'ExportModel']
 
@@ -45,7 +45,7 @@ class ExportBlock(nn.Module):
         super().__init__()
         self.block = block
         self.gate: Any = block.gate if mode != 'path' else None
-        self.runs = not block.never if block.gate is None else open
+        self.runs = block.gate is None or open
         self.masked = mode == 'masked'
         self.index = index
         self.pools = pools

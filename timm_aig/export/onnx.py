@@ -21,7 +21,7 @@ from timm.models.resnet import ResNet
 from .. import __version__
 from ..blocks import gated_blocks
 from ..budget import budget_table
-from ..inference.optimize import InferenceModel
+from ..inference import InferenceModel
 from ..training.checkpoint import write_atomically
 from .check import ExportError, Run, check_export, own_offsets, torch_run
 from .model import MODES, ExportModel

@@ -1,4 +1,5 @@
 """optimize_for_inference: an eval-only copy of a model, in which a skipped block is saved time."""
-from .optimize import InferenceBlock, InferenceModel, InferenceStage, optimize_for_inference
+from .blocks import InferenceBlock, InferenceStage
+from .optimize import InferenceModel, optimize_for_inference
 
 __all__ = ['InferenceBlock', 'InferenceModel', 'InferenceStage', 'optimize_for_inference']

@@ -1,9 +1,9 @@
-"""calibrate_budget: the gate offsets that give wanted mean MACs shares, found on held-out images."""
-from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf, isfinite, sqrt
-from statistics import NormalDist
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+"""calibrate_budget: find the gate offsets that give wanted mean MACs shares on held-out images."""
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
+from math import inf
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,11 +11,14 @@ from timm.utils import unwrap_model
 from tqdm import tqdm
 
 from ..blocks import GatedBlock, gated_blocks, require_gated_blocks, set_gate_offset
-from ..budget import LONGEST_TABLE, BudgetPoint, set_budget_table
+from ..budget import BudgetPoint, set_budget_table
+from ..config import InputError
 from ..cost import Cost, compute_cost
 from ..passes import forward_gates
+from .accuracy_drop import AccuracyDrop, accuracy_drop
+from .evaluate import eval_mode
 
-__all__ = ['BUDGETS', 'AccuracyDrop', 'Calibration', 'calibrate_budget']
+__all__ = ['BUDGETS', 'Calibration', 'calibrate_budget']
 
 BUDGETS = (.4, .5, .6, .7, .8, .9, 1.)
 DECIMALS = 6  # of an offset
@@ -24,33 +27,14 @@ Batch = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class AccuracyDrop:
-    """The smallest budget that keeps an accuracy, on the calibration images.
-
-    Args:
-        point: The budget, with its accuracy.
-        reference: Accuracy with all gates open, percent.
-        drop: reference - point.top1, points.
-        interval: Confidence interval of the drop, points (Agresti and Min, 2005, for proportions of the same images).
-            The budget was chosen on these images too, which it leaves out of account.
-        confidence: Of the interval.
-    """
-    point: BudgetPoint
-    reference: float
-    drop: float
-    interval: Tuple[float, float]
-    confidence: float
-
-
-@dataclass(frozen=True)
 class Calibration:
-    """What calibrate_budget found.
+    """Result of calibrate_budget.
 
     Args:
-        table: The budgets asked for, and those added between them where interpolation would miss.
-        lowest: MACs share with all gates closed: no budget below it can be reached.
-        passes: Runs through the calibration images.
-        smallest: The answer to max_accuracy_drop, None if it was not asked for.
+        table: The budgets asked for, and those added where interpolation would miss the tolerance.
+        lowest: MACs share with all gates closed, the lowest budget within reach.
+        passes: Number of passes through the calibration images.
+        smallest: The smallest budget within max_accuracy_drop, None if that was not asked for.
     """
     table: Tuple[BudgetPoint, ...]
     lowest: float
@@ -58,8 +42,8 @@ class Calibration:
     smallest: Optional[AccuracyDrop] = None
 
 
-class Unreachable(ValueError):
-    """No offset gives a budget."""
+class OutOfReach(InputError):
+    """No gate offset gives a budget."""
 
 
 def calibrate_budget(
@@ -74,74 +58,56 @@ def calibrate_budget(
 ) -> Calibration:
     """Find the gate offsets that give mean MACs shares, and store them as the model's table for set_budget.
 
-    One offset moves the thresholds of all gates. What a gate sees depends on the blocks that ran before it, so shares
-    are measured in whole passes, where the margins of the last pass tell to look next. Budgets are added in between
-    where linear interpolation would miss the tolerance: 50 to 80 passes in all. The images are kept in memory,
-    augmented once. Nothing but the table changes in the model.
+    One offset moves the thresholds of all gates. What a gate sees depends on the blocks that ran before it, so every
+    share is measured in a pass through the images, about 60 in all. Budgets are added where linear interpolation would
+    miss the tolerance. The images are kept in memory, augmented once. Only the table of the model changes.
 
     Args:
-        model: Adaptive model, on the device to run on. Calibrate it before optimize_for_inference.
-        loader: Batches of images [B, C, H, W], or of these and labels [B], best of images that the model was not
-            trained on. Images with a label below 0 are left out.
-        budgets: Wanted mean MACs over those of the static parent, each in (0, 1]. 1 stands for all gates open.
-        tolerance: Largest difference of a measured share to its budget.
-        max_accuracy_drop: Also find the smallest budget whose accuracy is at most so many points below that with all
-            gates open, in steps of `tolerance`, and add it to the table.
-        confidence: Of the interval of that drop, in (0, 1).
-        progress: Show a bar on stderr.
+        model: Adaptive model, on the device to run on. Calibrate before optimize_for_inference.
+        loader: Batches of images [B, C, H, W], or of images and labels [B], best of images that the model was not
+            trained on. Images with a negative label are left out.
+        budgets: Wanted mean MACs over the MACs of the static parent, each in (0, 1]. 1 opens all gates.
+        tolerance: Largest difference between a budget and its measured share.
+        max_accuracy_drop: Also find the smallest budget, to the tolerance, whose accuracy is at most this many
+            percentage points below the accuracy with all gates open, and add it to the table.
+        confidence: Level of the confidence interval of that drop, in (0, 1).
+        progress: Show a progress bar on stderr.
 
     Raises:
-        ValueError: A static or optimized model, a wrong argument, no images, labels that are missing, or a budget that
-            no offset reaches: the message tells what can be reached. The model is unchanged then.
+        InputError: A static or optimized model, a bad argument, no images, missing labels, or a budget out of reach.
     """
     model = unwrap_model(model)
     if not all(isinstance(block, GatedBlock) for block in require_gated_blocks(model).values()):
-        raise ValueError('model is optimized for inference, calibrate the one it was made from.')
-    wanted = _checked(budgets, tolerance, max_accuracy_drop, confidence)
-    batches = _cached(loader)
+        raise InputError('is optimized for inference, calibrate the original.', 'model')
+    wanted = sorted({float(budget) for budget in budgets})
+    if not all(0 < budget <= 1 for budget in wanted):
+        raise InputError(f'must be in (0, 1], not {wanted}.', 'budgets')
+    if not wanted and max_accuracy_drop is None:
+        raise InputError('must have at least one entry.', 'budgets')
+    for name, value in (('tolerance', tolerance), ('confidence', confidence)):
+        if not 0 < value < 1:
+            raise InputError(f'must be in (0, 1), not {value!r}.', name)
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
+        raise InputError(f'must be from 0 to 100 points, not {max_accuracy_drop!r}.', 'max_accuracy_drop')
+    batches = _read(loader)
     if max_accuracy_drop is not None and batches[0][1] is None:
-        raise ValueError('max_accuracy_drop needs a loader that gives labels.')
+        raise InputError('needs a loader that gives labels.', 'max_accuracy_drop')
     cost = compute_cost(model, tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
     with _unchanged(model), tqdm(disable=not progress, desc='calibrating', unit='pass') as bar:
         search = _Search(model, batches, cost, tolerance, bar)
-        for budget in wanted:
-            search.find(budget)
-        search.refine()
-        rows = dict(search.rows)
+        points = {budget: search.find(budget).point(budget) for budget in [*wanted, *search.between(wanted)]}
         smallest = None
         if max_accuracy_drop is not None:
-            budget = search.smallest(max_accuracy_drop)
-            rows[budget] = search.rows[budget]
-            smallest = _accuracy_drop(_point(budget, rows[budget]), search.open, rows[budget], confidence)
-    table = tuple(_point(budget, rows[budget]) for budget in sorted(rows))
+            budget, found = search.smallest(max_accuracy_drop, wanted)
+            points[budget] = found.point(budget)
+            smallest = accuracy_drop(points[budget], search.all_open.correct, found.correct, confidence)
+    table = tuple(points[budget] for budget in sorted(points))
     set_budget_table(model, table)
-    return Calibration(table, search.lowest, search.passes, smallest)
+    return Calibration(table, search.all_closed.share, search.passes, smallest)
 
 
-def _checked(
-        budgets: Sequence[float],
-        tolerance: float,
-        max_accuracy_drop: Optional[float],
-        confidence: float,
-) -> List[float]:
-    """The budgets, ascending."""
-    wanted = sorted({float(budget) for budget in budgets})
-    if not all(0 < budget <= 1 for budget in wanted):
-        raise ValueError(f'budgets must be in (0, 1], not {wanted}.')
-    if len(wanted) > LONGEST_TABLE:
-        raise ValueError(f'budgets must be at most {LONGEST_TABLE}, not {len(wanted)}.')
-    if not wanted and max_accuracy_drop is None:
-        raise ValueError('budgets must have at least one entry.')
-    if not 0 < tolerance < 1:
-        raise ValueError(f'tolerance must be in (0, 1), not {tolerance!r}.')
-    if max_accuracy_drop is not None and not (max_accuracy_drop >= 0 and isfinite(max_accuracy_drop)):
-        raise ValueError(f'max_accuracy_drop must be a number of points from 0, not {max_accuracy_drop!r}.')
-    if not 0 < confidence < 1:
-        raise ValueError(f'confidence must be in (0, 1), not {confidence!r}.')
-    return wanted
-
-
-def _cached(loader: Iterable[Any]) -> List[Batch]:
+def _read(loader: Iterable[Any]) -> List[Batch]:
+    """The batches of a loader, without images that have a negative label."""
     batches: List[Batch] = []
     for batch in loader:
         images, labels = (batch, None) if isinstance(batch, torch.Tensor) else (batch[0], batch[1])
@@ -152,221 +118,153 @@ def _cached(loader: Iterable[Any]) -> List[Batch]:
         if len(images):
             batches.append((images, labels))
     if not batches:
-        raise ValueError('loader gives no images.')
+        raise InputError('the loader gives no images.')
     if len({(images.shape[1:], labels is None) for images, labels in batches}) > 1:
-        raise ValueError('loader must give images of one size, all with labels or all without.')
+        raise InputError('the loader must give images of one size, all with labels or all without.')
     return batches
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Eval, and afterwards the modes and gate offsets of before."""
-    modes = [(module, module.training) for module in model.modules()]
-    gates = [(block.gate, block.gate.offset.item()) for block in gated_blocks(model).values()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for gate, offset in gates:
-            gate.set_offset(offset)
+    """Set a model to eval inside a `with` block, and restore its modes and gate offsets afterwards."""
+    offsets = {block.gate: float(block.gate.offset) for block in gated_blocks(model).values()}
+    with eval_mode(model):
+        try:
+            yield
+        finally:
+            for gate, offset in offsets.items():
+                gate.set_offset(offset)
 
 
-class _Probe(NamedTuple):
-    """One pass through the N images: MACs share in the mean, right answers [N], open minus closed logits [N, L],
-    execution rates [L]."""
+@dataclass(frozen=True)
+class _Measurement:
+    """One pass through the N images at a gate offset: mean MACs share, open minus closed logits of the L gates [N, L],
+    and which images were classified correctly [N] (None without labels)."""
     offset: float
     share: float
-    right: Optional[torch.Tensor]
     margins: torch.Tensor
-    rates: torch.Tensor
+    correct: Any
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.correct.double().mean().item()
+
+    def point(self, budget: float) -> BudgetPoint:
+        top1 = None if self.correct is None else round(self.top1, DECIMALS)
+        return BudgetPoint(budget, self.offset, round(self.share, DECIMALS), len(self.margins), top1)
 
 
 class _Search:
-    """Passes through the calibration images, and the offsets found for budgets."""
+    """Measures MACs shares at gate offsets, and finds the offsets of budgets."""
 
     def __init__(self, model: nn.Module, batches: List[Batch], cost: Cost, tolerance: float, bar: Any) -> None:
         self.model = model
         self.batches = batches
+        self.cost = cost
         self.tolerance = tolerance
         self.bar = bar
-        self.cost = cost
-        self.lowest = cost.fixed / cost.static
         self.passes = 0
-        self.probes: List[_Probe] = []  # by offset, the last with all gates open
-        self.rows: Dict[float, _Probe] = {}  # by budget; their offsets ascend with it
-        widest = self._probe(inf)
-        needed = max(0., -widest.margins.min().item())
-        self.open = widest._replace(offset=round(needed + 1, DECIMALS))  # leaves new images some room
-        self.probes = [self.open]
+        self.measured: List[_Measurement] = []
+        opened, closed = self._measure(inf), self._measure(-inf)  # below at finite offsets, with 1 to spare
+        self.all_open = replace(opened, offset=round(1 + max(0., -opened.margins.min().item()), DECIMALS))
+        self.all_closed = replace(closed, offset=round(-1 - max(0., closed.margins.max().item()), DECIMALS))
+        self.measured = [self.all_closed, self.all_open]
+        self.found = {self.all_closed.share: self.all_closed, 1.: self.all_open}  # by budget
 
     @torch.no_grad()
-    def _probe(self, offset: float) -> _Probe:
+    def _measure(self, offset: float) -> _Measurement:
         set_gate_offset(self.model, offset)
         like = next(self.model.parameters())
         gates = [block.gate for block in gated_blocks(self.model).values()]
-        margins: List[List[torch.Tensor]] = [[] for _ in gates]
-        right: List[torch.Tensor] = []
-        ran = torch.zeros(len(gates), dtype=torch.float64)
-
-        def note(gate: Any, args: Any, into: List[torch.Tensor]) -> None:
-            logits = gate.logits(args[0]).float()
-            into.append((logits[:, 1] - logits[:, 0]).cpu())
-
-        hooks = [gate.register_forward_pre_hook(lambda g, args, into=into: note(g, args, into))
-                 for gate, into in zip(gates, margins)]
+        logits: List[List[torch.Tensor]] = [[] for _ in gates]
+        hooks = [gate.fc2.register_forward_hook(lambda _, args, output, parts=parts: parts.append(output.float().cpu()))
+                 for gate, parts in zip(gates, logits)]
+        shares, correct = [], []
         try:
             for images, labels in self.batches:
-                output, answers = forward_gates(
-                    self.model, images.to(like.device, like.dtype, memory_format=torch.channels_last))
-                ran += answers.double().sum(0).cpu()
+                images = images.to(like.device, like.dtype, memory_format=torch.channels_last)
+                output, answers = forward_gates(self.model, images)
+                shares.append(self.cost.share(answers.cpu()))
                 if labels is not None:
-                    right.append(output.argmax(1).cpu() == labels)
+                    correct.append(output.argmax(1).cpu() == labels)
         finally:
             for hook in hooks:
                 hook.remove()
         self.passes += 1
         self.bar.update()
-        stacked = torch.stack([torch.cat(parts) for parts in margins], 1)
-        rates = ran / len(stacked)
-        share = self.cost.share(rates[None]).item()
-        probe = _Probe(offset, share, torch.cat(right) if right else None, stacked, rates)
-        self.probes = sorted([*self.probes, probe], key=lambda p: p.offset)
-        return probe
+        margins = torch.stack([torch.cat(parts).diff(dim=1)[:, 0] for parts in logits], 1)
+        share = torch.cat(shares).mean().item()
+        self.measured.append(_Measurement(offset, share, margins, torch.cat(correct) if correct else None))
+        return self.measured[-1]
 
-    def find(self, budget: float) -> _Probe:
-        """A probe within tolerance of a budget; its offset lies between those of the budgets next to it.
+    def find(self, budget: float) -> _Measurement:
+        """A measurement within tolerance of a budget. Its offset lies between the offsets of the neighbouring budgets.
 
         Raises:
-            Unreachable: There is none.
+            OutOfReach: There is none.
         """
-        if budget not in self.rows:
-            self.rows[budget] = self._find(budget)
-        return self.rows[budget]
-
-    def _find(self, budget: float) -> _Probe:
-        if budget == 1:
-            return self.open
-        if budget < self.lowest:
-            raise Unreachable(f'budget {budget:g} is out of reach: with all gates closed {self.lowest:.4f} of the MACs '
-                              f'run, the range is {self.lowest:.4f} to 1.')
-        below = max((b for b in self.rows if b < budget), default=None)
-        above = min((b for b in self.rows if b > budget), default=None)
-        low = None if below is None else self.rows[below]
-        high = self.open if above is None else self.rows[above]
-        if low is not None and low.share >= budget:
-            return low
-        if high.share <= budget:
-            return high
-        for probe in self.probes:
-            if (low is None or low.offset <= probe.offset) and probe.offset <= high.offset and probe.share <= budget:
-                low = probe
-        high = next(p for p in self.probes if p.share > budget and (low is None or p.offset > low.offset))
-        for step in range(200):
-            nearest = min((p for p in (low, high) if p is not None), key=lambda p: abs(p.share - budget))
-            if abs(nearest.share - budget) <= self.tolerance / 2:  # the other half is for what lies between two budgets
-                return nearest
-            floor = high.offset - 2. ** step if low is None else low.offset
-            if low is not None and high.share - low.share < 8 * self.tolerance:
-                part = (budget - low.share) / (high.share - low.share)
-                offset = round(low.offset + part * (high.offset - low.offset), DECIMALS)
-            else:
-                offset = self._expected_offset(nearest.margins, budget)
-            if step % 3 == 2 or not (-inf if low is None else floor) < offset < high.offset:
-                offset = floor if low is None else round((floor + high.offset) / 2, DECIMALS)
-            if offset in (high.offset, None if low is None else low.offset):
-                if abs(nearest.share - budget) <= self.tolerance:
-                    return nearest
+        if budget in self.found:
+            return self.found[budget]
+        if budget < self.all_closed.share:
+            raise OutOfReach(f'budget {budget:g} is out of reach: the range is {self.all_closed.share:.4f}, with all '
+                             f'gates closed, to 1.')
+        low = self.found[max(b for b in self.found if b < budget)]
+        high = self.found[min(b for b in self.found if b > budget)]
+        if low.share < budget < high.share:  # start from the narrowest pair of measurements
+            known = sorted((m for m in self.measured if low.offset <= m.offset <= high.offset), key=lambda m: m.offset)
+            last = max(i for i, m in enumerate(known) if m.share < budget)
+            low, high = known[last:last + 2]
+        for step in count():
+            nearest = min(low, high, key=lambda m: abs(m.share - budget))
+            miss = abs(nearest.share - budget)
+            if miss <= self.tolerance / 2:  # leaves the other half to interpolation
                 break
-            probe = self._probe(offset)
-            low, high = (probe, high) if probe.share <= budget else (low, probe)
-        shares = ' and '.join(f'{p.share:.4f}' for p in (low, high) if p is not None)
-        raise Unreachable(f'budget {budget:g} is out of reach: the nearest MACs shares are {shares}, the gates tip '
-                          f'together between offsets that are the same to {DECIMALS} decimals.')
+            offset = self._expected_offset(nearest.margins, budget)
+            if step % 2 or not low.offset < offset < high.offset:
+                offset = round((low.offset + high.offset) / 2, DECIMALS)
+            if not low.offset < offset < high.offset:
+                break
+            measurement = self._measure(offset)
+            low, high = (measurement, high) if measurement.share < budget else (low, measurement)
+        if miss > self.tolerance:
+            raise OutOfReach(f'budget {budget:g} is out of reach: the nearest MACs shares are {low.share:.4f} and '
+                             f'{high.share:.4f}, at offsets that are equal to {DECIMALS} decimals.')
+        self.found[budget] = nearest
+        return nearest
 
     def _expected_offset(self, margins: torch.Tensor, budget: float) -> float:
-        """Offset that would give a budget if the margins [N, L] did not depend on the blocks that run."""
+        """Offset that would give a budget if margins [N, L] did not depend on which blocks run."""
         opens_at, order = (-margins).flatten().sort()
-        macs = torch.tensor(self.cost.blocks, dtype=torch.float64).repeat(len(margins))[order].cumsum(0)
-        wanted = (budget * self.cost.static - self.cost.fixed) * len(margins)
-        at = int(torch.searchsorted(macs, wanted))
-        near = opens_at[max(0, at - 1):at + 1].double().mean() if at < len(opens_at) else opens_at[-1] + 1
-        return round(near.item(), DECIMALS)
+        images = len(margins)
+        macs = torch.tensor(self.cost.blocks, dtype=torch.float64).repeat(images)[order].cumsum(0)
+        index = int(torch.searchsorted(macs, (budget * self.cost.static - self.cost.fixed) * images))
+        return round(opens_at[max(0, index - 1):index + 1].double().mean().item(), DECIMALS)
 
-    def _expected_share(self, probe: _Probe, offset: float) -> float:
-        """MACs share at an offset not far from a probe's, by its margins."""
-        rates = (probe.margins + offset > 0).double().mean(0)
-        return self.cost.share(rates[None]).item()
-
-    def refine(self) -> None:
-        """Add budgets between those found until linear interpolation between neighbours meets the tolerance."""
-        gaps = list(zip(sorted(self.rows), sorted(self.rows)[1:]))
-        while gaps and len(self.rows) < LONGEST_TABLE:
+    def between(self, budgets: Sequence[float]) -> List[float]:
+        """Budgets to add between ascending ones, so that linear interpolation meets the tolerance."""
+        added: List[float] = []
+        gaps = list(pairwise(budgets))
+        while gaps:
             a, b = gaps.pop()
-            low, high = self.rows[a], self.rows[b]
-            if b - a <= 2 * self.tolerance or low.offset == high.offset:
-                continue
             middle = round((a + b) / 2, 4)
-            offset = (low.offset + high.offset) / 2
-            share = (self._expected_share(low, offset) + self._expected_share(high, offset)) / 2
-            if abs(share - middle) > self.tolerance:
-                try:
+            offset = round((self.find(a).offset + self.find(b).offset) / 2, DECIMALS)
+            if (b - a) / 2 > self.tolerance and abs(self._measure(offset).share - middle) > self.tolerance:
+                with suppress(OutOfReach):  # the share jumps over it
                     self.find(middle)
-                except Unreachable:  # nothing lies between
-                    continue
-                gaps += [(a, middle), (middle, b)]
+                    added.append(middle)
+                    gaps += [(a, middle), (middle, b)]
+        return added
 
-    def smallest(self, max_drop: float) -> float:
-        """The smallest budget, to the tolerance, whose accuracy is at most max_drop points below that of all open."""
-        def keeps(budget: float) -> bool:
+    def smallest(self, max_drop: float, budgets: Sequence[float]) -> Tuple[float, _Measurement]:
+        """The smallest budget, to the tolerance, that loses at most max_drop points of accuracy."""
+        def is_within(budget: float) -> bool:
             try:
-                return _top1(self.open) - _top1(self.find(budget)) <= max_drop + 1e-9
-            except Unreachable:
+                return self.all_open.top1 - self.find(budget).top1 <= max_drop + 1e-9
+            except OutOfReach:
                 return False
 
-        fails, passes = self.lowest, 1.
-        for budget in sorted(self.rows):
-            if keeps(budget):
-                passes = budget
-                break
-            fails = budget
-        self.find(passes)  # no row yet if none of them keeps it
-        while passes - fails > self.tolerance:
-            middle = round((fails + passes) / 2, 4)
-            if middle in (fails, passes):
-                break
-            fails, passes = (fails, middle) if keeps(middle) else (middle, passes)
-        return passes
-
-
-def _top1(probe: _Probe) -> float:
-    assert probe.right is not None
-    return 100 * probe.right.double().mean().item()
-
-
-def _point(budget: float, probe: _Probe) -> BudgetPoint:
-    top1 = None if probe.right is None else round(_top1(probe), DECIMALS)
-    return BudgetPoint(
-        budget, probe.offset, round(probe.share, DECIMALS), len(probe.margins), top1,
-        tuple(round(rate, 4) for rate in probe.rates.tolist()))
-
-
-def _accuracy_drop(point: BudgetPoint, reference: _Probe, probe: _Probe, confidence: float) -> AccuracyDrop:
-    assert reference.right is not None and probe.right is not None
-    lost, won = (int((a & ~b).sum()) for a, b in ((reference.right, probe.right), (probe.right, reference.right)))
-    drop = 100 * (lost - won) / len(probe.right)
-    return AccuracyDrop(
-        point, _top1(reference), drop, drop_interval(lost, won, len(probe.right), confidence), confidence)
-
-
-def drop_interval(lost: int, won: int, images: int, confidence: float) -> Tuple[float, float]:
-    """Confidence interval, in points, of an accuracy's drop, from the images that only one of two models is right on.
-
-    Agresti and Min, Statistics in Medicine 24, 2005: Wald's interval with half an observation more in each of the four
-    cells, which holds its level for few images too.
-    """
-    lost_, won_, n = lost + .5, won + .5, images + 2
-    drop = (lost_ - won_) / n
-    spread = NormalDist().inv_cdf((1 + confidence) / 2) * sqrt(lost_ + won_ - (lost_ - won_) ** 2 / n) / n
-    return 100 * (drop - spread), 100 * (drop + spread)
+        high = next(filter(is_within, budgets), 1.)
+        low = max((budget for budget in budgets if budget < high), default=self.all_closed.share)
+        while high - low > self.tolerance and (middle := round((low + high) / 2, 4)) not in (low, high):
+            low, high = (low, middle) if is_within(middle) else (middle, high)
+        return high, self.find(high)

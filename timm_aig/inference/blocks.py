@@ -1,0 +1,73 @@
+"""InferenceBlock and InferenceStage: residual blocks that compute the open samples only, in place where possible."""
+from typing import Any, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm.models.resnet import Bottleneck
+
+from ..blocks import run_open_rows
+from .fused import FusedConv, fold
+from .gate import InferenceGate, pool
+
+__all__ = ['InferenceBlock', 'InferenceStage']
+
+
+class InferenceBlock(nn.Module):
+    """A timm residual block, gated or not, for eval.
+
+    Modifications:
+        * batch norms and ReLUs are folded into convolutions
+        * the last convolution adds the shortcut and applies the last ReLU
+        * only the samples whose gate is open run the residual branch
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        branch = [block.conv1, block.bn1, block.act1, block.aa, block.conv2, block.bn2, block.se]
+        self.last_act: nn.Module = block.act2
+        if isinstance(block, Bottleneck):
+            branch = [block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.act2, block.aa,
+                      block.conv3, block.bn3, block.se]
+            self.last_act = block.act3
+        steps = fold(*branch)
+        fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)
+        self.last_conv: Any = steps.pop() if fused else None
+        self.branch = nn.Sequential(*steps)
+        self.downsample = None if block.downsample is None else nn.Sequential(*fold(block.downsample))
+        self.relu_input = getattr(block, 'relu_input', False)
+        self.target_rate = getattr(block, 'target_rate', 1.)
+        self.gate = InferenceGate(block.gate) if hasattr(block, 'gate') else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run_open_rows(self, x, self.open_rows(x, None)[0])
+
+    def open_rows(self, x: torch.Tensor, pooled: Any) -> Tuple[Sequence[int], Any]:
+        """Indices of the samples that run, and pool(x) if it is known: given, or computed for the gate."""
+        if self.gate is None:
+            return range(len(x)), pooled
+        pooled = pool(x) if pooled is None else pooled
+        return self.gate.open_rows(*pooled), pooled
+
+    def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """act(residual(x) + shortcut), see run_open_rows."""
+        x = self.branch(x)
+        if self.last_conv is not None:
+            return self.last_conv.add_relu_(x, shortcut if overwrite else shortcut.clone())
+        return self.last_act(x.add_(shortcut))
+
+
+class InferenceStage(nn.Sequential):
+    """InferenceBlocks in a row. Later blocks write into the first one's output; an unchanged input is pooled once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        owned = False
+        pooled: Any = None
+        block: Any
+        for block in self:
+            rows, pooled = block.open_rows(x, pooled)
+            y = run_open_rows(block, x, rows, owned)
+            if rows or block.downsample is not None or not block.relu_input:
+                pooled = None
+            owned = owned or y is not x
+            x = y
+        return x
