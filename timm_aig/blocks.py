@@ -244,7 +244,7 @@ def set_execution(model: nn.Module, mode: str) -> None:
 
     Args:
         model: Adaptive model.
-        mode: 'auto' is sparse without grad and masked with grad, 'sparse' and 'masked' are the same with and without.
+        mode: 'auto' runs sparse without grad and masked with grad, 'sparse' and 'masked' always run that way.
 
     Raises:
         InputError: An unknown mode, a static model, or an optimized model, which is always sparse.

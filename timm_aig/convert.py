@@ -88,9 +88,9 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
         raise InputError(f'must be an AIGConfig, not {type(config).__name__}.', 'config')
     if _find_blocks(model, tuple(GATED.values())) or isinstance(model, GatedBlock):
         raise InputError('is gated already, ungate_ it first to change its gates.', 'model')
-    sites = _find_blocks(model, tuple(GATED))
     if type(model) in GATED:
         raise InputError(f'({type(model).__name__}) is a block itself, gate_ the module that holds it.', 'model')
+    sites = _find_blocks(model, tuple(GATED))
     if not sites:
         raise InputError(
             f'({type(model).__name__}) has no supported blocks. Supported are BasicBlock and Bottleneck of '

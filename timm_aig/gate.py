@@ -170,5 +170,5 @@ class Gate(nn.Module):
 
 
 def _fill_offset(gate: Gate, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load weights saved before timm_aig 0.2, which have no offset: it stays as it is."""
+    """Keep the gate's offset if the weights have none, as those saved before timm_aig 0.2."""
     state_dict.setdefault(f'{prefix}offset', gate.offset)

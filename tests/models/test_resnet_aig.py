@@ -109,7 +109,7 @@ def test_registering_the_adaptive_models_leaves_the_parents_alone():
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d'])
-def test_a_parents_weights_give_its_logits_bit_for_bit_and_the_log_says_that_gates_are_untrained(
+def test_a_parents_weights_give_its_logits_and_the_log_says_that_the_gates_are_untrained(
         arch, tmp_path, caplog, train_norms):
     static = train_norms(timm.create_model(arch)).eval()
     overlay = save_weights(static, tmp_path / 'model.safetensors')

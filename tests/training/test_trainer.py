@@ -399,7 +399,7 @@ def test_a_compiled_model_recompiles_only_where_the_noise_ends():
         nn.Conv2d(3, 4, 3), nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
         nn.Linear(4, 3)))
     model.num_classes = 3
-    task = AIGTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task = AIGTask(model, nn.CrossEntropyLoss(), gate_loss=timm_aig.TargetRateLoss([0.6] * 2), verbose=False)
     task.compile(backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     Trainer(task, batches(12), optimizer, 1, gate_schedule=GateSchedule(model, noise_off=.3)).fit()

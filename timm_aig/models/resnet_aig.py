@@ -140,7 +140,7 @@ def resnet50_aig(pretrained: bool = False, **kwargs) -> ResNet:
     """Constructs a ResNet-50-AIG model, the paper's smaller ImageNet network.
 
     Args:
-        pretrained: Load weights of the tag, without one ResNet-50's default weights with open gates.
+        pretrained: Load the weights of the tag, or ResNet-50's default weights with open gates if there is no tag.
         **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
             gate_budgets, and timm's ResNet arguments.
     """
