@@ -22,8 +22,10 @@ from .loss import ComputeTargetLoss, TargetRateLoss
 from .passes import force_gates, forward_gates, record_gates
 
 if TYPE_CHECKING:
-    from .export.onnx import export_aoti, export_onnx, export_openvino, export_program
-    from .export.runtime import load_onnx, optimize_onnx
+    from .export.onnx import export_onnx
+    from .export.openvino import export_openvino
+    from .export.program import export_program
+    from .export.runtime import load_onnx
     from .hub.save import push_to_hub, save_pretrained
     from .task import AIGTask
     from .training.calibrate import calibrate_budget
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
-    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate', 'export_aoti',
+    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate',
     'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'record_gates', 'save_pretrained',
+    'load_onnx', 'optimize_for_inference', 'push_to_hub', 'record_gates', 'save_pretrained',
     'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
@@ -41,12 +43,10 @@ _LAZY = {  # imported when first used: slow to import, and most users never need
     'AIGTask': '.task',
     'calibrate_budget': '.training.calibrate',
     'evaluate': '.training.evaluate',
-    'export_aoti': '.export.onnx',
     'export_onnx': '.export.onnx',
-    'export_openvino': '.export.onnx',
-    'export_program': '.export.onnx',
+    'export_openvino': '.export.openvino',
+    'export_program': '.export.program',
     'load_onnx': '.export.runtime',
-    'optimize_onnx': '.export.runtime',
     'push_to_hub': '.hub.save',
     'save_pretrained': '.hub.save',
 }
