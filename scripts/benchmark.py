@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Times an adaptive ResNet against its static parent, both optimised the same way, interleaved in one process.
+"""Time an adaptive ResNet against its static parent, both optimized the same way, in turns in one process.
 
-Each row of the table is one way to run the network. Gates are forced open at random with rate r for each image and
-block (seeded), or, with --images, decide themselves on real images. In every round each row runs the same images; the
-rows take turns of 8 images (or one batch), so that what else the machine does hits all rows alike.
+Each row of the table is one way to run the network. The gates are forced open at random with rate r for each image and
+block (seeded), or, with --images, decide for themselves on real images. In every round each row runs the same images;
+the rows take turns of 8 images (or one batch), so that other work on the machine slows all rows alike.
 
-    ms/img      milliseconds an image, median of the rounds
-    ratio       time over the parent's that is optimised the same way: median, and range of the rounds
-    MACs        executed multiply-adds over the parent's
-    efficiency  MACs / ratio: 1 where all of the skipped compute is saved time
-    peak MiB    memory a pass needs on top of model and input (Linux, CPU, with --memory)
+    ms/img      milliseconds per image, median of the rounds
+    ratio       time over that of the parent optimized the same way: median, and range of the rounds
+    MACs        MACs share: executed MACs over the parent's
+    efficiency  MACs / ratio: 1 if all of the skipped compute is saved time
+    peak MiB    memory of a pass on top of model and input (Linux, CPU, with --memory)
 """
 import argparse
 import copy
@@ -25,21 +25,61 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
-import timm
-import timm.task
-import torch
-from _common import keep_freed_memory
-
-import timm_aig
-from timm_aig.export.check import FORCED
-from timm_aig.training.data import read_images
+from _common import (
+    add_args,
+    blame,
+    create_model,
+    create_parser,
+    integer,
+    keep_freed_memory,
+    number,
+    open_device,
+    require,
+    run_script,
+)
 
 EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
   scripts/benchmark.py --model resnet101_aig --batch-size 1 --compile
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
-  scripts/benchmark.py --model local-dir:output/demo --images my/images --json result.json
-"""
+  scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json"""
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = create_parser(__doc__, EXAMPLES)
+    arg = parser.add_argument
+    add_args(parser, 'model', default='resnet50_aig')
+    add_args(parser, 'pretrained', 'input_size')
+    add_args(parser, 'batch_size', nargs='+', default=None,
+             help='images in a batch, one table for each (default: 1 8 32, with --train 32)')
+    arg('--rate', type=number('[0, 1]'), nargs='+', default=[1., .7, .5, .3], metavar='R',
+        help='forced execution rates (default: 1 .7 .5 .3)')
+    add_args(parser, 'images', help='folder of images, on which the gates decide (default: noise, forced gates)')
+    add_args(parser, 'num_images', default=32)
+    add_args(parser, 'rounds', type=integer(1), default=7)
+    arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
+    arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU; adaptive: batch 1)')
+    arg('--train', action='store_true', help='time training steps instead, without a teacher')
+    arg('--memory', action='store_true', help='peak memory of a pass too')
+    add_args(parser, 'device', 'threads', 'seed', 'json')
+    args = parser.parse_args(argv)
+    args.batch_size = args.batch_size or ([32] if args.train else [1, 8, 32])
+    if args.train and min(args.batch_size) == 1:
+        parser.error('--batch-size must be at least 2 for --train, for the batch norms of the gates.')
+    return args
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
+
+import timm
+import timm.task
+import torch
+
+import timm_aig
+from timm_aig import InputError
+from timm_aig.export.check import FORCED
+from timm_aig.training.data import read_images
 
 
 class Row(NamedTuple):
@@ -51,64 +91,31 @@ class Row(NamedTuple):
     adaptive: Any = None  # the model, if it has gates
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='resnet50_aig', help='adaptive model (default: resnet50_aig)')
-    parser.add_argument('--pretrained', action='store_true', help='load its weights, as local-dir: and hf-hub: do')
-    parser.add_argument('--batch-size', type=int, nargs='+', help='default: 1 8 32, with --train 32')
-    parser.add_argument('--rate', type=float, nargs='+', default=[1., .7, .5, .3], help='default: 1 .7 .5 .3')
-    parser.add_argument('--img-size', type=int, help="default: the model's")
-    parser.add_argument('--images', metavar='DIR', help='folder of images; the gates decide instead of --rate')
-    parser.add_argument('--num-images', type=int, default=32, help='images in a round (default: 32)')
-    parser.add_argument('--rounds', type=int, default=7, help='default: 7')
-    parser.add_argument('--compile', action='store_true', help='compiled rows too, over the compiled parent')
-    parser.add_argument('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (adaptive: batch 1)')
-    parser.add_argument('--train', action='store_true', help='time training steps instead, without a teacher')
-    parser.add_argument('--memory', action='store_true', help='peak memory of a pass too')
-    parser.add_argument('--device', default='cpu', help='default: cpu')
-    parser.add_argument('--threads', type=int, help="default: torch's")
-    parser.add_argument('--seed', type=int, default=0, help='default: 0')
-    parser.add_argument('--json', metavar='FILE', help='write the result there too, - for standard output')
-    args = parser.parse_args()
-    args.batch_size = args.batch_size or ([32] if args.train else [1, 8, 32])
-    if args.train and min(args.batch_size) == 1:
-        parser.error('--train needs --batch-size from 2, for the batch norms of the gates.')
-    if min(args.batch_size) < 1 or args.num_images < 1 or args.rounds < 1:
-        parser.error('--batch-size, --num-images and --rounds must be at least 1.')
-    if not all(0 <= rate <= 1 for rate in args.rate):
-        parser.error(f'--rate must be in [0, 1], not {args.rate}.')
-    return args
-
-
 def load_models(args: argparse.Namespace) -> Any:
     """The adaptive model and its static parent, with the same weights."""
-    pretrained = args.pretrained or ':' in args.model
-    try:
-        adaptive = timm.create_model(args.model, pretrained=pretrained).eval().to(args.device)
-        parent = timm_aig.ungate_(timm.create_model(args.model, pretrained=pretrained)).eval().to(args.device)
-    except Exception as e:
-        sys.exit(f'benchmark: --model {args.model}: {e}')
-    parent.load_state_dict(adaptive.state_dict(), strict=False)
+    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    adaptive = create_model(args.model, args.pretrained, **kwargs).eval().to(args.device)
+    with blame('model', args.model):
+        parent = timm_aig.ungate_(copy.deepcopy(adaptive))
     return adaptive, parent
 
 
 def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tensor:
-    """Images [num_images, C, H, W]: real ones from --images, else noise (time does not depend on values)."""
-    config = timm.data.resolve_data_config(model=model)
-    if args.img_size:
-        config['input_size'] = (config['input_size'][0], args.img_size, args.img_size)
-    if not args.images:
+    """Images [num_images, C, H, W]: those of --images, else noise (time does not depend on values)."""
+    config = timm.data.resolve_data_config({'input_size': args.input_size}, model=model)
+    if args.images:
+        with blame('images', args.images, Exception):  # timm's and PIL's errors
+            images = read_images(args.images, config, args.num_images)
+    else:
         generator = torch.Generator().manual_seed(args.seed)
-        return torch.randn(args.num_images, *config['input_size'], generator=generator).to(args.device)
-    try:
-        return read_images(args.images, config, args.num_images).to(args.device)
-    except Exception as e:
-        sys.exit(f'benchmark: --images {args.images}: {e}')
+        images = torch.randn(args.num_images, *config['input_size'], generator=generator)
+    if max(args.batch_size) > len(images):
+        raise InputError(f'{max(args.batch_size)} needs as many images, there are {len(images)}.', 'batch_size')
+    return images.to(args.device)
 
 
 class RuntimeModel:
-    """A file in another runtime: run(x, offset) with the gate offsets [L] set here, None for the file's own."""
+    """A file in another runtime. `offset` [L] are the gate offsets to run with, None for the file's own."""
 
     def __init__(self, run: Callable[[Any, Any], Any]) -> None:
         self.run = run
@@ -125,11 +132,9 @@ def feeds(x: Any, offset: Any) -> Dict[str, Any]:
 def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
     """Parent and, at batch 1, adaptive model in ONNX Runtime and OpenVINO."""
     threads = args.threads or torch.get_num_threads()
-    try:
-        import onnxruntime
-        import openvino
-    except ImportError as e:
-        sys.exit(f"benchmark: --runtimes needs pip install 'timm_aig[export]' ({e}).")
+    import onnxruntime
+    import openvino
+
     from timm_aig.export.runtime import load_onnx
 
     config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
@@ -160,14 +165,14 @@ def adaptive_rows(args: argparse.Namespace, model: Any, label: str, reference: s
     return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
 
 
-def training_step(model: torch.nn.Module, device: str, compile: bool) -> Callable[[torch.Tensor], Any]:
+def training_step(model: torch.nn.Module, device: str, compiled: bool) -> Callable[[torch.Tensor], Any]:
     """One step of SGD on random labels, for batches of images."""
     with torch.inference_mode(False):
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         task_cls = timm_aig.AIGTask if timm_aig.gated_blocks(model) else timm.task.ClassificationTask
         task = task_cls(model, torch.nn.CrossEntropyLoss(), device=torch.device(device), verbose=False).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        if compile:
+        if compiled:
             task.compile()
 
     def step(x: torch.Tensor) -> None:
@@ -204,8 +209,8 @@ def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torc
 
 
 def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
-    """Context in which the row's gates answer as drawn for a batch."""
-    if isinstance(row.adaptive, RuntimeModel):  # batch 1; own gates are forced too, to what they answer in PyTorch
+    """Context in which the row's gates are forced to the drawn answers of a batch."""
+    if isinstance(row.adaptive, RuntimeModel):  # batch 1; the gates' own decisions are forced to those of PyTorch
         row.adaptive.offset = FORCED * (2 * gates[row.name][start].numpy() - 1)
         return nullcontext()
     if row.rate is None or row.adaptive is None:
@@ -242,7 +247,7 @@ def time_rows(
 
 
 def peak_mib(row: Row, x: torch.Tensor) -> Optional[float]:
-    """Memory that a pass needs on top of what is there before, from Linux's high-water mark of the process."""
+    """Memory of a pass on top of the memory in use before it, from Linux's high-water mark of the process."""
     def status(key: str) -> float:
         line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
         return int(line.split()[1]) / 1024
@@ -309,38 +314,37 @@ def cpu_name() -> str:
         return platform.processor()
 
 
-def main() -> None:
-    args = parse_args()
+def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     if args.train:
-        keep_freed_memory()  # as the trainer does
+        keep_freed_memory()  # as finetune.py does
     if args.threads:
         torch.set_num_threads(args.threads)
+    if open_device(args).type != 'cpu' and (args.runtimes or args.memory):
+        raise InputError(f'must be cpu for --runtimes and --memory, not {args.device}.', 'device')
+    if args.runtimes:
+        require('export', 'onnxruntime', 'openvino')
     adaptive, parent = load_models(args)
     with torch.inference_mode():
         images = load_images(args, adaptive)
-        if max(args.batch_size) > len(images):
-            sys.exit(f'benchmark: --batch-size {max(args.batch_size)} needs --num-images of at least that, '
-                     f'not {len(images)}.')
         setting = dict(
             model=args.model, input_size=list(images.shape[1:]), device=args.device, precision='float32',
             threads=torch.get_num_threads(), cpu=cpu_name(), cpu_capability=torch.backends.cpu.get_cpu_capability(),
             torch=torch.__version__, timm=timm.__version__, timm_aig=timm_aig.__version__, images=len(images),
             rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv),
         )
-        print(', '.join(f'{k} {v}' for k, v in setting.items()), file=sys.stderr if args.json == '-' else sys.stdout)
-        results = []
-        for batch in args.batch_size:
-            results.extend(measure(args, adaptive, parent, images, batch))
-    if args.json != '-':
-        print_table(results, args.memory)
+        if not args.json:
+            print(', '.join(f'{k} {v}' for k, v in setting.items()))
+        results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
     if args.json:
-        text = json.dumps(dict(setting=setting, results=results), indent=2)
-        if args.json == '-':
-            print(text)
-        else:
-            Path(args.json).write_text(text + '\n')
+        print(json.dumps(dict(setting=setting, results=results), indent=2))
+    else:
+        print_table(results, args.memory)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return run_script(run, parse_args(argv))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,39 +1,75 @@
 #!/usr/bin/env python3
 """Make a static ResNet adaptive, on real images: train it, gate it, fine-tune it, compare both, save and reload it.
 
-Both trainings are scripts/finetune.py's, with its recipe `distill` for the adaptive model.
+Both trainings are those of scripts/finetune.py; the adaptive model has its recipe `distill`.
 """
 import argparse
 import json
-import os
-import platform
-import shutil
-import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-# Before torch is imported: threads that spin while they wait make small models ten times slower on a busy machine.
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+from _common import (
+    ResultError,
+    add_args,
+    blame,
+    create_parser,
+    integer,
+    number,
+    open_folder,
+    require,
+    run_script,
+    sleep_when_idle,
+)
+from _recipes import parse_training_args
 
-try:
-    import matplotlib  # noqa: F401, the heatmap needs it, better to hear that before the training
-    import sklearn.datasets
-    import sklearn.model_selection
-    import timm
-    import torch
-    import torch.nn as nn
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-except ImportError as e:
-    print(f"error: {e}. The demo needs the extra 'demo': pip install 'timm_aig[demo]' "
-          f"(in a checkout: pip install -e '.[demo]')", file=sys.stderr)
-    sys.exit(2)
+EXAMPLES = """examples:
+  scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
+  scripts/demo.py --target-rate 0.4 --output output/t04
+  scripts/demo.py --dataset torch/fashion_mnist --data-dir data --dataset-download
+  scripts/demo.py --data-dir photos --model resnet18 --input-size 3 128 128
+                                                        photos/train/<class>/*.jpg, photos/validation/<class>/*.jpg"""
+
+TIMED_BATCHES = (1, 64)
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = create_parser(__doc__, EXAMPLES)
+    arg = parser.add_argument
+    add_args(parser, 'data_dir', 'dataset_download')
+    add_args(parser, 'dataset', default=None,
+             help='digits (default without --data-dir), folder (default with it), or as in finetune.py')
+    add_args(parser, 'model', default='cifar_resnet20', help='static ResNet of timm or timm_aig (default: %(default)s)')
+    add_args(parser, 'input_size')
+    arg('--target-rate', type=number('(0, 1)'), default=0.6, metavar='T',
+        help='share of the MACs to aim at (default: %(default)s)')
+    arg('--epochs', type=integer(1), default=6, metavar='N', help='epochs of the static parent (default: %(default)s)')
+    arg('--finetune-epochs', type=integer(1), default=7, metavar='N',
+        help='epochs of the adaptive model (default: %(default)s)')
+    add_args(parser, 'batch_size', type=integer(2), default=32)
+    arg('--lr', type=number('(0, inf)'), default=0.01, metavar='LR', help='learning rate (default: %(default)s)')
+    add_args(parser, 'seed', 'json')
+    add_args(parser, 'output', default='output/demo')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
+
+sleep_when_idle()
+
+import platform
+import shutil
+import statistics
+import tempfile
+import time
 
 import finetune
-from _recipes import parse_args as parse_training
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import timm_aig
 from timm_aig import InputError
@@ -41,56 +77,6 @@ from timm_aig.analysis.counts import block_kinds, class_rates
 from timm_aig.analysis.figures import plot_execution_rates
 from timm_aig.training.data import check_same_classes, class_names, open_dataset
 from timm_aig.training.evaluate import Evaluation, evaluate
-from timm_aig.training.trainer import NonFiniteError
-
-EXAMPLES = """examples:
-  scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
-  scripts/demo.py --target-rate 0.4 --output output/t04
-  scripts/demo.py --dataset torch/fashion_mnist --data-dir data --download
-  scripts/demo.py --data-dir photos --model resnet18 --img-size 128
-                                                        photos/train/<class>/*.jpg, photos/validation/<class>/*.jpg
-
-exit code: 0 done, 1 the reloaded model differs from the saved one, 2 bad input"""
-
-TIMED_BATCHES = (1, 64)
-
-
-def number(kind: type, low: float, high: float, allowed: str):
-    """An argparse type: a number with low <= number <= high."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float('nan')
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'must be {allowed}, not {text!r}')
-        return value
-    return parse
-
-
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = number(int, 1, float('inf'), 'a whole number above 0')
-    size = number(int, 8, 4096, 'a whole number from 8 to 4096')
-    batch = number(int, 2, float('inf'), 'a whole number from 2')
-    seed = number(int, 0, 2 ** 31 - 1, 'a whole number from 0 to 2^31 - 1')
-    rate = number(float, 1e-6, 1 - 1e-6, 'a number in (0, 1): a block of rate 1 always runs and has no gate')
-    arg = parser.add_argument
-    arg('--dataset', metavar='NAME', help='digits (default without --data-dir), or as in finetune.py')
-    arg('--data-dir', metavar='DIR', help='root of the data set; alone: a folder with train and validation subfolders')
-    arg('--download', action='store_true', help='let timm download the data set to --data-dir')
-    arg('--model', default='cifar_resnet20', help='static ResNet of timm or timm_aig (default: %(default)s)')
-    arg('--img-size', type=size, metavar='PX', help="default: the model's own")
-    arg('--target-rate', type=rate, default=0.6, metavar='T', help='wanted share of the MACs (default: 0.6)')
-    arg('--epochs', type=count, default=6, help='of the static parent (default: %(default)s)')
-    arg('--finetune-epochs', type=count, default=7, help='of the adaptive model (default: %(default)s)')
-    arg('--batch-size', type=batch, default=32, help='default: %(default)s')
-    arg('--lr', type=number(float, 1e-9, 10, 'a number in (0, 10]'), default=0.01, help='default: %(default)s')
-    arg('--seed', type=seed, default=0, help='default: %(default)s')
-    arg('--output', default='output/demo', metavar='DIR', help='folder to write (default: %(default)s)')
-    arg('--json', action='store_true', help='print JSON rather than the table')
-    return parser.parse_args(argv)
 
 
 class Digits(Dataset):
@@ -98,6 +84,9 @@ class Digits(Dataset):
     classes = tuple('0123456789')
 
     def __init__(self, train: bool) -> None:
+        import sklearn.datasets
+        import sklearn.model_selection
+
         digits = sklearn.datasets.load_digits()
         split = sklearn.model_selection.train_test_split(
             digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
@@ -118,63 +107,51 @@ def open_datasets(args: argparse.Namespace) -> List[Any]:
     """Training and test split."""
     name = args.dataset or ('folder' if args.data_dir else 'digits')
     if name == 'digits':
-        if args.data_dir:
-            raise InputError('--data-dir: the digits come with scikit-learn, leave it out or choose another --dataset.')
         return [Digits(train=True), Digits(train=False)]
-    return [
-        open_dataset(name, args.data_dir, split, split == 'train', args.download, unreadable='error')
-        for split in ('train', 'validation')
-    ]
+    return [open_dataset(name, args.data_dir, split, split == 'train', args.dataset_download, unreadable='error')
+            for split in ('train', 'validation')]
 
 
 def training_args(args: argparse.Namespace, folder: Path, *more: Any) -> argparse.Namespace:
-    """Arguments of finetune.py: gentle crops and no mirroring, a mirrored or half hidden digit is another one."""
+    """Arguments of finetune.py; gentle crops and no flips, since a flipped or half hidden digit is another one."""
     argv = [
-        '--output', folder, '--batch-size', args.batch_size, '--seed', args.seed, '--workers', 0,
+        '--output', folder, '--batch-size', args.batch_size, '--seed', args.seed, '--lr', args.lr, '--workers', 0,
         '--val-interval', 1000, '--scale', 0.8, 1, '--ratio', 0.9, 1.1, '--hflip', 0, '--color-jitter', 0, *more]
-    training = parse_training([str(a) for a in argv])
-    training.command = 'scripts/demo.py'
-    return training
+    return parse_training_args([str(a) for a in argv])
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Find out before the parent is trained that it could not become adaptive."""
-    arch, _, _ = args.model.partition('.')
-    if not timm.is_model(f'{arch}_aig'):
-        raise InputError(f'--model must be a static ResNet of timm or timm_aig, {args.model!r} is not.')
-    adaptive = timm.create_model(f'{arch}_aig')
-    size = 3 * [args.img_size] if args.img_size else list(adaptive.pretrained_cfg['input_size'])
-    try:
+    """Find out before the parent is trained whether it can become adaptive."""
+    arch = f'{args.model.partition(".")[0]}_aig'
+    if not timm.is_model(arch):
+        raise InputError(f'must be a static ResNet of timm or timm_aig, {args.model!r} is not.', 'model')
+    adaptive = timm.create_model(arch)
+    size = args.input_size or adaptive.pretrained_cfg['input_size']
+    with blame('target_rate', f'{args.target_rate}, --input-size {size}', (RuntimeError, ValueError)):
         timm_aig.ComputeTargetLoss(timm_aig.compute_cost(adaptive, (3, *size[1:])), args.target_rate)
-    except (RuntimeError, ValueError) as e:
-        raise InputError(f'--target-rate {args.target_rate}, --img-size {size[1]}: {e}') from e
 
 
-def train(args: argparse.Namespace, folder: Path) -> Any:
-    """Loader of the test images, names of the classes, the static parent and the adaptive model, trained."""
-    check_model(args)
-    datasets = open_datasets(args)
-    check_same_classes(*datasets)
-    if args.batch_size > len(datasets[0]):
-        raise InputError(f'--batch-size must be at most the {len(datasets[0])} training images, not {args.batch_size}.')
-    names = class_names(datasets[0])
-    size = ['--input-size', 3, args.img_size, args.img_size] if args.img_size else []
-    classes = ['--num-classes', len(names)] if names else []
-    finetune.run(training_args(
-        args, folder, '--static', '--model', args.model, *size, *classes, '--epochs', args.epochs, '--lr', args.lr,
-        '--experiment', 'parent'), datasets)
-    parent = timm.create_model(f'local-dir:{folder}/parent', pretrained=True)
-    finetune.run(training_args(
+def train(args: argparse.Namespace, datasets: List[Any], names: List[str], folder: Path) -> Tuple[nn.Module, nn.Module]:
+    """The static parent and the adaptive model, trained."""
+    given = [*(['--input-size', *args.input_size] if args.input_size else []),
+             *(['--num-classes', len(names)] if names else [])]
+    finetune.train(training_args(
+        args, folder, '--static', '--model', args.model, *given, '--epochs', args.epochs, '--experiment', 'parent'),
+        datasets)
+    parent = load(folder / 'parent')
+    finetune.train(training_args(
         args, folder, '--model', f'local-dir:{folder}/parent', '--target-rate', args.target_rate, '--epochs',
-        args.finetune_epochs, '--lr', args.lr, '--experiment', 'adaptive'), datasets)
-    adaptive = timm.create_model(f'local-dir:{folder}/adaptive', pretrained=True)
-    loader = DataLoader(datasets[1], args.batch_size)
-    models = [model.to(memory_format=torch.channels_last).eval() for model in (parent, adaptive)]
-    return loader, names or [str(i) for i in range(parent.num_classes)], *models
+        args.finetune_epochs, '--experiment', 'adaptive'), datasets)
+    return parent, load(folder / 'adaptive')
+
+
+def load(folder: Path) -> nn.Module:
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def spread_images(loader: DataLoader, count: int) -> torch.Tensor:
-    """So many images from all over the data, in turn if it has fewer."""
+    """`count` images spread over the data set, repeated if it has fewer."""
     step = max(1, len(loader.dataset) // count)
     images = [image for i, image in enumerate(image for batch, _ in loader for image in batch) if i % step == 0]
     images = [images[i % len(images)] for i in range(count)]
@@ -183,7 +160,7 @@ def spread_images(loader: DataLoader, count: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(models: List[nn.Module], images: torch.Tensor, batch_size: int, rounds: int) -> List[float]:
-    """Median milliseconds per image for each model, run in turn on the same batches."""
+    """Median milliseconds per image of each model; the models take turns on the same batches."""
     times: List[List[float]] = [[] for _ in models]
     for batch in (images.split(batch_size) * (rounds + 1)):
         for model, model_times in zip(models, times):
@@ -195,11 +172,7 @@ def measure(models: List[nn.Module], images: torch.Tensor, batch_size: int, roun
 
 
 def compare(
-        parent: nn.Module,
-        adaptive: nn.Module,
-        static: Evaluation,
-        gated: Evaluation,
-        loader: DataLoader,
+        parent: nn.Module, adaptive: nn.Module, static: Evaluation, gated: Evaluation, loader: DataLoader,
 ) -> Dict[str, Any]:
     """The figures of the table."""
     images = spread_images(loader, max(TIMED_BATCHES))
@@ -210,93 +183,67 @@ def compare(
     return {
         'blocks': blocks,
         'test_images': len(run),
-        'static': {
-            'accuracy': static.top1 / 100, 'blocks_run': blocks, 'macs_share': 1., 'ms_per_image': static_ms},
-        'adaptive': {
-            'accuracy': gated.top1 / 100,
-            'blocks_run': run.double().mean().item(),
-            'blocks_run_range': [int(run.min()), int(run.max())],
-            'paths': gated.paths,
-            'macs_share': gated.macs_shares(cost).mean().item(),
-            'ms_per_image': adaptive_ms,
-        },
+        'static': dict(accuracy=static.top1 / 100, blocks_run=blocks, macs_share=1., ms_per_image=static_ms),
+        'adaptive': dict(
+            accuracy=gated.top1 / 100, blocks_run=run.double().mean().item(), paths=gated.paths,
+            blocks_run_range=[int(run.min()), int(run.max())], macs_share=gated.macs_shares(cost).mean().item(),
+            ms_per_image=adaptive_ms),
     }
 
 
 def print_table(results: Dict[str, Any]) -> None:
     print(f'\n{"":13}  test accuracy  blocks run   MACs' + ''.join(f'  ms/image at {size}' for size in TIMED_BATCHES))
-    for name in ('static', 'adaptive'):
-        r = results[name]
+    for name, r in (('static parent', results['static']), ('adaptive', results['adaptive'])):
         times = ''.join(f'{r["ms_per_image"][str(s)]:{14 + len(str(s))}.2f}' for s in TIMED_BATCHES)
         blocks = f'{r["blocks_run"]:.1f} of {results["blocks"]}'
-        name = 'static parent' if name == 'static' else name
         print(f'{name:13}  {r["accuracy"]:11.1%}  {blocks:>12}  {r["macs_share"]:5.0%}{times}')
     low, high = results['adaptive']['blocks_run_range']
     print(f'\nOn the {results["test_images"]} test images the adaptive model runs {low} to {high} blocks, '
           f'in {results["adaptive"]["paths"]} combinations.')
-    print('Milliseconds are medians, both models timed in turn.')
-    print(f'{results["environment"]}, seed {results["seed"]}')
+    print(f'Milliseconds are medians, both models timed in turn. {results["environment"]}, seed {results["seed"]}')
 
 
-def save(
-        model: nn.Module,
-        evaluation: Evaluation,
-        trained: Path,
-        loader: DataLoader,
-        names: List[str],
-        folder: Path,
-) -> bool:
-    """Write the folder and whether the model that timm makes of it gives the same logits and gates."""
-    for name in ('model.safetensors', 'config.json'):
-        shutil.copy(trained / name, folder / name)
-    rates = class_rates(evaluation.labels, evaluation.gates, len(names))
+@torch.inference_mode()
+def is_equal(model: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:
+    """True if both models give the same logits and gates."""
+    return all(map(torch.equal, timm_aig.forward_gates(model, images), timm_aig.forward_gates(other, images)))
+
+
+def run(args: argparse.Namespace) -> None:
+    require('demo', 'matplotlib', 'sklearn')
+    check_model(args)
+    datasets = open_datasets(args)
+    check_same_classes(*datasets)
+    output, names = open_folder(args.output), class_names(datasets[0])
+    with tempfile.TemporaryDirectory(dir=output, prefix='.training-') as folder:
+        parent, adaptive = train(args, datasets, names, Path(folder))
+        for name in ('model.safetensors', 'config.json'):
+            shutil.copy(Path(folder, 'adaptive', name), output / name)
+    loader = DataLoader(datasets[1], args.batch_size)
+    static, gated = evaluate(parent, loader), evaluate(adaptive, loader)
+    names = names or [str(i) for i in range(parent.num_classes)]
     plot_execution_rates(
-        rates, list(timm_aig.gated_blocks(model)), names, folder / 'execution_rates.png',
-        block_kinds(model)['downsampling'])
-
-    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(memory_format=torch.channels_last).eval()
-    images = spread_images(loader, 64)
-    with torch.inference_mode():
-        outputs = zip(timm_aig.forward_gates(model, images), timm_aig.forward_gates(reloaded, images))
-        return all(torch.equal(*pair) for pair in outputs)
-
-
-def run(args: argparse.Namespace) -> int:
-    output = Path(args.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        trainings = tempfile.TemporaryDirectory(dir=output, prefix='.training-')
-    except OSError as e:
-        raise InputError(f'--output must be a folder to write to, {args.output!r} is not: {e.strerror}.') from e
-    with trainings:
-        loader, names, parent, adaptive = train(args, Path(trainings.name))
-        static, gated = evaluate(parent, loader), evaluate(adaptive, loader)
-        same = save(adaptive, gated, Path(trainings.name, 'adaptive'), loader, names, output)
-    environment = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ' \
-                  f'timm {timm.__version__}, timm_aig {timm_aig.__version__}'
+        class_rates(gated.labels, gated.gates, len(names)), list(timm_aig.gated_blocks(adaptive)), names,
+        output / 'execution_rates.png', block_kinds(adaptive)['downsampling'])
     results = {
-        'model': args.model, 'target_rate': args.target_rate, 'seed': args.seed, 'environment': environment,
-        'output': str(output), 'reloaded_equal': same, **compare(parent, adaptive, static, gated, loader)}
+        'model': args.model, 'target_rate': args.target_rate, 'seed': args.seed, 'output': str(output),
+        'environment': f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+                       f'timm {timm.__version__}, timm_aig {timm_aig.__version__}',
+        'reloaded_equal': is_equal(adaptive, load(output), spread_images(loader, 64)),
+        **compare(parent, adaptive, static, gated, loader)}
     if args.json:
         print(json.dumps(results, indent=2))
     else:
         print_table(results)
         print(f'Wrote model.safetensors, config.json and execution_rates.png to {output}.')
-        print(f"Reloaded with timm.create_model('local-dir:{output}', pretrained=True): "
-              f"logits {'equal' if same else 'DIFFER'}.")
-    return 0 if same else 1
+    if not results['reloaded_equal']:
+        raise ResultError(f'the model reloaded from {output} gives other logits.')
+    if not args.json:
+        print(f"Reloaded with timm.create_model('local-dir:{output}', pretrained=True): logits equal.")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except NonFiniteError:
-        error = '--lr: the loss is no longer finite, choose a lower one.'
-    except InputError as e:
-        error = ' '.join(str(e).split())  # on one line, whatever a library said
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+    return run_script(run, parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -1,34 +1,27 @@
 #!/usr/bin/env python3
 """Turn a checkpoint of the ConvNet-AIG authors' code into a folder that timm and transformers load.
 
-The architecture is read off the checkpoint: ResNet-50, 101, 152 and others of ImageNet's shape, ResNet-110 and other
-depths for CIFAR. Every block of theirs has a gate, so every block gets one. Their code draws the gates in evaluation
-too; timm_aig.forward_gates(model, images, sample=True) does that, the model by itself takes the likelier answer.
+The architecture is read off the checkpoint: ResNet-50, 101, 152 and other depths for ImageNet, ResNet-110 and other
+depths for CIFAR. Every block in their code has a gate. Their code samples the gates in evaluation too, as
+timm_aig.forward_gates(model, images, sample=True) does; the imported model itself takes the likelier answer.
 
-The preprocessing recorded is that of their training scripts. The checkpoint is read without executing anything.
+The recorded preprocessing is that of their training scripts. Nothing in the checkpoint is executed.
 """
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-import timm
-import torch
-from timm.models import load_state_dict
-
-import timm_aig
-from timm_aig import InputError
+from _common import blame, create_parser, number, run_script
 
 EXAMPLES = """examples:
   scripts/import_convnet_aig.py runs/cifar/model_best.pth.tar output/cifar110
   scripts/import_convnet_aig.py model_best.pth.tar output/r50_t05 --target-rate 0.5
 
 Then scripts/push_to_hub.py publishes the folder, and timm.create_model('local-dir:output/r50_t05', pretrained=True)
-loads it.
+loads it."""
 
-exit code: 0 done, 2 the checkpoint is not one of theirs"""
-
-# Their shapes of network by (bottleneck, stages), the architecture and its own numbers of blocks.
+# By (bottleneck, number of stages): the architecture for any depth, and the architectures for known depths.
 FAMILIES: Dict[Tuple[bool, int], Tuple[str, Dict[Tuple[int, ...], str]]] = {
     (False, 3): ('cifar_resnet20_aig', {(n,) * 3: f'cifar_resnet{6 * n + 2}_aig' for n in (3, 5, 7, 9, 18)}),
     (False, 4): ('resnet18_aig', {(2, 2, 2, 2): 'resnet18_aig', (3, 4, 6, 3): 'resnet34_aig'}),
@@ -46,22 +39,29 @@ CIFAR: Dict[str, Any] = dict(
     mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = create_parser(__doc__, EXAMPLES)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='.pth.tar of their train.py or train_img.py')
     parser.add_argument('output', metavar='FOLDER', help='folder to write')
     parser.add_argument(
-        '--target-rate', type=float, default=0.6,
-        help='rate it was trained for, which the checkpoint does not say; only further training uses it (default: 0.6)')
-    args = parser.parse_args()
-    if not 0 < args.target_rate < 1:
-        parser.error(f'--target-rate must be between 0 and 1, not {args.target_rate}.')
-    return args
+        '--target-rate', type=number('(0, 1)'), default=0.6, metavar='T',
+        help='target rate of its training, for further training only; the checkpoint does not hold it '
+        '(default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
+
+import timm
+import torch
+from timm.models import load_state_dict
+
+import timm_aig
 
 
 def renamed(key: str) -> str:
-    """The name of one of their tensors in timm's ResNet."""
+    """timm's name of one of their tensors."""
     for theirs, ours in (
             ('.shortcut.', '.downsample.'), ('.fc1bn.', '.gate.bn.'), ('.fc1.', '.gate.fc1.'), ('.fc2.', '.gate.fc2.'),
     ):
@@ -75,7 +75,7 @@ def convert(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     for key, value in state_dict.items():
         name = renamed(key)
         if name.endswith(('gate.fc1.weight', 'gate.fc2.weight')):
-            value = value.flatten(1)  # 1x1 convolutions of theirs
+            value = value.flatten(1)  # they are 1x1 convolutions there
         converted[name] = value
         if name.endswith('.running_var'):  # torch 0.3 did not count batches
             converted.setdefault(name.replace('running_var', 'num_batches_tracked'), torch.tensor(0))
@@ -90,17 +90,16 @@ def architecture(state_dict: Dict[str, torch.Tensor]) -> Tuple[str, Dict[str, An
         stages.append(len(indices))
     family = FAMILIES.get(('layer1.0.conv3.weight' in state_dict, len(stages)))
     if family is None or 'layer1.0.fc1bn.weight' not in state_dict or 'linear.weight' not in state_dict:
-        raise InputError('it has none of the networks of the authors\' code (layerN.i.fc1bn, linear, 3 or 4 stages).')
+        raise ValueError("holds none of the networks of the authors' code (layerN.i.fc1bn, linear, 3 or 4 stages).")
     known = family[1].get(tuple(stages))
     return (known, {}) if known else (family[0], dict(layers=stages))
 
 
-def main() -> None:
-    args = parse_args()
-    try:
-        state_dict = load_state_dict(args.checkpoint)  # timm's: weights only, without prefixes of wrappers
+def run(args: argparse.Namespace) -> None:
+    with blame('checkpoint', args.checkpoint, Exception):  # a file that is no checkpoint raises all kinds
+        state_dict = load_state_dict(args.checkpoint)  # timm's: weights only, without the prefixes of wrappers
         if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-            raise InputError('it holds no state dict.')
+            raise ValueError('holds no state dict.')
         arch, model_args = architecture(state_dict)
         num_classes = len(state_dict['linear.weight'])
         cfg = CIFAR if arch.startswith('cifar') else IMAGENET
@@ -108,13 +107,13 @@ def main() -> None:
             arch, pretrained_cfg=dict(cfg, architecture=arch, num_classes=num_classes), target_rate=args.target_rate,
             **model_args)
         model.load_state_dict(convert(state_dict))
-        timm_aig.save_pretrained(model, args.output)
-    except Exception as e:
-        reason = e if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
-        print(f'import_convnet_aig: {args.checkpoint} cannot be imported: {reason}', file=sys.stderr)
-        sys.exit(2)
+    timm_aig.save_pretrained(model, args.output)
     print(f'{Path(args.output)}: {arch}, {num_classes} classes, {len(timm_aig.gated_blocks(model))} gates')
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    return run_script(run, parse_args(argv))
+
+
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

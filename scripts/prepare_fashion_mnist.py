@@ -7,56 +7,70 @@ import zlib
 from pathlib import Path
 from typing import List, Optional
 
-from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import extract_archive
+from _common import create_parser, run_script
 
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist && scripts/prepare_fashion_mnist.py data
   scripts/prepare_fashion_mnist.py data --source downloads
 
-Then --dataset torch/fashion_mnist --data-dir data.
-exit code: 0 done, 2 the files are not there or not the right ones"""
+Then pass --dataset torch/fashion_mnist --data-dir data to the other scripts."""
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = create_parser(__doc__, EXAMPLES)
+    parser.add_argument('root', type=Path, metavar='ROOT', help='folder to write')
+    parser.add_argument(
+        '--source', type=Path, default='/usr/share/datasets/fashion-mnist', metavar='DIR',
+        help='folder of the four .gz files; without it they are downloaded (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
+
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import extract_archive
+
+from timm_aig import InputError
 
 MAGIC = {'images': 2051, 'labels': 2049}  # first number of a file of the MNIST format
 
 
-def prepare(root: Path, source: Path) -> None:
-    """Unpack the four files of source into root/FashionMNIST/raw, or let torchvision download them."""
-    if not source.is_dir():
-        FashionMNIST(str(root), download=True)
-        return
-    for name, _ in FashionMNIST.resources:  # Debian compresses them anew, so torchvision's checksums do not serve
+def unpack(source: Path, root: Path) -> None:
+    """Unpack the four files of source into root/FashionMNIST/raw, once all of them are known to be good.
+
+    Debian compresses the files anew, so torchvision's checksums do not fit.
+    """
+    for name, _ in FashionMNIST.resources:
         try:
             with gzip.open(source / name) as file:
                 content = file.read()
-        except (EOFError, zlib.error) as e:
-            raise ValueError(f'--source: {source / name} is torn: {e}') from e
+        except (EOFError, OSError, zlib.error) as e:
+            raise InputError(f'{source / name} cannot be read: {e}', 'source') from e
         if int.from_bytes(content[:4], 'big') != MAGIC[name.split('-')[1]]:
-            raise ValueError(f'--source: {source / name} is not a file of images or labels.')
+            raise InputError(f'{source / name} is not a file of images or labels.', 'source')
     raw = root / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True, exist_ok=True)
     for name, _ in FashionMNIST.resources:
         extract_archive(str(source / name), str(raw))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('root', type=Path, help='folder to write to')
-    parser.add_argument(
-        '--source', type=Path, default='/usr/share/datasets/fashion-mnist', metavar='DIR',
-        help='where the four .gz files are; without it they are downloaded (default: %(default)s)')
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    args.root.mkdir(parents=True, exist_ok=True)
+    if args.source.is_dir():
+        unpack(args.source, args.root)
     try:
-        args.root.mkdir(parents=True, exist_ok=True)
-        prepare(args.root, args.source)
-        sizes = [len(FashionMNIST(str(args.root), train=train)) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 2
+        sizes = [
+            len(FashionMNIST(str(args.root), train=train, download=not args.source.is_dir()))
+            for train in (True, False)]
+    except (RuntimeError, ValueError) as e:  # torchvision's, for a download or a file of another size
+        raise InputError(str(e)) from e
     print(f'{sizes[0]} training and {sizes[1]} test images in {args.root}: '
           f'--dataset torch/fashion_mnist --data-dir {args.root}')
-    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return run_script(run, parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 """Fixtures of all tests."""
-import importlib.util
+import importlib
 import logging
 import os
 import runpy
@@ -77,10 +77,7 @@ def train_gates():
 @pytest.fixture(scope='session')
 def finetune():
     """scripts/finetune.py as a module: starting Python takes seconds."""
-    spec = importlib.util.spec_from_file_location('finetune', Path(__file__).parents[1] / 'scripts' / 'finetune.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module('finetune')
 
 
 @pytest.fixture(scope='session')
@@ -153,11 +150,12 @@ def plain_loop(images):
 
 @pytest.fixture
 def fork_main(finetune, tmp_path):
-    """Starts finetune.main(args) in a process of its own, the leader of its group.
+    """Starts main(args) in a forked process that leads its own group, by default the main of finetune.py.
 
     prepare() is called there first. Returns the process id; wait(id) returns its exit code, below 0 for a signal.
+    Output goes to tmp_path/stderr.
     """
-    def _fork_main(args, prepare=lambda: None) -> int:
+    def _fork_main(args, prepare=lambda: None, main=finetune.main) -> int:
         process = os.fork()
         if process:
             return process
@@ -170,7 +168,7 @@ def fork_main(finetune, tmp_path):
             sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
             logging.root.handlers.clear()  # pytest's
             prepare()
-            code = finetune.main([*map(str, args)])
+            code = main([*map(str, args)])
         except BaseException:
             traceback.print_exc()
         finally:

@@ -447,12 +447,12 @@ def run_benchmark(*args):
     return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
 
 
-def test_the_benchmark_reports_every_row_with_its_share_of_macs(tmp_path):
+def test_the_benchmark_reports_every_row_with_its_share_of_macs():
     done = run_benchmark(
         '--model', 'cifar_resnet20_aig', '--batch-size', 1, 4, '--num-images', 4, '--rounds', 2, '--rate', 1, 0.5,
-        '--memory', '--json', tmp_path / 'result.json')
+        '--memory', '--json')
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'result.json').read_text())
+    result = json.loads(done.stdout)
     assert result['setting']['threads'] >= 1
     assert result['setting']['cpu']
     rows = result['results']
@@ -462,7 +462,6 @@ def test_the_benchmark_reports_every_row_with_its_share_of_macs(tmp_path):
         assert row['ms_per_image'] > 0
         assert row['ratio_min'] <= row['ratio'] <= row['ratio_max']
         assert row['efficiency'] == pytest.approx(row['macs_share'] / row['ratio'])
-        assert f"{row['ms_per_image']:.2f}" in done.stdout
     shares = {r['rate']: r['macs_share'] for r in rows if r['rate']}
     assert shares[1.] == pytest.approx(1, abs=0.01)
     assert 0.3 < shares[.5] < 0.8
@@ -474,7 +473,7 @@ def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
         Image.new('RGB', (40, 40), (i * 60, 0, 0)).save(tmp_path / f'{i}.png')
     done = run_benchmark(
         '--model', 'cifar_resnet32_aig.fmnist_t06', '--pretrained', '--batch-size', 2, '--images', tmp_path,
-        '--rounds', 1, '--json', '-')
+        '--rounds', 1, '--json')
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)['results'][-1]
     assert row['name'] == 'adaptive, own gates'
@@ -490,14 +489,14 @@ def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--model', 'nosuch_aig'], '--model nosuch_aig: Unknown model'),
     (['--model', 'resnet18'], '--model resnet18: model (ResNet) has no gated blocks'),
-    (['--rate', '1.5'], '--rate must be in [0, 1]'),
-    (['--batch-size', '0'], 'must be at least 1'),
-    (['--train', '--batch-size', '8', '1'], '--train needs --batch-size from 2'),
+    (['--rate', '1.5'], '--rate must be a number in [0, 1]'),
+    (['--batch-size', '0'], '--batch-size must be a whole number from 1'),
+    (['--train', '--batch-size', '8', '1'], '--batch-size must be at least 2 for --train'),
     (['--model', 'cifar_resnet20_aig', '--images', 'nosuchfolder'], '--images nosuchfolder'),
     (['--model', 'cifar_resnet20_aig', '--batch-size', '1', '9', '--num-images', '2'], '--batch-size 9 needs'),
 ])
 def test_the_benchmark_names_the_argument_that_is_wrong(args, message):
     done = run_benchmark(*args)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert 'Traceback' not in done.stderr

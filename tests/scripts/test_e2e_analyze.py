@@ -101,9 +101,8 @@ def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive
     (['--model', 'cifar_resnet20'], '--model must be adaptive, cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20_aig', '--data-dir', '/nowhere'], '--data-dir'),
     (['--model', 'cifar_resnet20_aig', '--batch-size', '0'], '--batch-size'),
-    (['--model', 'cifar_resnet20_aig', '--width', '3'], '--width must be from 400 to 8000'),
-    (['--model', 'cifar_resnet20_aig', '--groups', '/nowhere'], '--groups: cannot read /nowhere'),
-    (['--model', 'cifar_resnet20_aig', '--output', '/dev/null'], '--output'),
+    (['--model', 'cifar_resnet20_aig', '--width', '3'], '--width must be a whole number from 400 to 8000'),
+    (['--model', 'cifar_resnet20_aig', '--groups', '/nowhere'], '--groups /nowhere: '),
     (['--model', 'resnet18_aig', '--input-size', '3', '8', '8', '--batch-size', '2', '--gate-offset', 'nan'],
      '--gate-offset'),
 ])
@@ -114,8 +113,13 @@ def test_bad_input_is_one_line_that_names_the_argument(run_script, images, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_exit_code_3(run_script, images, adaptive_model, capsys):
+    assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', images, '--output', '/dev/null') == 3
+    assert "error: --output must be a folder to write to, '/dev/null' is not" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('text, error', [
-    ('[1', 'cannot read'),
+    ('[1', 'groups.json: '),
     ('["ape"]', 'must be an object of lists'),
     ('{"a": []}', 'must be an object of lists'),
     ('{"a": ["ape", "bee", "cat", "dog"]}', 'not classes of the data set: dog'),
@@ -128,7 +132,7 @@ def test_groups_that_do_not_fit_are_refused(run_script, images, adaptive_model, 
     assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', images, '--groups', groups, '--output',
                       tmp_path / 'out') == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith('error: --groups') and error in last
+    assert last.startswith('error: --groups ') and error in last
     assert not (tmp_path / 'out').exists()
 
 
@@ -136,7 +140,7 @@ def test_the_figures_are_printed_before_a_file_that_cannot_be_written(
         run_script, images, adaptive_model, tmp_path, capsys):
     (tmp_path / 'analysis.json').mkdir()
     assert run_script('analyze.py', '--data-dir', images, '--workers', 0, '--permutations', 19,
-                      '--model', adaptive_model, '--output', tmp_path) == 2
+                      '--model', adaptive_model, '--output', tmp_path) == 3
     out, err = capsys.readouterr()
     assert out.startswith('21 images of folder, validation: top-1') and 'Wrote' not in out
     assert err.splitlines()[-1].startswith('error: ') and 'analysis.json' in err

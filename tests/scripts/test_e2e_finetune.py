@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -10,13 +11,15 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from _recipes import parse_args
+from _models import create_models
+from _recipes import parse_training_args as parse_args, recipe_of
 from PIL import Image
 
 import timm_aig
@@ -45,11 +48,20 @@ def training(finetune_args, static_model, tmp_path):
     return _training
 
 
+@pytest.fixture(scope='module')
+def finished():
+    """Folder of each training that ran uninterrupted, by its name in TRAININGS."""
+    return {}
+
+
 @pytest.fixture
-def uninterrupted(training, fork_main, wait, tmp_path):
-    """Runs it once, into tmp_path/whole."""
+def uninterrupted(training, fork_main, wait, tmp_path, finished):
+    """Folder of a training that ran without interruption: once in this module, so tests must not change it."""
     def _uninterrupted(which):
-        assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
+        if which not in finished:
+            assert wait(fork_main(training(which, 'whole'))) == 0, (tmp_path / 'stderr').read_text()
+            finished[which] = tmp_path / 'whole'
+        return finished[which]
     return _uninterrupted
 
 
@@ -74,7 +86,7 @@ def assert_same_training(a, b):
 @pytest.mark.parametrize('which', NAMES)
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
         which, training, uninterrupted, fork_main, wait, tmp_path):
-    uninterrupted(which)
+    whole = uninterrupted(which)
     chance = random.Random(NAMES.index(which))
     checkpoints = tmp_path / 'killed' / 'checkpoints'
     ended, kills = False, 0
@@ -90,7 +102,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
             kills += 1
         assert wait(process) == (0 if ended else -signal.SIGKILL), (tmp_path / 'stderr').read_text()
     assert kills >= 2
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 class KilledAt:
@@ -124,27 +136,27 @@ class KilledAt:
 def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_weights(
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
+    whole = uninterrupted(which)
     # an even fsync is that of a file, the odd one behind it that of its folder
     for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
         for count in counts:
             code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
             assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
     assert wait(fork_main(training(which, 'killed'))) == 0
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 def test_killed_in_each_write_after_the_last_checkpoint_it_ends_with_the_same_weights(
         training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
+    whole = uninterrupted(which)
+    shutil.copytree(whole, tmp_path / 'killed')
     for name in ('model.safetensors', 'config.json', 'results.json', 'rates_over_epochs.png', 'accuracy_macs.png'):
         (tmp_path / 'killed' / name).unlink()
-    for count in range(7):  # summary.csv twice, model, config, results, two pictures
+    for count in range(6):  # summary.csv, model, config, results, two pictures
         assert wait(fork_main(training(which, 'killed'), KilledAt(count, 'before'))) == -signal.SIGKILL
-    assert wait(fork_main(training(which, 'killed'), KilledAt(7, 'before'))) == 0
-    assert_same_training(tmp_path / 'killed', tmp_path / 'whole')
+    assert wait(fork_main(training(which, 'killed'), KilledAt(6, 'before'))) == 0
+    assert_same_training(tmp_path / 'killed', whole)
 
 
 def wait_for(step, checkpoints, process):
@@ -156,7 +168,7 @@ def wait_for(step, checkpoints, process):
 @pytest.mark.parametrize('which', ['distill, accumulation, workers', 'paper, mixup'])
 def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
         which, training, uninterrupted, fork_main, wait, tmp_path):
-    uninterrupted(which)
+    whole = uninterrupted(which)
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
@@ -168,20 +180,20 @@ def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \
-        (tmp_path / 'whole' / 'model.safetensors').read_bytes()
+        (whole / 'model.safetensors').read_bytes()
 
 
 def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
-    uninterrupted(which)
-    folder = tmp_path / 'whole' / 'checkpoints'
-    last = sorted(folder.iterdir())[-1]
+    whole = uninterrupted(which)
+    shutil.copytree(whole, tmp_path / 'torn')
+    last = sorted((tmp_path / 'torn' / 'checkpoints').iterdir())[-1]
     last.write_bytes(last.read_bytes()[:-100])
-    expected = (tmp_path / 'whole' / 'model.safetensors').read_bytes()
-    assert wait(fork_main(training(which, 'whole'))) == 0
+    (tmp_path / 'torn' / 'model.safetensors').unlink()
+    assert wait(fork_main(training(which, 'torn'))) == 0
     error = (tmp_path / 'stderr').read_text()
     assert f'{last} is torn' in error and 'going on with the one before' in error and 'after step 11' in error
-    assert (tmp_path / 'whole' / 'model.safetensors').read_bytes() == expected
+    assert_same_training(tmp_path / 'torn', whole)
 
 
 @pytest.mark.parametrize('kilobytes', [20, 1500])
@@ -221,7 +233,10 @@ def run(finetune, finetune_args, static_model, tmp_path, capsys):
     def _run(*args, model=static_model, name='run'):
         argv = [*finetune_args, '--output', str(tmp_path), '--experiment', name, '--model', model]
         capsys.readouterr()
-        code = finetune.main([*argv, *map(str, args)])
+        try:
+            code = finetune.main([*argv, *map(str, args)])
+        except SystemExit as e:  # argparse's
+            code = e.code
         return code, capsys.readouterr().err
     return _run
 
@@ -247,22 +262,23 @@ def refused(run, tmp_path):
     (['--dataset', 'torch/none'], '--dataset torch/none'),
     (['--data-dir', '/nowhere'], '--data-dir must be a folder'),
     (['--train-split', 'test'], "--data-dir must have a subfolder for split 'test'"),
-    (['--num-classes', '5'], '--num-classes: the data set has 3 classes, the head of --model'),
-    (['--batch-size', '50'], '--batch-size 50: the 48 training images'),
+    (['--num-classes', '5'], 'Pass --num-classes 3'),
+    (['--batch-size', '50'], '--batch-size 50 is more than the 48 training images'),
     (['--holdout', '47'], '--holdout must leave'),
-    (['--holdout', '42', '--batch-size', '8'], '--batch-size 8: the 6 training images'),
-    (['--target-rate', '0.001'], '--target-rate: target must be in'),
+    (['--holdout', '42', '--batch-size', '8'], '--batch-size 8 is more than the 6 training images'),
+    (['--target-rate', '0.001'], '--target-rate 0.001: target must be in'),
     (['--teacher', 'no_such_model'], '--teacher no_such_model'),
     (['--teacher', 'cifar_resnet32'], '--teacher'),
     (['--initial-checkpoint', '/nowhere.pt'], '--initial-checkpoint /nowhere.pt'),
-    (['--gate-channels', '0'], '--gate-channels must be from 1'),
+    (['--gate-channels', '0'], '--gate-channels must be a whole number from 1'),
     (['--opt', 'sgdd'], '--opt sgdd'), (['--sched', 'cosin'], '--sched cosin'), (['--sched', 'plateau'], '--sched'),
     (['--aa', 'nonsense'], '--aa nonsense'), (['--interpolation', 'cubist'], '--interpolation cubist'),
     (['--device', 'cuda:99'], '--device cuda:99'), (['--device', 'abc'], '--device abc'),
-    (['--mean', '0.1', '0.2'], '--mean must be one number or one for each of 3 channels'),
+    (['--mean', '0.1', '0.2'], '--mean must be one number, or one for each of 3 channels'),
     (['--torchcompile', 'gcc'], '--torchcompile must be one of'),
     (['--config', '/nowhere.yaml'], '--config /nowhere.yaml'),
-    (['--epochs', 'many'], 'argument --epochs'),
+    (['--batch-size', '1'], '--batch-size must be at least 2'),
+    (['--epochs', 'many'], '--epochs must be a whole number from 1'),
     (['--static', '--teacher', 'no_such_model'], '--teacher no_such_model'),
 ])
 def test_bad_input_is_refused_by_the_name_of_its_argument(refused, args, named):
@@ -281,17 +297,18 @@ def test_a_model_that_cannot_be_used_is_refused(refused, model, named):
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(refused):
-    assert '--input-size: Requested' in refused('--static', '--input-size', 3, 32, 32, model='vit_tiny_patch16_224')
+    error = refused('--static', '--input-size', 3, 32, 32, model='vit_tiny_patch16_224')
+    assert '--input-size cannot be used: Requested' in error
 
 
 def test_a_static_training_of_an_adaptive_model_is_refused(refused):
-    assert '--static: --model cifar_resnet20_aig has gates' in refused('--static', model='cifar_resnet20_aig')
+    assert '--model cifar_resnet20_aig has gates, --static' in refused('--static', model='cifar_resnet20_aig')
 
 
 def test_a_parent_whose_head_is_new_cannot_teach(refused, run, make_images, tmp_path):
     data = make_images(tmp_path / 'two', classes=('ape', 'bee'))
     error = refused('--data-dir', data, '--num-classes', 2)
-    assert 'gets a new head of 2 classes and so cannot be the teacher' in error and '--distill-weight 0' in error
+    assert 'gets a new head of 2 classes, so it cannot be the teacher' in error and '--distill-weight 0' in error
     code, err = run('--data-dir', data, '--num-classes', 2, '--distill-weight', 0, '--epochs', 1)
     assert code == 0, err
     assert 'parent_metrics' not in json.loads((tmp_path / 'run' / 'results.json').read_text())
@@ -312,27 +329,26 @@ def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     make_images(data, splits=[('validation', 2)], classes=('ape', 'bee', 'dog'))
     error = refused('--data-dir', data)
-    assert "--data-dir: both splits must have the same classes, only one has ['cat', 'dog']" in error
+    assert "--data-dir must have the same classes in both splits, only one has ['cat', 'dog']" in error
 
 
 def test_a_set_without_images_is_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     (data / 'validation' / 'ape').mkdir(parents=True)
-    assert "--data-dir, split 'validation': Found 0 images" in refused('--data-dir', data)
+    assert "split 'validation': Found 0 images" in refused('--data-dir', data)
 
 
 def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data')
     for bad in ('train/ape/3.png', 'train/cat/0.png', 'validation/bee/2.png'):
         (data / bad).write_bytes(b'no image')
-    for workers in (0, 2):
-        error = refused('--data-dir', data, '--unreadable', 'error', '--workers', workers, name=f'error {workers}')
-        assert error.startswith('error: cannot read ') and '.png, UnidentifiedImageError' in error
-    code, err = run('--data-dir', data, '--workers', 2)
+    error = refused('--data-dir', data, '--unreadable', 'error', '--workers', 2, name='error')
+    assert error.startswith('error: cannot read ') and '.png, UnidentifiedImageError' in error
+    code, err = run('--data-dir', data, '--workers', 2, '--epochs', 1)
     assert code == 0, err
     results = json.loads((tmp_path / 'run' / 'results.json').read_text())
     assert results['unreadable'] == {'train': 2, 'val': 1} and results['images'] == 20
-    code, err = run('--data-dir', data, '--resume', 'auto')  # none is read for training any more
+    code, err = run('--data-dir', data, '--epochs', 1, '--resume', 'auto')  # none is read for training any more
     assert code == 0, err
     assert json.loads((tmp_path / 'run' / 'results.json').read_text())['unreadable'] == {'train': 2, 'val': 1}
     for file in (data / 'validation').rglob('*.png'):
@@ -354,13 +370,13 @@ def test_gates_have_a_learning_rate_and_a_weight_decay_of_their_own_and_vectors_
 def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weights(
         run, refused, static_model, tmp_path):
     assert run('--epochs', 1)[0] == 0
-    assert '--output: ' in refused('--epochs', 1) and 'pass --resume auto' in refused('--epochs', 1)
+    assert re.search('--output .* holds a training; pass --resume auto', refused('--epochs', 1))
     for args, differ in (
             (['--epochs', 2], 'epochs 1 there and 2 here'), (['--seed', 1], 'seed 0 there and 1 here'),
             (['--lr', 0.02], 'lr 0.01 there and 0.02 here'), (['--recipe', 'paper'], "recipe 'distill' there"),
             (['--static'], "architecture 'cifar_resnet20_aig' there and 'cifar_resnet20' here")):
         error = refused('--epochs', 1, '--resume', 'auto', *args)
-        assert error.startswith('error: --resume: ') and 'is of another training' in error and differ in error
+        assert error.startswith('error: --resume auto: ') and 'is of another training' in error and differ in error
     parent = Path(shutil.copytree(static_model.removeprefix('local-dir:'), tmp_path / 'moved'))
     assert run('--epochs', 1, '--resume', 'auto', '--nonfinite', 'skip', model=f'local-dir:{parent}')[0] == 0
     assert run('--epochs', 1, '--resume', 'auto', '--val-split', 'train', '--crop-pct', .9)[0] == 0
@@ -383,23 +399,18 @@ def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images,
     assert "classes ['ape', 'bee', 'cat'] there and ['bee', 'cat', 'yak'] here" in error
 
 
-def test_the_teachers_gates_are_its_own(finetune):
-    args = parse_args(['--model', 'cifar_resnet20', '--schedule', 'paper'])
-    teacher = finetune.create_model(args, 'cifar_resnet20_aig', None, False, '--teacher')
-    assert len(timm_aig.gated_blocks(teacher)) == 9
-
-
 def test_without_a_whole_checkpoint_a_resume_is_refused(run, refused, tmp_path):
     assert run('--epochs', 1)[0] == 0
     for path in (tmp_path / 'run' / 'checkpoints').iterdir():
         path.write_bytes(b'')
-    assert '--resume: no checkpoint can be read' in refused('--epochs', 1, '--resume', 'auto')
+    assert '--resume auto: no checkpoint can be read' in refused('--epochs', 1, '--resume', 'auto')
 
 
-def test_an_output_that_is_no_folder_is_refused(refused, tmp_path):
+def test_an_output_that_is_no_folder_is_exit_code_3(run, tmp_path):
     (tmp_path / 'file').write_text('')
     for output in (tmp_path / 'file', '/proc/finetune'):
-        assert '--output must be a folder to write to' in refused('--output', output)
+        code, err = run('--output', output)
+        assert code == 3 and err.splitlines()[-1].startswith('error: --output must be a folder to write to')
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_1(run, tmp_path):
@@ -465,11 +476,30 @@ def test_an_adaptive_model_keeps_its_own_gates_and_the_recipe_says_so(run, refus
     model = timm.create_model(
         'cifar_resnet20_aig', num_classes=3, target_rates=[.9] * 9, gate_channels=4, gate_norm='none')
     name = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "own")}'
-    error = refused('--recipe', 'paper', '--gate-channels', 32, model=name)
-    assert '--gate-loss rate' in error and 'target_rates of its own' in error
-    assert run('--distill-weight', 0, '--gate-channels', 32, '--epochs', 1, model=name)[0] == 0
+    error = refused('--recipe', 'paper', model=name)
+    assert '--gate-loss rate: ' in error and 'target_rates of its own' in error
+    assert run('--distill-weight', 0, '--epochs', 1, model=name)[0] == 0
     recipe = json.loads((tmp_path / 'run' / 'results.json').read_text())['recipe']
     assert (recipe['gate_channels'], recipe['gate_norm'], recipe['schedule']) == (4, 'none', None)
+    assert 'Pass the gate_channels' in refused('--distill-weight', 0, '--gate-channels', 32, model=name)
+
+
+@pytest.mark.parametrize('model,argv,expected', [
+    ('resnet50_aig.t05_paper', [], (.5, 'paper')),
+    ('resnet50_aig.t05_paper', ['--target-rate', '0.4'], (.4, 'paper')),
+    ('resnet50_aig', ['--schedule', 'paper'], (.6, 'paper')),
+    ('resnet50', [], (.6, None)),
+    ('resnet50', ['--target-rate', '0.3', '--schedule', 'paper'], (.3, 'paper')),
+])
+@pytest.mark.parametrize('recipe', ['paper', 'distill'])
+def test_the_target_is_the_given_one_else_that_of_the_tag(recipe, model, argv, expected, monkeypatch):
+    monkeypatch.setattr(timm, 'create_model', partial(timm.create_model, device='meta'))
+    args = parse_args(['--model', model, '--recipe', recipe, '--distill-weight', '0', *argv])
+    trained, _, _ = create_models(args, [])
+    assert (args.target_rate, args.schedule) == expected
+    assert {'target_rate': expected[0], 'schedule': expected[1]}.items() <= recipe_of(args).items()
+    rates = [block.target_rate for block in timm_aig.gated_blocks(trained).values()]
+    assert expected[0] in rates and (len(rates) == 16) == (expected[1] is None)
 
 
 def test_readers_that_share_images_by_the_batch_know_its_size_and_the_seed(finetune, finetune_args, monkeypatch):
@@ -477,7 +507,7 @@ def test_readers_that_share_images_by_the_batch_know_its_size_and_the_seed(finet
     create = timm_aig.training.data.create_dataset
     monkeypatch.setattr(timm_aig.training.data, 'create_dataset', lambda *args, **kwargs: (
         seen.append((kwargs['batch_size'], kwargs['seed'])), create(*args, **kwargs))[1])
-    finetune.open_data(finetune.parse_args([*finetune_args, '--seed', '3']))
+    finetune.open_training_splits(finetune.parse_args([*finetune_args, '--seed', '3']))
     assert seen == [(8, 3)] * 2
 
 
@@ -489,7 +519,7 @@ def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetu
             args = finetune.parse_args([*finetune_args, '--seed', seed])
             args.distributed = True
             model = timm.create_model('cifar_resnet20', num_classes=3)
-            data = finetune.create_loaders(args, *finetune.open_data(args), model)
+            data = finetune.create_training_loaders(args, *finetune.open_training_splits(args), model)
             orders.append(list(data.train.sampler))
     finally:
         torch.distributed.destroy_process_group()
@@ -500,19 +530,12 @@ def test_crop_padding_keeps_the_whole_image_at_any_input_size(finetune, finetune
     args = finetune.parse_args([*finetune_args, '--crop-padding', '1', '--hflip', '0'])
     args.distributed = False
     model = timm.create_model('cifar_resnet20', num_classes=3)
-    data = finetune.create_loaders(args, *finetune.open_data(args), model)
+    data = finetune.create_training_loaders(args, *finetune.open_training_splits(args), model)
     image = Image.open(images / 'train' / 'ape' / '0.png').resize((160, 160))
     image.paste((255, 255, 255), (0, 0, 80, 160))  # the left half; a crop of 8 px would be all of one half
     crops = [data.train.dataset.transform(image)[0] for _ in range(20)]
     white_columns = {((crop > 0.7 * crop.max()).sum(0) >= 6).sum().item() for crop in crops}
     assert white_columns <= {3, 4, 5} and len(white_columns) > 1
-
-
-def test_help_has_examples_and_exit_codes(finetune, capsys):
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(['--help'])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and 'examples:' in text and 'exit code: 0 done' in text
 
 
 def torchrun(args):

@@ -155,15 +155,13 @@ def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_
     save(model, shape)
     for path, message in (
             (evil, 'weights_only=True blocked'), (other, "none of the networks of the authors' code"),
-            (empty, 'it holds no state dict'), (shape, 'size mismatch for layer2.1.gate.fc1.weight'),
-            (tmp_path / 'missing', 'FileNotFoundError')):
+            (empty, 'holds no state dict'), (shape, 'size mismatch for layer2.1.gate.fc1.weight'),
+            (tmp_path / 'missing', 'CHECKPOINT ')):
         assert run_script(SCRIPT, path, tmp_path / 'out') == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / 'executed').exists() and not (tmp_path / 'out').exists()
 
 
-def test_its_help_has_examples_and_a_wrong_rate_is_named(capsys, run_script):
-    assert run_script(SCRIPT, '--help') == 0
-    assert 'examples:' in (text := capsys.readouterr().out) and 'exit code: 0 done' in text
+def test_a_wrong_rate_is_named(capsys, run_script):
     assert run_script(SCRIPT, 'a', 'b', '--target-rate', '1.5') == 2
-    assert '--target-rate must be between 0 and 1, not 1.5' in capsys.readouterr().err
+    assert '--target-rate must be a number in (0, 1)' in capsys.readouterr().err

@@ -2,19 +2,17 @@
 import csv
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
+from functools import partial
 
 import pytest
 import timm
+import validate as script
 from PIL import Image
 from scipy.stats import binomtest
 
 import timm_aig
 from timm_aig.training.data import hold_out, open_dataset
-
-SCRIPT = Path(__file__).parents[2] / 'scripts' / 'validate.py'
 
 
 @pytest.fixture
@@ -73,20 +71,20 @@ def calibrated_model(adaptive_model, tmp_path_factory):
 
 
 def test_budgets_are_rows_at_the_offsets_of_the_models_table(validate, calibrated_model):
-    rows = validate('--model', calibrated_model, '--budget', .4, .6, .8)['rows']
+    rows = validate('--model', calibrated_model, '--budgets', .4, .6, .8)['rows']
     offsets = validate('--model', calibrated_model, '--gate-offset', -4, 0, 4)['rows']
     assert [row['budget'] for row in rows] == [.4, .6, .8] and offsets[0]['budget'] is None
     for row, offset in zip(rows, offsets):
         assert row['gate_offset'] == pytest.approx(offset['gate_offset'], abs=1e-9)
         assert all(row[key] == offset[key] for key in ('top1', 'macs_share', 'block_rates'))
     assert rows[0]['macs_share'] < rows[2]['macs_share']
-    fast = validate('--model', calibrated_model, '--budget', .8, '--optimize')['rows'][0]
+    fast = validate('--model', calibrated_model, '--budgets', .8, '--optimize')['rows'][0]
     assert fast['block_rates'] == rows[2]['block_rates']
 
 
 def test_alternatives_are_rows_too_and_all_of_it_is_drawn(validate, calibrated_model, static_model, tmp_path):
     result = validate(
-        '--model', calibrated_model, '--budget', .4, .8, '--alternatives', static_model, '--plot', tmp_path / 'a.png')
+        '--model', calibrated_model, '--budgets', .4, .8, '--alternatives', static_model, '--plot', tmp_path / 'a.png')
     assert [row['model'] for row in result['rows']] == [calibrated_model] * 2 + [static_model]
     assert [row['architecture'] for row in result['rows']] == ['cifar_resnet20_aig'] * 2 + ['cifar_resnet20']
     assert result['rows'][2]['macs'] == result['rows'][0]['all_macs'] == result['rows'][2]['all_macs']
@@ -111,14 +109,23 @@ def test_two_models_are_compared_image_by_image(validate, static_model, adaptive
     assert comparison['p_value'] == pytest.approx(expected)
 
 
-def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptive_model, images):
+def test_the_shards_of_two_processes_add_up_to_the_same_counts(
+        validate, adaptive_model, images, fork_main, wait, tmp_path):
     alone = validate('--model', adaptive_model)['rows'][0]
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', SCRIPT, '--json',
-         '--model', adaptive_model, '--data-dir', images, '--workers', '0', '--batch-size', '8', '--device', 'cpu'],
-        capture_output=True, text=True, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    shards = json.loads(done.stdout)['rows'][0]
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+
+    def prepare(rank):  # as torchrun does
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        os.dup2(os.open(tmp_path / f'stdout {rank}', os.O_CREAT | os.O_WRONLY), 1)
+
+    args = ['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
+            '--device', 'cpu']
+    processes = [fork_main(args, partial(prepare, rank), script.main) for rank in range(2)]
+    assert [wait(process) for process in processes] == [0, 0], (tmp_path / 'stderr').read_text()
+    shards = json.loads((tmp_path / 'stdout 0').read_text())['rows'][0]
+    assert not (tmp_path / 'stdout 1').read_text()
     assert alone['images'] % 2 == 1  # does not divide
     summed = ('loss', 'macs', 'macs_share')  # floats, added up in another order
     assert {k: v for k, v in shards.items() if k not in ('images_per_second', *summed)} == {
@@ -132,15 +139,15 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--data-dir', '/nowhere'], '--data-dir'),
     (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
-    (['--model', 'cifar_resnet20', '--holdout', '0'], '--holdout must leave'),
-    (['--model', 'cifar_resnet20_aig', '--budget', '0.5', '--workers', '0'], 'calibrate'),
-    (['--model', 'cifar_resnet20', '--budget', '0.5'], '--budget: --model cifar_resnet20 has no gates'),
-    (['--model', 'cifar_resnet20', '--gate-offset', '0'], '--gate-offset: --model cifar_resnet20 has no gates'),
+    (['--model', 'cifar_resnet20', '--holdout', '20'], '--holdout must leave'),
+    (['--model', 'cifar_resnet20_aig', '--budgets', '0.5', '--workers', '0'], 'calibrate'),
+    (['--model', 'cifar_resnet20', '--budgets', '0.5'], '--model cifar_resnet20 has no gates'),
+    (['--model', 'cifar_resnet20', '--gate-offset', '0'], '--model cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20', '--device', 'abc'], '--device abc'),
     (['--model', 'cifar_resnet20', '--device', 'cuda:99'], '--device cuda:99'),
-    (['--model', 'cifar_resnet20', '--input-size', '3', '0', '8'], '--input-size must be from 1'),
-    (['--model', 'cifar_resnet20', '--crop-pct', '0'], '--crop-pct must be above 0'),
-    (['--model', 'cifar_resnet20_aig', '--gate-offset', '0', 'nan'], '--gate-offset must be numbers'),
+    (['--model', 'cifar_resnet20', '--input-size', '3', '0', '8'], '--input-size must be a whole number from 1'),
+    (['--model', 'cifar_resnet20', '--crop-pct', '0'], '--crop-pct must be a number in (0, inf)'),
+    (['--model', 'cifar_resnet20_aig', '--gate-offset', '0', 'nan'], '--gate-offset must be a number'),
 ])
 def test_bad_input_is_one_line_that_names_the_argument(run_script, images, capsys, args, error):
     assert run_script('validate.py', '--data-dir', images, *args) == 2
@@ -167,7 +174,7 @@ def test_a_model_is_run_on_grey_images_with_the_mean_of_its_norms(validate):
 def test_a_label_that_the_model_does_not_know_is_bad_input(run_script, images, tmp_path, capsys):
     timm_aig.save_pretrained(timm.create_model('cifar_resnet20', num_classes=1), tmp_path)
     assert run_script('validate.py', '--data-dir', images, '--model', f'local-dir:{tmp_path}', '--workers', 0) == 2
-    assert '--split validation: the model has 1 classes' in capsys.readouterr().err.splitlines()[-1]
+    assert 'the model has 1 classes' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_all_models_are_opened_before_the_first_is_run(run_script, images, static_model, capsys, monkeypatch):
@@ -179,10 +186,10 @@ def test_all_models_are_opened_before_the_first_is_run(run_script, images, stati
 
 
 @pytest.mark.parametrize('args,error', [
-    (['--gate-offset', -1, 0, '--against', 'resnet18'], '--against is for one row'),
-    (['--gate-offset', -1, 0, '--predictions', 'p.csv'], '--predictions is for one row'),
-    (['--optimize', '--alternatives', 'test_vit'], '--optimize, --alternatives test_vit: model (VisionTransformer)'),
-    (['--input-size', 3, 32, 32, '--alternatives', 'vit_tiny_patch16_224'], '--input-size: Requested image size'),
+    (['--gate-offset', -1, 0, '--against', 'resnet18'], '--against takes one'),
+    (['--gate-offset', -1, 0, '--predictions', 'p.csv'], '--predictions takes one'),
+    (['--optimize', '--alternatives', 'test_vit'], '--optimize test_vit: model (VisionTransformer)'),
+    (['--input-size', 3, 32, 32, '--alternatives', 'vit_tiny_patch16_224'], '--input-size cannot be used'),
 ])
 def test_what_cannot_be_done_is_said_before_a_model_is_run(
         run_script, images, adaptive_model, capsys, monkeypatch, args, error):
@@ -194,9 +201,9 @@ def test_what_cannot_be_done_is_said_before_a_model_is_run(
 def test_the_figures_are_printed_before_a_file_that_cannot_be_written(
         run_script, images, static_model, tmp_path, capsys):
     arguments = ['--data-dir', images, '--model', static_model, '--workers', 0]
-    assert run_script('validate.py', *arguments, '--predictions', tmp_path) == 2
+    assert run_script('validate.py', *arguments, '--predictions', tmp_path) == 3
     out, err = capsys.readouterr()
-    assert 'top1' in out and err.splitlines()[-1].startswith(f'error: --predictions {tmp_path}')
+    assert 'top1' in out and err.splitlines()[-1].startswith('error: ') and str(tmp_path) in err.splitlines()[-1]
 
 
 def test_the_table_names_each_model(run_script, images, static_model, adaptive_model, capsys):

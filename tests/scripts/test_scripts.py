@@ -1,10 +1,87 @@
-"""The scripts start as the README starts them: by their name."""
+"""What holds for every script: how it starts, its help, and the form of its errors."""
 import os
+import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 
+import pytest
+from _common import ResultError, error_text, number, open_folder, run_script
+
+from timm_aig import InputError
+from timm_aig.training.checkpoint import CheckpointError
+from timm_aig.training.trainer import Stopped
+
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
+NAMES = sorted(path.name for path in SCRIPTS.glob('[!_]*.py'))
 
 
-def test_every_script_that_names_its_interpreter_can_be_executed():
-    scripts = [path for path in SCRIPTS.glob('*.py') if path.read_text(encoding='utf-8').startswith('#!')]
-    assert len(scripts) > 10 and all(os.access(path, os.X_OK) for path in scripts)
+def test_every_script_can_be_executed():
+    assert len(NAMES) > 10
+    for script in (SCRIPTS / name for name in NAMES):
+        assert script.read_text(encoding='utf-8').startswith('#!') and os.access(script, os.X_OK), script
+
+
+@pytest.fixture(scope='module')
+def without_torch(tmp_path_factory):
+    """Runs a script in a process where importing torch or timm is an error."""
+    folder = tmp_path_factory.mktemp('without_torch')
+    for package in ('torch', 'timm', 'torchvision'):
+        (folder / f'{package}.py').write_text(f'raise ImportError("{package} was imported")')
+    return lambda name, *args: subprocess.run(
+        [sys.executable, SCRIPTS / name, *args], capture_output=True, text=True, timeout=60,
+        env={**os.environ, 'PYTHONPATH': str(folder)})
+
+
+@pytest.mark.parametrize('name', sorted({*NAMES} - {'export.py', 'push_space.py', 'push_to_hub.py'}))
+def test_help_and_wrong_flags_need_no_slow_import(without_torch, name):
+    shown = without_torch(name, '--help')
+    assert shown.returncode == 0, shown.stderr
+    assert 'examples:' in shown.stdout and 'exit code: 0 done' in shown.stdout
+    wrong = without_torch(name, '--no-such-flag')
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith('error: ') and wrong.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('error,code', [
+    (None, 0), (ResultError('no good.'), 1), (InputError('must be in (0, 1], not 2.', 'target_rate'), 2),
+    (OSError('no space left.'), 3), (CheckpointError('no space left.'), 3), (KeyboardInterrupt(), 130),
+    (Stopped('stopped by SIGTERM.'), 143),
+])
+def test_each_way_to_end_has_its_exit_code(capsys, error, code):
+    def run(args):
+        if error is not None:
+            raise error
+
+    assert run_script(run, Namespace()) == code
+    assert capsys.readouterr().err.count('\n') == (code != 0)
+
+
+def test_an_error_in_the_program_itself_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda args: 1 / 0, Namespace())
+
+
+def test_an_error_names_the_flag_on_one_line():
+    assert error_text(InputError('must be in\n(0, 1].', 'target_rate')) == '--target-rate must be in (0, 1].'
+    assert error_text(InputError('must be a folder.', 'path')) == '--output must be a folder.'
+    assert error_text(InputError('Traceback ...\ntimm_aig.config.InputError: cannot read a.png')) == 'cannot read a.png'
+
+
+@pytest.mark.parametrize('interval,inside,outside', [
+    ('(0, 1]', ['1', '1e-9'], ['0', '1.1', 'nan', 'x', '-1']), ('[0, inf)', ['0', '1e9'], ['-1e-9', 'inf', 'nan']),
+    ('(-inf, inf)', ['-5', '0'], ['inf', '-inf', 'nan']), ('[-inf, inf]', ['inf', '-inf'], ['nan']),
+])
+def test_a_number_lies_in_its_interval(interval, inside, outside):
+    assert [number(interval)(text) for text in inside] == [float(text) for text in inside]
+    for text in outside:
+        with pytest.raises(Exception, match=f'must be a number.*, not {text!r}'):
+            number(interval)(text)
+
+
+def test_an_output_folder_is_made_and_an_unwritable_one_is_an_os_error(tmp_path):
+    assert open_folder(tmp_path / 'a' / 'b').is_dir()
+    (tmp_path / 'file').touch()
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'folder', '/proc/folder'):
+        with pytest.raises(OSError, match='--output must be a folder to write to'):
+            open_folder(path)

@@ -1,0 +1,107 @@
+"""The models, data sets and loaders that a script's arguments name."""
+import argparse
+from typing import Any, Dict, List, NamedTuple
+
+import torch
+import torch.nn as nn
+from _common import blame, create_model
+from timm.data import create_loader
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import DistributedSampler
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
+
+from timm_aig import InputError
+from timm_aig.training.data import (
+    check_same_classes,
+    class_names,
+    convert_images,
+    hold_out,
+    open_dataset,
+    resolve_config,
+    start_worker,
+)
+
+
+def open_model(args: argparse.Namespace, name: str, argument: str = 'model') -> Any:
+    """The model that an argument names, in eval, with the channels of --input-size."""
+    kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    return create_model(name, args.pretrained, argument, **kwargs).eval()
+
+
+def open_split(args: argparse.Namespace, split: str, is_training: bool = False, **kwargs: Any) -> Any:
+    """A split of the data set that --dataset and --data-dir name."""
+    return open_dataset(
+        args.dataset, args.data_dir, split, is_training, args.dataset_download, args.unreadable,
+        input_key=args.input_key, target_key=args.target_key, **kwargs)
+
+
+def open_evaluation_split(args: argparse.Namespace) -> Any:
+    """--split, or the --holdout images of it."""
+    dataset = open_split(args, args.split)
+    return hold_out(dataset, dataset, args.holdout)[1] if args.holdout else dataset  # the other part is not used
+
+
+def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
+    """timm's data config of a model, with --input-size and --crop-pct."""
+    return resolve_config(model, {'input_size': args.input_size, 'crop_pct': args.crop_pct})
+
+
+def create_evaluation_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], **kwargs: Any) -> Any:
+    """Loader of center crops, without augmentation."""
+    loader = create_loader(
+        dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, persistent_workers=False, **kwargs)
+    convert_images(dataset, config['input_size'][0])
+    return loader
+
+
+class TrainingData(NamedTuple):
+    """Loaders, and what the saved model says about its data."""
+    train: Any
+    val: Any
+    names: List[str]  # of the classes; empty if the data set has none
+    config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
+
+
+def open_training_splits(args: argparse.Namespace) -> Any:
+    """Training and validation split."""
+    common = dict(batch_size=args.batch_size, seed=args.seed)  # wds/, tfds/ and hfids/ shard and shuffle by these
+    train = open_split(args, args.train_split, is_training=True, **common)
+    if args.holdout:
+        return hold_out(train, open_split(args, args.train_split, **common), args.holdout)
+    val = open_split(args, args.val_split, **common)
+    check_same_classes(train, val)
+    return train, val
+
+
+def create_training_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Module) -> TrainingData:
+    given = {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    channels = (args.input_size or model.pretrained_cfg['input_size'])[0]
+    for name in ('mean', 'std'):
+        if given[name] and len(given[name]) not in (1, channels):
+            raise InputError(f'must be one number, or one for each of {channels} channels.', name)
+    config = resolve_config(model, given)
+    device = torch.device(args.device)
+    common = dict(
+        input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
+        num_workers=args.workers, distributed=args.distributed, persistent_workers=False, worker_seeding=start_worker,
+        use_prefetcher=device.type == 'cuda', device=device, pin_memory=device.type == 'cuda')
+    with blame('aa', f'{args.aa} or --interpolation {config["interpolation"]}', (AssertionError, KeyError, ValueError)):
+        train_loader = create_loader(
+            train, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
+            color_jitter=args.color_jitter or None, auto_augment=args.aa, re_prob=args.reprob, **common)
+        val_loader = create_loader(val, batch_size=args.batch_size, crop_pct=config['crop_pct'], **common)
+    if len(train_loader) == 0:
+        raise InputError(f'{args.batch_size} is more than the {len(train)} training images.', 'batch_size')
+    if isinstance(train_loader.sampler, DistributedSampler):
+        train_loader.sampler.seed = args.seed  # decides the order of the images
+    if args.crop_padding is not None:
+        steps = train.transform.transforms  # keep timm's steps from its tensor on; random crop and colours are before
+        first = next(i for i, step in enumerate(steps) if 'Tensor' in type(step).__name__)
+        size = config['input_size'][1:]
+        train.transform = Compose([
+            Resize(size, str_to_interp_mode(config['interpolation'])), RandomCrop(size, padding=args.crop_padding),
+            RandomHorizontalFlip(args.hflip), *steps[first:]])
+    for dataset in (train, val):
+        convert_images(dataset, config['input_size'][0])
+    return TrainingData(train_loader, val_loader, class_names(train), config)
