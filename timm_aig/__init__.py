@@ -16,8 +16,10 @@ from .models.resnet_aig import list_trained  # registers the entry points
 from .passes import force_gates, forward_gates, record_gates
 
 if TYPE_CHECKING:
-    from .export.onnx import export_aoti, export_onnx, export_openvino, export_program
-    from .export.runtime import load_onnx, optimize_onnx
+    from .export.onnx import export_onnx
+    from .export.openvino import export_openvino
+    from .export.program import export_program
+    from .export.runtime import load_onnx
     from .hub.push import push_to_hub
     from .hub.save import save_pretrained
     from .task import AIGTask
@@ -26,22 +28,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
-    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate', 'export_aoti',
+    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate',
     'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'list_trained', 'load_onnx', 'optimize_for_inference', 'optimize_onnx', 'push_to_hub', 'record_gates',
-    'save_pretrained', 'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
+    'list_trained', 'load_onnx', 'optimize_for_inference', 'push_to_hub', 'record_gates', 'save_pretrained',
+    'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
 ]
 
 _LAZY = {  # slow to import: imported at first use
     'AIGTask': '.task',
     'calibrate_budget': '.training.calibrate',
     'evaluate': '.training.evaluate',
-    'export_aoti': '.export.onnx',
     'export_onnx': '.export.onnx',
-    'export_openvino': '.export.onnx',
-    'export_program': '.export.onnx',
+    'export_openvino': '.export.openvino',
+    'export_program': '.export.program',
     'load_onnx': '.export.runtime',
-    'optimize_onnx': '.export.runtime',
     'push_to_hub': '.hub.push',
     'save_pretrained': '.hub.save',
 }

@@ -1,5 +1,7 @@
 """Whether an exported model computes what the model in PyTorch does."""
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+import hashlib
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -8,16 +10,17 @@ import torch.nn as nn
 from ..blocks import gated_blocks
 from ..passes import force_gates, forward_gates
 
-__all__ = ['ExportError', 'Run', 'check_export', 'torch_run']
+__all__ = ['ExportError', 'FORCED', 'Run', 'TOLERANCE', 'check_export', 'file_report', 'own_offsets', 'torch_run']
 
-FORCED = 1e4  # offset that opens a gate whatever its logits, its negative closes it
+FORCED = 1e4  # gate offset that opens a gate for every input; its negative closes it
+TOLERANCE = {'float32': 1e-4, 'float16': 2e-2}  # of logits, over the largest one where that is above 1
 
 # Logits and gates (None without) of images [B, C, H, W] and gate offsets [L], None for the model's own.
 Run = Callable[[np.ndarray, Optional[np.ndarray]], Tuple[np.ndarray, Optional[np.ndarray]]]
 
 
 class ExportError(RuntimeError):
-    """What was exported does not compute what the model does; no file was written."""
+    """The exported model does not compute what the model does; no file was written."""
 
 
 def own_offsets(model: nn.Module) -> np.ndarray:
@@ -28,8 +31,8 @@ def own_offsets(model: nn.Module) -> np.ndarray:
 def torch_run(function: Any, model: nn.Module) -> Run:
     """Run of a function of torch tensors x and gate_offset."""
     def run(x: np.ndarray, offset: Optional[np.ndarray]) -> Tuple[np.ndarray, Optional[np.ndarray]]:
+        offset = own_offsets(model) if offset is None else offset
         with torch.no_grad():
-            offset = own_offsets(model) if offset is None else offset
             logits, gates = function(torch.from_numpy(x), torch.from_numpy(offset))
         return logits.numpy(), gates.numpy()
 
@@ -42,53 +45,59 @@ def check_export(
         model: nn.Module,
         images: torch.Tensor,
         mode: str,
-        open: Optional[Sequence[bool]],
+        gates: Optional[Sequence[bool]],
         tolerance: Optional[float],
-        exact_gates: bool,
+        exact_gates: bool = True,
 ) -> Dict[str, Any]:
-    """Compare with the model: with the gates' own answers on all images, and with all gates open and closed on one.
+    """Compare an exported model with the model: with its own gates, all gates open and all closed, at batch 1 and more.
 
-    Logits are compared with those of the model with the gates that `run` answered.
+    Logits are compared with those of the model under the gates that `run` returned.
 
     Args:
-        run: What was exported.
+        run: The exported model.
         model: In eval.
         images: Normalised [N, C, H, W].
-        mode: As in export_onnx; 'branch' gets one image at a time.
-        open: As in export_onnx.
-        tolerance: Of logits, over the largest one where that is above 1. If None, only numbers are asked for.
-        exact_gates: No gate may answer otherwise than the model's.
+        mode, gates: As in export_onnx.
+        tolerance: Largest difference of logits, over the largest logit where that is above 1. If None, any is allowed.
+        exact_gates: Every gate must answer as in the model.
+
+    Returns:
+        images, patterns (distinct rows of the gates), max_difference of the logits, gates_changed.
 
     Raises:
-        ExportError: They differ by more.
+        ExportError: The two differ by more.
     """
     count = len(gated_blocks(model))
-    cases: List[Tuple[Optional[float], torch.Tensor]] = [(None, images)]
-    if count and mode != 'path':
-        cases += [(FORCED, images[:1]), (-FORCED, images[:1])]
     difference, changed = 0., 0
     patterns: Set[Tuple[int, ...]] = set()
-    for offset, batches in cases:
-        for x in batches.split(1) if mode == 'branch' else [batches]:
-            forced = None if offset is None else np.full(count, offset, np.float32)
-            logits, answers = run(x.numpy(), forced)
-            gates = torch.zeros(len(x), 0) if answers is None else torch.from_numpy(answers.astype(np.float32))
-            if open is not None:
-                expected = torch.tensor([float(bool(o)) for o in open]).expand(len(x), -1)
-            elif offset is not None:
-                expected = torch.full_like(gates, float(offset > 0))
-            else:
-                expected = forward_gates(model, x)[1]
-            changed += int((gates != expected).sum())
-            patterns.update(map(tuple, gates.int().tolist()))
-            error = _relative_error(torch.from_numpy(logits.astype(np.float32)), _forced_logits(model, x, gates))
-            if not error <= (np.inf if tolerance is None else tolerance):
-                raise ExportError(
-                    f'logits differ from those of the model by {error:.2g} of the largest, allowed is {tolerance}.')
-            difference = max(difference, error)
+    for x, offset in _cases(images, forced=bool(count) and mode != 'path'):
+        logits, answers = run(x.numpy(), None if offset is None else np.full(count, offset, np.float32))
+        found = torch.zeros(len(x), 0) if answers is None else torch.from_numpy(answers.astype(np.float32))
+        if gates is not None:
+            expected = torch.tensor([float(bool(gate)) for gate in gates]).expand(len(x), -1)
+        elif offset is not None:
+            expected = torch.full_like(found, float(offset > 0))
+        else:
+            expected = forward_gates(model, x)[1]
+        changed += int((found != expected).sum())
+        patterns.update(map(tuple, found.int().tolist()))
+        error = _relative_error(torch.from_numpy(logits.astype(np.float32)), _forced_logits(model, x, found))
+        if not error <= (np.inf if tolerance is None else tolerance):
+            raise ExportError(f'logits differ from the model\'s by {error:.2g} of the largest, allowed is {tolerance}.')
+        difference = max(difference, error)
     if changed and exact_gates:
-        raise ExportError(f'{changed} gates answered otherwise than in the model.')
+        raise ExportError(f'{changed} gates answer otherwise than in the model.')
     return {'images': len(images), 'patterns': len(patterns), 'max_difference': difference, 'gates_changed': changed}
+
+
+def _cases(images: torch.Tensor, forced: bool) -> Iterator[Tuple[torch.Tensor, Optional[float]]]:
+    """Batches and gate offsets to compare on: one image, several, and the rest in batches of 8 with their own gates."""
+    several = images[:8] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+    for x in (images[:1], several):
+        for offset in (None, FORCED, -FORCED) if forced else (None,):
+            yield x, offset
+    for x in images[8:].split(8) if len(images) > 8 else ():
+        yield x, None
 
 
 def _forced_logits(model: nn.Module, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -100,3 +109,11 @@ def _forced_logits(model: nn.Module, x: torch.Tensor, gates: torch.Tensor) -> to
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def file_report(path: Path, mode: str, precision: str, found: Dict[str, Any], **more: Any) -> Dict[str, Any]:
+    """What an export function returns about the file that it wrote and what check_export found."""
+    content = path.read_bytes()
+    return {
+        'path': str(path), 'mode': mode, 'precision': precision, **more, 'bytes': len(content),
+        'sha256': hashlib.sha256(content).hexdigest(), **found}

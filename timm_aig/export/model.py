@@ -1,165 +1,196 @@
-"""A model in the form that exporters take: one graph in which a gated block is a branch, a product or a choice made."""
-import threading
-from typing import Any, Iterable, List, Optional, Sequence, Tuple
+"""A model in the form that exporters take: one graph in which a closed sample is a row left out of the batch."""
+import copy
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import resolve_input_data_config
+from timm.models.resnet import ResNet
 
-from ..inference import InferenceBlock, InferenceStage, optimize_for_inference
+from ..blocks import gated_blocks
+from ..config import InputError
+from ..inference import InferenceBlock, InferenceModel, optimize_for_inference
 
-__all__ = ['MODES', 'ExportModel']
+__all__ = ['MODES', 'ExportModel', 'prepare']
 
-MODES = ('branch', 'masked', 'path')
-
-
-class _Trace(threading.local):
-    """What the gates of the model that is being traced add to their score, and what they answer."""
-
-    def __init__(self) -> None:  # in every thread
-        self.thresholds: Sequence[torch.Tensor] = ()
-        self.answers: List[torch.Tensor] = []
-
-
-_trace = _Trace()
+MODES = ('sparse', 'masked', 'path')
 
 
 class ExportBlock(nn.Module):
-    """An InferenceBlock in the form that exporters take.
+    """A residual block in the form that exporters take.
 
-    Modifications:
-        * branch: an open block and a closed one are the two sides of torch.cond
-        * masked: the branch is computed for every image and multiplied by the answer
-        * path: an open or a closed block, no gate
+    Modifications of InferenceBlock:
+        * sparse: the residual branch gets the open rows of the batch, any number of them, also none
+        * masked: the residual branch gets the whole batch and is multiplied by the gates
+        * path: always open or always closed, without a gate
     """
 
-    def __init__(self, block: InferenceBlock, mode: str, index: int, open: bool, pools: bool) -> None:
+    def __init__(self, block: InferenceBlock, mode: str, is_open: bool = True) -> None:
         """
         Args:
             block: Block to take over.
             mode: One of MODES.
-            index: Of its gate among the gates.
-            open: Whether it runs, in mode 'path'.
-            pools: The next block has a gate that asks for the pooled output.
+            is_open: Whether the block runs, in mode 'path'.
         """
         super().__init__()
         self.block = block
-        self.gate: Any = block.gate if mode != 'path' else None
-        self.runs = block.gate is None or open
-        self.masked = mode == 'masked'
-        self.index = index
-        self.pools = pools
+        self.mode = mode
+        self.gate: Any = None if mode == 'path' else block.gate
+        self.is_open = is_open
 
-    def open(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block.add_residual(x, self.shortcut(x), True)
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block.branch(x)
+        return x if self.block.last_conv is None else self.block.last_conv(x)
 
-    def closed(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = self.shortcut(x)
-        return shortcut if self._unchanged() else self.block.last_act(shortcut)
+    def score(self, pooled: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        """The gate's score [B] for pooled inputs [B, C]: above 0 for open samples, else 0."""
+        hidden = F.relu(F.linear(pooled, self.gate.weight1, self.gate.bias1))
+        return F.relu(F.linear(hidden, self.gate.weight2, threshold)).squeeze(1).float()
 
-    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.block.downsample is None else self.block.downsample(x)
+    def forward(
+            self, x: torch.Tensor, pooled: Optional[torch.Tensor], threshold: Any,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """
+        Args:
+            x: Block inputs [B, C, H, W].
+            pooled: Their global average pool [B, C] if it is known.
+            threshold: Bias of the score plus gate offset, [1].
 
-    def _unchanged(self) -> bool:
-        return self.block.downsample is None and self.block.relu_input
-
-    def forward(self, x: torch.Tensor, pooled: Optional[torch.Tensor]) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Output, and its pooled form [B, C, 1, 1] if the next block asks for it."""
+        Returns:
+            Outputs, their global average pool if it is known, and the scores [B] of the gate if there is one.
+        """
+        block = self.block
+        shortcut = x if block.downsample is None else block.downsample(x)
         if self.gate is None:
-            y = self.open(x) if self.runs else self.closed(x)
-            return y, _pool(y) if self.pools else None
+            return block.last_act(self.residual(x) + shortcut if self.is_open else shortcut), None, None
         pooled = _pool(x) if pooled is None else pooled
-        # a convolution, whose code is warm between convolutions
-        hidden = F.relu(F.conv2d(pooled, self.gate.weight1[:, :, None, None], self.gate.bias1))
-        score = F.linear(hidden.flatten(1), self.gate.weight2, _trace.thresholds[self.index])
-        answer = F.relu(score).bool()  # one call less than a comparison, which is many between short calls
-        _trace.answers.append(answer)
-        if self.masked:
-            y = self.block.branch(x)
-            y = y if self.block.last_conv is None else self.block.last_conv(y)
-            y = self.block.last_act(y * answer.to(y.dtype).view(-1, 1, 1, 1) + self.shortcut(x))
-            return y, _pool(y) if self.pools else None
-
-        def then(x: torch.Tensor, pooled: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-            y = self.open(x)
-            return (y, _pool(y)) if self.pools else (y,)
-
-        def otherwise(x: torch.Tensor, pooled: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-            if self._unchanged():  # copied, since a branch must not return what it was given
-                return (x.clone(), pooled.clone()) if self.pools else (x.clone(),)
-            y = self.closed(x)
-            return (y, _pool(y)) if self.pools else (y,)
-
-        outputs = torch.cond(answer.reshape(1), then, otherwise, (x, pooled))
-        return outputs[0], outputs[1] if self.pools else None
-
-
-class ExportStage(nn.Module):
-    """Blocks in a row, each of which hands its pooled output to the next one's gate."""
-
-    def __init__(self, blocks: Iterable[ExportBlock]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = None
-        for block in self.blocks:
-            x, pooled = block(x, pooled)
-        return x
+        score = self.score(pooled, threshold)
+        if self.mode == 'masked':
+            z = (score > 0).to(x.dtype).view(-1, 1, 1, 1)
+            return block.last_act(self.residual(x) * z + shortcut), None, score
+        index = score.nonzero().view(-1)
+        rows = x.index_select(0, index)
+        if block.downsample is None and block.relu_input:  # closed samples stay as they are
+            rows = block.last_act(self.residual(rows) + rows)
+            return x.index_copy(0, index, rows), pooled.index_copy(0, index, _pool(rows)), score
+        rows = self.residual(rows) + (rows if block.downsample is None else shortcut.index_select(0, index))
+        return block.last_act(shortcut.index_copy(0, index, rows)), None, score
 
 
 class ExportModel(nn.Module):
-    """A model with `x` and `gate_offset` for inputs, and `logits` and `gates` for outputs."""
+    """A model with `x` and `gate_offset` for inputs, `logits` and `gates` for outputs."""
     bias: torch.Tensor
     pattern: torch.Tensor
 
-    def __init__(self, model: nn.Module, mode: str, open: Sequence[bool] = ()) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            mode: str,
+            gates: Optional[Sequence[bool]] = None,
+            dtype: torch.dtype = torch.float32,
+    ) -> None:
         """
         Args:
             model: Adaptive or static timm ResNet.
             mode: One of MODES.
-            open: Which of its L gated blocks run, in mode 'path'.
+            gates: Which of the L gated blocks run, in mode 'path'.
+            dtype: Of weights and arithmetic. Inputs and outputs are float32.
         """
         super().__init__()
-        # contiguous, since both sides of a branch must have one layout
         optimized: Any = optimize_for_inference(model).model.to(memory_format=torch.contiguous_format)
-        blocks = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
-        for module in optimized.modules():
-            if hasattr(module, 'inplace'):
-                module.inplace = False  # a branch must not change what it is given
-        gated: List[Any] = [block for block in blocks if block.gate is not None]
-        index = {block: i for i, block in enumerate(gated)}
-
-        def convert(row: Sequence[Any]) -> ExportStage:
-            pools = [mode != 'path' and block.gate is not None for block in [*row[1:]]] + [False]
-            return ExportStage(
-                ExportBlock(block, mode, index.get(block, 0), block not in index or not open or open[index[block]], p)
-                for block, p in zip(row, pools))
-
         for parent in list(optimized.modules()):
+            if hasattr(parent, 'inplace'):
+                parent.inplace = False
             for name, child in list(parent.named_children()):
-                if isinstance(child, InferenceStage):
-                    setattr(parent, name, convert(list(child)))
-                elif isinstance(child, InferenceBlock) and not isinstance(parent, InferenceStage):
-                    setattr(parent, name, convert([child]))
+                if isinstance(child, nn.Conv1d):
+                    setattr(parent, name, _Conv1d(child))
+        blocks = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
+        pattern = iter(gates or ())
+        self.blocks = nn.ModuleList(
+            ExportBlock(block, mode, bool(next(pattern)) if gates and block.gate is not None else True)
+            for block in blocks)
         self.model = optimized
-        self.mode = mode
+        gated: Any = [block for block in blocks if block.gate is not None]
         self.takes_offset = bool(gated) and mode != 'path'
+        self.has_gates = bool(gated)
         self.register_buffer('bias', torch.cat([torch.zeros(0), *(block.gate.bias2 for block in gated)]))
-        self.register_buffer('pattern', torch.tensor([bool(o) for o in open]).float())
+        self.register_buffer('pattern', torch.tensor([float(bool(gate)) for gate in gates or ()]))
+        self.dtype = dtype
+        self.to(dtype)
 
     def forward(self, x: torch.Tensor, gate_offset: Optional[torch.Tensor] = None) -> Any:
-        if self.mode == 'path':
-            return self.model(x), self.pattern.expand(x.shape[0], -1)
-        if gate_offset is None:
-            return self.model(x)
-        _trace.thresholds, _trace.answers = torch.split(self.bias + gate_offset, 1), []
-        try:
-            logits = self.model(x)
-            return logits, torch.cat(_trace.answers, 1).float()
-        finally:
-            _trace.thresholds, _trace.answers = (), []
+        """
+        Args:
+            x: Normalised images [B, C, H, W].
+            gate_offset: Logit offset of each gate, [L].
+
+        Returns:
+            Logits [B, num_classes], and gates [B, L] if the model has gated blocks.
+        """
+        model = self.model
+        y = model.maxpool(model.act1(model.bn1(model.conv1(x.to(self.dtype)))))
+        thresholds: Any = iter(()) if gate_offset is None else iter(
+            torch.split(self.bias + gate_offset.to(self.dtype), 1))
+        pooled, scores = None, []
+        for block in self.blocks:
+            y, pooled, score = block(y, pooled, None if block.gate is None else next(thresholds))
+            if score is not None:
+                scores.append(score)
+        logits = model.forward_head(y).float()
+        if scores:
+            return logits, (torch.stack(scores, 1) > 0).float()
+        if self.has_gates:
+            return logits, self.pattern.float().expand(x.shape[0], -1)
+        return logits
+
+
+class _Conv1d(nn.Module):
+    """A Conv1d as a Conv2d, which torch.export can trace with 0 rows."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.padding = conv.weight, conv.bias, conv.padding
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, *self.padding)).squeeze(2)
 
 
 def _pool(x: torch.Tensor) -> torch.Tensor:
-    return x.mean((2, 3), keepdim=True)
+    return x.mean((2, 3))
+
+
+def prepare(
+        model: nn.Module,
+        images: Optional[torch.Tensor],
+        mode: str,
+        gates: Optional[Sequence[bool]],
+) -> Tuple[nn.Module, torch.Tensor]:
+    """Check what an export function was given.
+
+    Returns:
+        A copy of the model in eval on the CPU in float32, and images [N, C, H, W] to check the export on.
+
+    Raises:
+        InputError: An argument that is not allowed.
+    """
+    if mode not in MODES:
+        raise InputError(f'must be one of {", ".join(MODES)}, not {mode!r}.', 'mode')
+    if isinstance(model, InferenceModel):
+        raise InputError('is optimized for inference, export the one it was made from.', 'model')
+    if not isinstance(model, ResNet):
+        raise InputError(f'must be a timm ResNet, adaptive or static, not {type(model).__name__}.', 'model')
+    blocks = gated_blocks(model)
+    if not blocks and mode != 'masked':
+        raise InputError("has no gated blocks; mode 'masked' exports a static model.", 'model')
+    if (gates is not None) != (mode == 'path'):
+        raise InputError("is for mode 'path', which needs it.", 'gates')
+    if gates is not None and len(gates) != len(blocks):
+        raise InputError(f'must have a value for each of the {len(blocks)} gated blocks, not {len(gates)}.', 'gates')
+    model = copy.deepcopy(model).cpu().float().eval()
+    if images is None:
+        size = resolve_input_data_config(model)['input_size']
+        images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    if images.ndim != 4 or not len(images):
+        raise InputError(f'must be [N, C, H, W] with N at least 1, not {list(images.shape)}.', 'images')
+    return model, images.cpu().float().contiguous()

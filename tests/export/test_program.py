@@ -1,0 +1,29 @@
+"""torch.export programs compute what the model does, in processes that have no timm."""
+import subprocess
+import sys
+
+import torch
+from exports import MIXED, expected, offsets
+
+import timm_aig
+
+
+def test_a_program_runs_without_timm_at_any_batch(model, x, tmp_path):
+    report = timm_aig.export_program(model, tmp_path / 'm.pt2', images=x[:6])
+    assert report['mode'] == 'sparse' and report['gates_changed'] == 0
+    offset = torch.from_numpy(offsets(MIXED))
+    torch.save((x, [(torch.zeros(len(MIXED)), *expected(model, x)), (offset, *expected(model, x, MIXED)),
+                    (-offset.abs(), *expected(model, x, [0] * len(MIXED)))]), tmp_path / 'x.pt')
+    program = '''
+import sys
+sys.modules.update(dict.fromkeys(['timm', 'timm_aig']))
+import torch
+x, cases = torch.load('x.pt')
+module = torch.export.load('m.pt2').module()
+for batch in (0, 1, 7, 32):
+    for offset, logits, gates in cases:
+        found = module(x[:batch], offset)
+        assert torch.allclose(found[0], logits[:batch], atol=1e-5) and torch.equal(found[1], gates[:batch])
+'''
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

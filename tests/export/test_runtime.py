@@ -1,0 +1,71 @@
+"""load_onnx, and files in processes that have neither torch nor timm."""
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from exports import GATES, assert_agree, expected
+
+import timm_aig
+
+
+def test_load_onnx_reads_a_file_in_a_read_only_folder(model, x, sparse_file, tmp_path):
+    path = tmp_path / 'folder' / 'm.onnx'
+    path.parent.mkdir()
+    path.write_bytes(sparse_file[0].read_bytes())
+    path.parent.chmod(0o500)
+    try:
+        session = timm_aig.load_onnx(path, threads=1, spinning=False)
+    finally:
+        path.parent.chmod(0o700)
+    assert_agree(session.run(None, {'x': x[:7].numpy()}), expected(model, x[:7]))
+    assert session.get_session_options().intra_op_num_threads == 1
+    assert [file.name for file in path.parent.iterdir()] == ['m.onnx']
+
+
+def test_load_onnx_does_not_warn(sparse_file, capfd):
+    timm_aig.load_onnx(sparse_file[0])
+    assert capfd.readouterr() == ('', '')
+
+
+def test_load_onnx_names_files_it_cannot_use(sparse_file, tmp_path):
+    path = tmp_path / 'm.onnx'
+    with pytest.raises(timm_aig.InputError, match='no file'):
+        timm_aig.load_onnx(path)
+    path.write_bytes(b'no protobuf')
+    with pytest.raises(timm_aig.InputError, match='not an ONNX file'):
+        timm_aig.load_onnx(path)
+    foreign = onnx.load(sparse_file[0])
+    foreign.producer_name = 'another'
+    onnx.save(foreign, path)
+    with pytest.raises(timm_aig.InputError, match='did not write'):
+        timm_aig.load_onnx(path)
+
+
+@pytest.mark.parametrize('shape, dtype', [((1, 3, 16, 17), np.float32), ((1, 3, 16, 16), np.float64)])
+def test_onnx_runtime_refuses_other_inputs(sparse_file, shape, dtype):
+    with pytest.raises(Exception, match=r'Got invalid dimensions|Unexpected input data type'):
+        timm_aig.load_onnx(sparse_file[0]).run(None, {'x': np.zeros(shape, dtype)})
+
+
+def test_files_run_without_torch_and_timm(model, x, sparse_file, openvino_file, tmp_path):
+    logits, gates = expected(model, x)
+    np.savez(tmp_path / 'x.npz', x=x.numpy(), logits=logits.numpy(), gates=gates.numpy())
+    program = f'''
+import sys
+sys.modules.update(dict.fromkeys(['torch', 'timm', 'timm_aig']))
+import numpy, onnxruntime, openvino
+data = numpy.load('x.npz')
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+session = onnxruntime.InferenceSession({str(sparse_file[0])!r}, options, providers=['CPUExecutionProvider'])
+compiled = openvino.Core().compile_model({str(openvino_file)!r}, 'CPU', {{'INFERENCE_PRECISION_HINT': 'f32'}})
+for batch in (1, 32):
+    x, logits, gates = (data[name][:batch] for name in ('x', 'logits', 'gates'))
+    for found in (session.run(None, {{'x': x}}),
+                  list(compiled({{'x': x, 'gate_offset': numpy.zeros({GATES}, 'float32')}}).values())):
+        assert numpy.allclose(found[0], logits, atol=1e-3) and numpy.array_equal(found[1], gates)
+'''
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,62 @@
+"""torch.export: a model as a program that needs torch, but neither timm nor timm_aig."""
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Union
+
+import torch
+import torch.nn as nn
+
+from ..training.checkpoint import write_atomically
+from .check import TOLERANCE, check_export, file_report, torch_run
+from .model import ExportModel, prepare
+
+__all__ = ['export_program']
+
+
+def export_program(
+        model: nn.Module,
+        path: Union[str, os.PathLike],
+        images: Optional[torch.Tensor] = None,
+) -> Dict[str, Any]:
+    """Write an adaptive model as a torch.export program (.pt2) for any batch size, checked before it gets its name.
+
+    `torch.export.load(path).module()(x, gate_offset)` returns logits and gates. As in mode 'sparse' of export_onnx, a
+    block is computed for the open rows of the batch only.
+
+    Args:
+        model: Adaptive timm ResNet. It is not changed.
+        path: File to write.
+        images: Normalised images [N, C, H, W] of the size to export for, to check the program on. Noise if None.
+
+    Returns:
+        As export_onnx.
+
+    Raises:
+        InputError: An argument that is not allowed, or a model that cannot be exported.
+        ExportError: The program disagrees with the model.
+    """
+    model, images = prepare(model, images, 'sparse', None)
+    path = Path(path)
+    program = trace(ExportModel(model, 'sparse'), images)
+    found = check_export(torch_run(program.module(), model), model, images, 'sparse', None, TOLERANCE['float32'])
+    write_atomically(path, lambda file: torch.export.save(program, file))
+    return file_report(path, 'sparse', 'float32', found)
+
+
+def trace(model: ExportModel, images: torch.Tensor) -> Any:
+    """torch.export.ExportedProgram of a model for any batch of images of that size."""
+    x = images[:1].expand(2, -1, -1, -1)  # torch would take a batch of 1 as fixed
+    offset = torch.zeros(len(model.bias)) if model.takes_offset else None
+    shapes = {'x': {0: torch.export.Dim('batch')}, 'gate_offset': None}
+    with quietly(), torch.no_grad():
+        return torch.export.export(model, (x, offset), dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the exporter's warnings about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
