@@ -191,5 +191,6 @@ def _commit(api: HfApi, upload: Upload, folder: Path, message: str, head: Option
     except Exception as e:
         if not created:
             raise
-        raise RuntimeError(f'The push failed after {created} until the commit arrives. Push again. {type(e).__name__}: {e}') from e
+        raise RuntimeError(
+            f'The push failed after {created} until the commit arrives. Push again. {type(e).__name__}: {e}') from e
     return commit.pr_url or commit.commit_url
