@@ -177,15 +177,16 @@ upload('alice/evil', {{'config.json': folder / 'config.json', 'pytorch_model.bin
 
 
 # What fails during the push to a new repository, whether the push still succeeds, and else what its error says.
+EMPTY = 'created, which is empty until the commit arrives. Push again. '
 FAULTS = {
     'create': (dict(method='POST', path='/repos/create', status=500), False, 'HfHubHTTPError'),
-    'card': (dict(method='POST', path='/validate-yaml', status=400), False, 'created and is empty, push again'),
+    'card': (dict(method='POST', path='/validate-yaml', status=400), False, EMPTY),
     'batch': (dict(method='POST', path='/objects/batch', status=500, times=2), True, ''),
     'upload-500': (dict(method='PUT', path='^/lfs/', status=500, times=2), True, ''),
     'upload-cut': (dict(method='PUT', path='^/lfs/', cut=100_000), True, ''),
-    'upload-403': (dict(method='PUT', path='^/lfs/', status=403), False, 'created and is empty, push again'),
-    'commit-500': (dict(method='POST', path='/commit/', status=500), False, 'created and is empty, push again'),
-    'commit-cut': (dict(method='POST', path='/commit/', cut=0), False, 'created and is empty, push again'),
+    'upload-403': (dict(method='PUT', path='^/lfs/', status=403), False, EMPTY),
+    'commit-500': (dict(method='POST', path='/commit/', status=500), False, EMPTY),
+    'commit-cut': (dict(method='POST', path='/commit/', cut=0), False, EMPTY),
 }
 
 
@@ -263,7 +264,7 @@ def test_a_failed_commit_to_a_new_branch_says_what_the_branch_holds(hub, client)
     assert set(hub.repo('alice/halfway').refs) == {'refs/heads/main'}  # the branch is created after the upload
     hub.fault(method='POST', path='halfway/commit/', status=500)
     error = client.run(push('alice/halfway', 50, revision='v2'))['error']
-    assert 'after branch v2 of alice/halfway was created and holds what main holds, push again. ' in error
+    assert 'after branch v2 of alice/halfway was created, which holds what main holds until' in error
     client.get(push('alice/halfway', 50, revision='v2'))
     assert b'halfway@v2' in hub.files('alice/halfway', 'refs/heads/v2')['README.md']
 

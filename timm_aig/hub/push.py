@@ -179,17 +179,18 @@ def _commit(api: HfApi, upload: Upload, folder: Path, message: str, head: Option
     try:
         if not upload.exists:
             api.create_repo(upload.repo_id, private=upload.private)
-            created = f'{upload.repo_id} was created and is empty'
+            created = f'{upload.repo_id} was created, which is empty'
         if upload.new_revision:
             # A new branch holds the weights of main until the commit, so upload the large files before it exists.
             api.preupload_lfs_files(upload.repo_id, additions, free_memory=False)
             api.create_branch(upload.repo_id, branch=str(upload.revision), revision=head)
-            created = f'branch {upload.revision} of {upload.repo_id} was created and holds what main holds'
+            created = f'branch {upload.revision} of {upload.repo_id} was created, which holds what main holds'
         commit = api.create_commit(
             upload.repo_id, operations, commit_message=message, revision=upload.revision, create_pr=upload.create_pr,
             parent_commit=head)
     except Exception as e:
         if not created:
             raise
-        raise RuntimeError(f'the push failed after {created}, push again. {type(e).__name__}: {e}') from e
+        raise RuntimeError(
+            f'The push failed after {created} until the commit arrives. Push again. {type(e).__name__}: {e}') from e
     return commit.pr_url or commit.commit_url
