@@ -48,8 +48,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         help='largest difference of a MACs share from its budget (default: %(default)s)')
     arg('--max-accuracy-drop', type=number('[0, inf)'), metavar='POINTS',
         help='also find the smallest budget that loses at most so many points to all gates open')
-    arg('--confidence', type=number('(0, 1)'), default=0.95, metavar='X',
-        help="confidence of that loss's interval (default: %(default)s)")
     arg('--output', metavar='DIR', help="folder for model.safetensors and config.json, may be the model's own")
     arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
     add_args(parser, 'json')
@@ -118,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     with blame('model', args.model):
         result = timm_aig.calibrate_budget(
             model, loader, args.budgets, tolerance=args.tolerance, max_accuracy_drop=args.max_accuracy_drop,
-            confidence=args.confidence, progress=True)
+            progress=True)
 
     # print first: a file that cannot be written does not lose the figures
     if args.json:

@@ -329,27 +329,26 @@ def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     make_images(data, splits=[('validation', 2)], classes=('ape', 'bee', 'dog'))
     error = refused('--data-dir', data)
-    assert "--data-dir: both splits must have the same classes, only one has ['cat', 'dog']" in error
+    assert "--data-dir must have the same classes in both splits, only one has ['cat', 'dog']" in error
 
 
 def test_a_set_without_images_is_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     (data / 'validation' / 'ape').mkdir(parents=True)
-    assert "--data-dir, split 'validation': Found 0 images" in refused('--data-dir', data)
+    assert "split 'validation': Found 0 images" in refused('--data-dir', data)
 
 
 def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data')
     for bad in ('train/ape/3.png', 'train/cat/0.png', 'validation/bee/2.png'):
         (data / bad).write_bytes(b'no image')
-    for workers in (0, 2):
-        error = refused('--data-dir', data, '--unreadable', 'error', '--workers', workers, name=f'error {workers}')
-        assert error.startswith('error: cannot read ') and '.png, UnidentifiedImageError' in error
-    code, err = run('--data-dir', data, '--workers', 2)
+    error = refused('--data-dir', data, '--unreadable', 'error', '--workers', 2, name='error')
+    assert error.startswith('error: cannot read ') and '.png, UnidentifiedImageError' in error
+    code, err = run('--data-dir', data, '--workers', 2, '--epochs', 1)
     assert code == 0, err
     results = json.loads((tmp_path / 'run' / 'results.json').read_text())
     assert results['unreadable'] == {'train': 2, 'val': 1} and results['images'] == 20
-    code, err = run('--data-dir', data, '--resume', 'auto')  # none is read for training any more
+    code, err = run('--data-dir', data, '--epochs', 1, '--resume', 'auto')  # none is read for training any more
     assert code == 0, err
     assert json.loads((tmp_path / 'run' / 'results.json').read_text())['unreadable'] == {'train': 2, 'val': 1}
     for file in (data / 'validation').rglob('*.png'):
@@ -482,7 +481,7 @@ def test_an_adaptive_model_keeps_its_own_gates_and_the_recipe_says_so(run, refus
     assert run('--distill-weight', 0, '--epochs', 1, model=name)[0] == 0
     recipe = json.loads((tmp_path / 'run' / 'results.json').read_text())['recipe']
     assert (recipe['gate_channels'], recipe['gate_norm'], recipe['schedule']) == (4, 'none', None)
-    assert 'size mismatch' in refused('--distill-weight', 0, '--gate-channels', 32, model=name)
+    assert 'Pass the gate_channels' in refused('--distill-weight', 0, '--gate-channels', 32, model=name)
 
 
 @pytest.mark.parametrize('model,argv,expected', [
@@ -537,13 +536,6 @@ def test_crop_padding_keeps_the_whole_image_at_any_input_size(finetune, finetune
     crops = [data.train.dataset.transform(image)[0] for _ in range(20)]
     white_columns = {((crop > 0.7 * crop.max()).sum(0) >= 6).sum().item() for crop in crops}
     assert white_columns <= {3, 4, 5} and len(white_columns) > 1
-
-
-def test_help_has_examples_and_exit_codes(finetune, capsys):
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(['--help'])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and 'examples:' in text and 'exit code: 0 done' in text
 
 
 def torchrun(args):
