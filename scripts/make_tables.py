@@ -63,7 +63,7 @@ TABLES = {
     }, {}),
     'fmnist-budgets': Table('fmnist_budgets.csv', {
         'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
-    }, {}),
+    }, {'model': 'cifar_resnet32_aig.fmnist_t06'}),
     'fmnist-speed': Table('fmnist_speed.csv', {
         'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}',
         'MACs share': '{macs_share}', 'time': '{ratio} ({ratio_low}-{ratio_high})',
