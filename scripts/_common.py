@@ -203,7 +203,7 @@ def run_script(run: Callable[[argparse.Namespace], Any], args: argparse.Namespac
         print(f'error: {error_text(e)}', file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(e, kind))
     except Stopped as e:
-        print(f'{e} Go on with --resume auto.', file=sys.stderr)
+        print(e, file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print('error: interrupted.', file=sys.stderr)

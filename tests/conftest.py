@@ -3,8 +3,10 @@ import importlib
 import logging
 import os
 import runpy
+import socket
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,24 @@ def fork_main(finetune, tmp_path):
             os._exit(code)
 
     return _fork_main
+
+
+@pytest.fixture
+def fork_ranks(fork_main, finetune, wait, tmp_path):
+    """Runs main(args) in two processes as torchrun does; the output of each rank goes to tmp_path/stdout RANK."""
+    def _fork_ranks(args, main=finetune.main) -> None:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+
+        def prepare(rank):
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            os.dup2(os.open(tmp_path / f'stdout {rank}', os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+
+        processes = [fork_main(args, partial(prepare, rank), main) for rank in range(2)]
+        assert [wait(process) for process in processes] == [0, 0], (tmp_path / 'stderr').read_text()
+
+    return _fork_ranks
 
 
 @pytest.fixture

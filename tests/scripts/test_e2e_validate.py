@@ -1,9 +1,6 @@
 """scripts/validate.py: its figures against a plain loop, its sweep, its paired test, its shards, and bad input."""
 import csv
 import json
-import os
-import socket
-from functools import partial
 
 import pytest
 import timm
@@ -108,21 +105,10 @@ def test_two_models_are_compared_image_by_image(validate, static_model, adaptive
     assert comparison['p_value'] == pytest.approx(expected)
 
 
-def test_the_shards_of_two_processes_add_up_to_the_same_counts(
-        validate, adaptive_model, images, fork_main, wait, tmp_path):
+def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptive_model, images, fork_ranks, tmp_path):
     alone = validate('--model', adaptive_model)['rows'][0]
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        port = server.getsockname()[1]
-
-    def prepare(rank):  # as torchrun does
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        os.dup2(os.open(tmp_path / f'stdout {rank}', os.O_CREAT | os.O_WRONLY), 1)
-
-    args = ['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
-            '--device', 'cpu']
-    processes = [fork_main(args, partial(prepare, rank), script.main) for rank in range(2)]
-    assert [wait(process) for process in processes] == [0, 0], (tmp_path / 'stderr').read_text()
+    fork_ranks(['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
+                '--device', 'cpu'], script.main)
     shards = json.loads((tmp_path / 'stdout 0').read_text())['rows'][0]
     assert not (tmp_path / 'stdout 1').read_text()
     assert alone['images'] % 2 == 1  # does not divide
