@@ -11,7 +11,6 @@ The output folder holds summary.csv and checkpoints/ to resume from, and at the 
 for timm.create_model('local-dir:...'), results.json, rates_over_epochs.png and accuracy_macs.png.
 """
 import argparse
-import csv
 import json
 import logging
 import re
@@ -29,7 +28,6 @@ from _common import (
     run_script,
     sleep_when_idle,
     write_csv,
-    write_text,
 )
 from _recipes import parse_training_args, recipe_of
 
@@ -54,7 +52,6 @@ sleep_when_idle()
 
 import hashlib
 import platform
-import shutil
 
 import safetensors.torch
 import timm
@@ -62,6 +59,7 @@ import torch
 import torch.nn as nn
 from _inputs import TrainingData, create_training_loaders, open_training_splits
 from _models import check_normalization, create_models, parent_name
+from _results import print_table, read_summary, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -71,7 +69,6 @@ from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.analysis.figures import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
 from timm_aig.training.data import class_names, count_unreadable
 from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
@@ -235,14 +232,6 @@ def log_epoch(args: argparse.Namespace, trainer: Trainer, data: TrainingData, co
     return after_epoch
 
 
-def read_summary(folder: Path) -> List[Dict[str, Any]]:
-    path = folder / 'summary.csv'
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
 def validate(args: argparse.Namespace, model: nn.Module, data: TrainingData, trainer: Trainer) -> Evaluation:
     with blame('val_split', args.val_split):
         return evaluate(model, data.val, trainer.device, trainer.amp_dtype)
@@ -283,40 +272,6 @@ def results_of(
         parent_cost = timm_aig.compute_cost(parent, data.config['input_size'])
         results['parent_metrics'] = validate(args, parent.to(device), data, trainer).metrics(parent_cost)
     return results
-
-
-def save(args: argparse.Namespace, model: nn.Module, data: TrainingData, results: Dict[str, Any], folder: Path) -> None:
-    """The model, results.json and the pictures."""
-    for left in folder.glob('.saving-*'):
-        shutil.rmtree(left)  # left by save_pretrained in a process that was killed
-    try:
-        timm_aig.save_pretrained(model, folder, model_config={'label_names': data.names} if data.names else None)
-    except ValueError as e:
-        raise CheckpointError(f'the trained model cannot be saved, its checkpoint is kept: {e}') from e
-    write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n')
-    if args.static:
-        return
-    rows = read_summary(folder)
-    names = list(timm_aig.gated_blocks(model))
-    rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in names] for row in rows])
-    title = f'{results["architecture"]} on {args.dataset}, {results["metrics"]["macs_share"]:.0%} of the MACs'
-    plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png', title)
-    points = [('after each epoch', float(row['eval_macs_share']), float(row['eval_top1']))
-              for row in rows if row['eval_top1']]
-    points.append(('adaptive', results['metrics']['macs_share'], results['metrics']['top1']))
-    parent = results.get('parent_metrics')
-    others = [('static parent', 1., parent['top1'])] if parent else []
-    plot_accuracy_macs(points, others, folder / 'accuracy_macs.png', title)
-
-
-def print_table(results: Dict[str, Any]) -> None:
-    rows = [('static parent', results['parent_metrics'])] if 'parent_metrics' in results else []
-    rows.append(('static' if results['metrics']['macs_share'] == 1 else 'adaptive', results['metrics']))
-    print(f'\n{"":13}  {"top1":>6}  {"top5":>6}  {"blocks run":>10}  {"MACs":>6}  {"paths":>5}')
-    for name, m in rows:
-        print(f'{name:13}  {m["top1"]:5.2f}%  {m["top5"]:5.2f}%  {m["execution_rate"]:10.1%}  {m["macs_share"]:6.1%}  '
-              f'{m["paths"]:5}')
-    print(f'{results["images"]} images of {results["dataset"]}, {results["split"]}; seed {results["seed"]}')
 
 
 def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:

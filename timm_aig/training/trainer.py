@@ -57,7 +57,6 @@ class Trainer:
             cost: Optional[Cost] = None,
             amp_dtype: Optional[torch.dtype] = None,
             mixup: Optional[Mixup] = None,
-            mixup_off_epoch: int = 0,
             update: UpdateConfig = UpdateConfig(),  # noqa: B008, it is frozen
             checkpoints: Optional[Checkpoints] = None,
             checkpoint_interval: int = 0,
@@ -76,7 +75,6 @@ class Trainer:
             cost: MACs of the adaptive model; adds 'macs_share' to the results.
             amp_dtype: Autocast dtype; float16 also scales the loss. None trains without autocast.
             mixup: Applied to images and labels.
-            mixup_off_epoch: First epoch without mixup, 0 for never.
             update: Accumulation, clipping and non-finite updates.
             checkpoints: Where checkpoints are saved, None for nowhere.
             checkpoint_interval: Updates between checkpoints inside an epoch, 0 for none. Each epoch ends with one.
@@ -92,7 +90,6 @@ class Trainer:
         self.cost = cost
         self.amp_dtype = amp_dtype
         self.mixup = mixup
-        self.mixup_off_epoch = mixup_off_epoch
         self.checkpoints = checkpoints
         self.checkpoint_interval = checkpoint_interval
         self.seed = seed
@@ -176,8 +173,6 @@ class Trainer:
             for part in ('sampler', 'dataset'):
                 if hasattr(getattr(loader, part, None), 'set_epoch'):
                     getattr(loader, part).set_epoch(self.epoch)
-        if self.mixup is not None and self.mixup_off_epoch:
-            self.mixup.mixup_enabled = self.epoch < self.mixup_off_epoch
         if self.position < len(self.loader):
             self._train_batches()
             if self.distributed:

@@ -5,7 +5,7 @@ from typing import Any, List, Optional
 
 import torch
 import torch.distributed as dist
-from timm.utils import dispatch_clip_grad, unwrap_model
+from timm.utils import unwrap_model
 
 from ..blocks import gated_blocks
 from ..config import InputError
@@ -21,13 +21,11 @@ class UpdateConfig:
 
     Args:
         grad_accum_steps: Batches per update. Their gradients are averaged; the gate loss sees each batch by itself.
-        clip_grad: Gradient clipping value of timm's dispatch_clip_grad, None for no clipping.
-        clip_mode: 'norm', 'value' or 'agc'. AGC leaves out the head (2102.06171).
+        clip_grad: Largest norm of the gradient, None for no clipping.
         nonfinite: 'stop' the training at an update whose loss or gradient is not finite, or 'skip' the update.
     """
     grad_accum_steps: int = 1
     clip_grad: Optional[float] = None
-    clip_mode: str = 'norm'
     nonfinite: str = 'stop'
 
     def __post_init__(self) -> None:
@@ -61,7 +59,6 @@ class Updater:
         self.model: Any = unwrap_model(task.get_eval_model())
         self.blocks = gated_blocks(self.model)
         self.parameters = list(task.get_clip_parameters())
-        self.clipped_parameters = list(task.get_clip_parameters(exclude_head=config.clip_mode == 'agc'))
         self._buffers: List[torch.Tensor] = []  # the model's buffers before an update that may be skipped
 
     def begin(self) -> None:
@@ -91,8 +88,8 @@ class Updater:
         """
         self.scaler.unscale_(self.optimizer)
         # gradients are averaged over the processes by now, so that all processes decide alike
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        checks = [value.to(loss) for value in (norm, labels.min(), labels.max())]
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        checks = [value.to(loss) for value in (total_norm, labels.min(), labels.max())]
         norm, lowest, highest = torch.stack(checks).tolist()  # the one time that an update waits for the device
         classes = self.model.num_classes
         if lowest < 0 or highest >= classes:
@@ -110,7 +107,7 @@ class Updater:
                 buffer.copy_(before)
         elif finite:
             if self.config.clip_grad is not None:
-                dispatch_clip_grad(self.clipped_parameters, self.config.clip_grad, mode=self.config.clip_mode)
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, total_norm)
             self.optimizer.step()  # not scaler.step, which waits for the device again
             self.task.update_ema(step)
         self.scaler.update()
