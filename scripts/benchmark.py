@@ -58,7 +58,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'num_images', default=32)
     add_args(parser, 'rounds', type=integer(1), default=7)
     arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
-    arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU; adaptive: batch 1)')
+    arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU)')
     arg('--train', action='store_true', help='time training steps instead, without a teacher')
     arg('--memory', action='store_true', help='peak memory of a pass too')
     add_args(parser, 'device', 'threads', 'seed', 'json')
@@ -78,7 +78,7 @@ import torch
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.export.check import FORCED
+from timm_aig.export.check import FORCED, own_offsets
 from timm_aig.training.data import read_images
 
 
@@ -115,11 +115,11 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
 
 
 class RuntimeModel:
-    """A file in another runtime. `offset` [L] are the gate offsets to run with, None for the file's own."""
+    """A file in another runtime. `offset` [L] are the gate offsets to run with, `own` those of the model."""
 
-    def __init__(self, run: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, run: Callable[[Any, Any], Any], own: Any = None) -> None:
         self.run = run
-        self.offset: Any = None
+        self.own = self.offset = own
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.run(x.numpy(), self.offset)
@@ -130,7 +130,7 @@ def feeds(x: Any, offset: Any) -> Dict[str, Any]:
 
 
 def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
-    """Parent and, at batch 1, adaptive model in ONNX Runtime and OpenVINO."""
+    """Parent and adaptive model in ONNX Runtime and OpenVINO."""
     threads = args.threads or torch.get_num_threads()
     import onnxruntime
     import openvino
@@ -141,7 +141,7 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         x = images[:batch].clone()
-        for model, mode in ((parent, 'masked'), *([(adaptive, 'branch')] if batch == 1 else [])):
+        for model, mode in ((parent, 'masked'), (adaptive, 'sparse')):
             onnx, ir = Path(folder, f'{mode}.onnx'), Path(folder, f'{mode}.xml')
             timm_aig.export_onnx(model, onnx, mode=mode, images=x)
             timm_aig.export_openvino(model, ir, mode=mode, images=x)
@@ -155,7 +155,8 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
                 if mode == 'masked':
                     rows.append(Row(reference, RuntimeModel(run), reference=reference))
                 else:
-                    rows.extend(adaptive_rows(args, RuntimeModel(run), f'adaptive, {runtime}', reference))
+                    file = RuntimeModel(run, own_offsets(adaptive))
+                    rows.extend(adaptive_rows(args, file, f'adaptive, {runtime}', reference))
     return rows
 
 
@@ -210,8 +211,9 @@ def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torc
 
 def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
     """Context in which the row's gates are forced to the drawn answers of a batch."""
-    if isinstance(row.adaptive, RuntimeModel):  # batch 1; the gates' own decisions are forced to those of PyTorch
-        row.adaptive.offset = FORCED * (2 * gates[row.name][start].numpy() - 1)
+    if isinstance(row.adaptive, RuntimeModel):
+        forced = FORCED * (2 * gates[row.name][start].numpy() - 1)
+        row.adaptive.offset = row.adaptive.own if row.rate is None else forced
         return nullcontext()
     if row.rate is None or row.adaptive is None:
         return nullcontext()
@@ -277,6 +279,8 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
         else:
             generator.manual_seed(args.seed)  # the lower rate's gates are a subset of the higher's
             gates[row.name] = (torch.rand(len(images), len(cost.blocks), generator=generator) < row.rate).float()
+            if isinstance(row.adaptive, RuntimeModel):  # a file has one offset for each gate: the same for all images
+                gates[row.name] = gates[row.name][::batch].repeat_interleave(batch, 0)
     seconds = time_rows(args, rows, images, batch, gates)
     results = []
     for row in rows:

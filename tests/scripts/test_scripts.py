@@ -33,7 +33,7 @@ def without_torch(tmp_path_factory):
         env={**os.environ, 'PYTHONPATH': str(folder)})
 
 
-@pytest.mark.parametrize('name', sorted({*NAMES} - {'export.py', 'push_space.py', 'push_to_hub.py'}))
+@pytest.mark.parametrize('name', NAMES)
 def test_help_and_wrong_flags_need_no_slow_import(without_torch, name):
     shown = without_torch(name, '--help')
     assert shown.returncode == 0, shown.stderr

@@ -1,6 +1,6 @@
 """A model in the form that exporters take: one graph in which a closed sample is a row left out of the batch."""
 import copy
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -26,55 +26,43 @@ class ExportBlock(nn.Module):
         * path: always open or always closed, without a gate
     """
 
-    def __init__(self, block: InferenceBlock, mode: str, is_open: bool = True) -> None:
-        """
-        Args:
-            block: Block to take over.
-            mode: One of MODES.
-            is_open: Whether the block runs, in mode 'path'.
-        """
+    def __init__(self, block: Any, mode: str, is_open: bool) -> None:
         super().__init__()
         self.block = block
         self.mode = mode
-        self.gate: Any = None if mode == 'path' else block.gate
-        self.is_open = is_open
+        self.gate = None if mode == 'path' else block.gate
+        self.is_open = is_open  # for a block without a gate
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.block.branch(x)
         return x if self.block.last_conv is None else self.block.last_conv(x)
 
-    def score(self, pooled: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-        """The gate's score [B] for pooled inputs [B, C]: above 0 for open samples, else 0."""
-        hidden = F.relu(F.linear(pooled, self.gate.weight1, self.gate.bias1))
-        return F.relu(F.linear(hidden, self.gate.weight2, threshold)).squeeze(1).float()
-
-    def forward(
-            self, x: torch.Tensor, pooled: Optional[torch.Tensor], threshold: Any,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    def forward(self, x: torch.Tensor, pooled: Any, threshold: Any) -> Tuple[torch.Tensor, Any, Any]:
         """
         Args:
             x: Block inputs [B, C, H, W].
-            pooled: Their global average pool [B, C] if it is known.
-            threshold: Bias of the score plus gate offset, [1].
+            pooled: Their global average pool [B, C], or None if it is not known.
+            threshold: Bias of the gate's score plus gate offset, [1].
 
         Returns:
-            Outputs, their global average pool if it is known, and the scores [B] of the gate if there is one.
+            Outputs, their pool or None, and the gate's scores [B], above 0 for open samples, or None without a gate.
         """
         block = self.block
         shortcut = x if block.downsample is None else block.downsample(x)
         if self.gate is None:
             return block.last_act(self.residual(x) + shortcut if self.is_open else shortcut), None, None
-        pooled = _pool(x) if pooled is None else pooled
-        score = self.score(pooled, threshold)
+        pooled = x.mean((2, 3)) if pooled is None else pooled
+        hidden = F.relu(F.linear(pooled, self.gate.weight1, self.gate.bias1))
+        score = F.relu(F.linear(hidden, self.gate.weight2, threshold)).squeeze(1).float()
         if self.mode == 'masked':
             z = (score > 0).to(x.dtype).view(-1, 1, 1, 1)
             return block.last_act(self.residual(x) * z + shortcut), None, score
         index = score.nonzero().view(-1)
         rows = x.index_select(0, index)
-        if block.downsample is None and block.relu_input:  # closed samples stay as they are
+        if block.downsample is None and block.relu_input:  # closed samples, and their pool, stay as they are
             rows = block.last_act(self.residual(rows) + rows)
-            return x.index_copy(0, index, rows), pooled.index_copy(0, index, _pool(rows)), score
-        rows = self.residual(rows) + (rows if block.downsample is None else shortcut.index_select(0, index))
+            return x.index_copy(0, index, rows), pooled.index_copy(0, index, rows.mean((2, 3))), score
+        rows = self.residual(rows) + shortcut.index_select(0, index)
         return block.last_act(shortcut.index_copy(0, index, rows)), None, score
 
 
@@ -84,40 +72,32 @@ class ExportModel(nn.Module):
     pattern: torch.Tensor
 
     def __init__(
-            self,
-            model: nn.Module,
-            mode: str,
-            gates: Optional[Sequence[bool]] = None,
-            dtype: torch.dtype = torch.float32,
+            self, model: Any, mode: str, gates: Optional[Sequence[bool]] = None, dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
-            model: Adaptive or static timm ResNet.
-            mode: One of MODES.
-            gates: Which of the L gated blocks run, in mode 'path'.
+            model, mode, gates: As in export_onnx.
             dtype: Of weights and arithmetic. Inputs and outputs are float32.
         """
         super().__init__()
-        optimized: Any = optimize_for_inference(model).model.to(memory_format=torch.contiguous_format)
+        optimized: Any = optimize_for_inference(model).model
         for parent in list(optimized.modules()):
             if hasattr(parent, 'inplace'):
                 parent.inplace = False
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Conv1d):
                     setattr(parent, name, _Conv1d(child))
-        blocks = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
-        pattern = iter(gates or ())
-        self.blocks = nn.ModuleList(
-            ExportBlock(block, mode, bool(next(pattern)) if gates and block.gate is not None else True)
-            for block in blocks)
+        blocks: List[Any] = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
+        gated = [block for block in blocks if block.gate is not None]
+        is_open = dict(zip(gated, gates or ()))
+        self.blocks = nn.ModuleList(ExportBlock(block, mode, bool(is_open.get(block, True))) for block in blocks)
         self.model = optimized
-        gated: Any = [block for block in blocks if block.gate is not None]
-        self.takes_offset = bool(gated) and mode != 'path'
         self.has_gates = bool(gated)
+        self.takes_offset = self.has_gates and mode != 'path'
         self.register_buffer('bias', torch.cat([torch.zeros(0), *(block.gate.bias2 for block in gated)]))
         self.register_buffer('pattern', torch.tensor([float(bool(gate)) for gate in gates or ()]))
         self.dtype = dtype
-        self.to(dtype)
+        self.to(dtype).to(memory_format=torch.contiguous_format)
 
     def forward(self, x: torch.Tensor, gate_offset: Optional[torch.Tensor] = None) -> Any:
         """
@@ -130,8 +110,8 @@ class ExportModel(nn.Module):
         """
         model = self.model
         y = model.maxpool(model.act1(model.bn1(model.conv1(x.to(self.dtype)))))
-        thresholds: Any = iter(()) if gate_offset is None else iter(
-            torch.split(self.bias + gate_offset.to(self.dtype), 1))
+        offset = 0. if gate_offset is None else gate_offset.to(self.dtype)
+        thresholds = iter(torch.split(self.bias + offset, 1))
         pooled, scores = None, []
         for block in self.blocks:
             y, pooled, score = block(y, pooled, None if block.gate is None else next(thresholds))
@@ -140,13 +120,11 @@ class ExportModel(nn.Module):
         logits = model.forward_head(y).float()
         if scores:
             return logits, (torch.stack(scores, 1) > 0).float()
-        if self.has_gates:
-            return logits, self.pattern.float().expand(x.shape[0], -1)
-        return logits
+        return (logits, self.pattern.float().expand(x.shape[0], -1)) if self.has_gates else logits
 
 
 class _Conv1d(nn.Module):
-    """A Conv1d as a Conv2d, which torch.export can trace with 0 rows."""
+    """A Conv1d, of EcaModule, as a Conv2d, which torch.export can trace with 0 rows."""
 
     def __init__(self, conv: nn.Conv1d) -> None:
         super().__init__()
@@ -156,15 +134,8 @@ class _Conv1d(nn.Module):
         return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, *self.padding)).squeeze(2)
 
 
-def _pool(x: torch.Tensor) -> torch.Tensor:
-    return x.mean((2, 3))
-
-
 def prepare(
-        model: nn.Module,
-        images: Optional[torch.Tensor],
-        mode: str,
-        gates: Optional[Sequence[bool]],
+        model: nn.Module, images: Optional[torch.Tensor], mode: str, gates: Optional[Sequence[bool]],
 ) -> Tuple[nn.Module, torch.Tensor]:
     """Check what an export function was given.
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Union
 
@@ -19,7 +20,7 @@ from ..config import InputError
 from ..training.checkpoint import write_atomically
 from .check import FORCED, TOLERANCE, check_export, file_report, own_offsets
 from .model import ExportModel, prepare
-from .program import quietly, trace
+from .program import trace
 from .runtime import create_session
 
 __all__ = ['describe', 'export_onnx', 'to_onnx']
@@ -68,10 +69,6 @@ def export_onnx(
             'float16' by 2e-2 of it. Of 'int8' the differences are only reported.
         ImportError: The `export` extra is not installed.
     """
-    try:
-        import onnx
-    except ImportError as e:
-        raise ImportError(f"ONNX files need pip install 'timm_aig[export]' ({e}).") from e
     gates = open if gates is None else gates
     if precision not in PRECISIONS:
         raise InputError(f'must be one of {", ".join(PRECISIONS)}, not {precision!r}.', 'precision')
@@ -83,6 +80,8 @@ def export_onnx(
     if calibration is not None:
         proto = _quantize(proto, calibration, own_offsets(model))
     if any(value.name == 'gate_offset' for value in proto.graph.input):
+        import onnx
+
         proto.graph.initializer.append(onnx.numpy_helper.from_array(own_offsets(model), 'gate_offset'))
     describe(proto, model, images, mode, gates, precision)
     content = proto.SerializeToString()
@@ -99,10 +98,7 @@ def export_onnx(
 
 
 def to_onnx(
-        model: nn.Module,
-        images: torch.Tensor,
-        mode: str,
-        gates: Optional[Sequence[bool]],
+        model: nn.Module, images: torch.Tensor, mode: str, gates: Optional[Sequence[bool]],
         dtype: torch.dtype = torch.float32,
 ) -> Any:
     """onnx.ModelProto of a model, whose `gate_offset` has no default. See ExportModel for the arguments."""
@@ -119,34 +115,33 @@ def to_onnx(
             return pooled if keepdim else op.Flatten(pooled)
         return op.ReduceMean(x, constant(*dim), keepdims=int(keepdim))
 
-    def constant(*values) -> Any:
+    def constant(*values):
         return op.Constant(value_ints=list(values))
 
     def column(index):
         return op.Reshape(index, constant(-1, 1))
 
-    def group_norm(x, groups, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):  # torch's fails on 0 rows
+    def group_norm(x, groups, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):  # torch's needs a row
         ones, zeros = (op.CastLike(op.Constant(value_floats=[value] * groups), x) for value in (1., 0.))
         parts = op.Reshape(x, constant(-1, groups, math.prod(x.shape[1:]) // groups))
         normed = op.Reshape(op.InstanceNormalization(parts, ones, zeros, epsilon=eps), constant(-1, *x.shape[1:]))
         weight, bias = (op.Reshape(values, constant(-1, 1, 1)) for values in (weight, bias))
         return op.Add(op.Mul(normed, weight), bias)
 
-    def take(x, dim, index):
-        rows = op.GatherND(x, column(index))
-        return op.MaxPool(rows, kernel_shape=[1, 1])[0]  # gives blocked channels, or no convolution can add the rows
-
     aten = torch.ops.aten
-    table: Dict[Any, Any] = {
-        aten.mean.dim: mean, aten.group_norm.default: group_norm,
+    table: Any = {
+        aten.mean.dim: mean,
+        aten.group_norm.default: group_norm,
         aten.nonzero.default: lambda z: column(op.NonZero(z)),  # z is [B]
-        aten.index_select.default: take,
-        aten.index_copy.default: lambda x, dim, index, rows: op.ScatterND(x, column(index), rows)}
+        aten.index_select.default: lambda x, dim, index: op.GatherND(x, column(index)),
+        aten.index_copy.default: lambda x, dim, index, rows: op.ScatterND(x, column(index), rows),
+    }
     traced = ExportModel(model, mode, gates, dtype)
     inputs = ['x', 'gate_offset'] if traced.takes_offset else ['x']
     outputs = ['logits', 'gates'] if traced.has_gates else ['logits']
     program = trace(traced, images)
-    with quietly():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporter, about its own code
         exported: Any = torch.onnx.export(
             program, dynamo=True, verbose=False, opset_version=OPSET, input_names=inputs, output_names=outputs,
             custom_translation_table=table)
@@ -179,12 +174,7 @@ def _quantize(proto: Any, calibration: Iterable[torch.Tensor], own: np.ndarray) 
 
 
 def describe(
-        proto: Any,
-        model: nn.Module,
-        images: torch.Tensor,
-        mode: str,
-        gates: Optional[Sequence[bool]],
-        precision: str,
+        proto: Any, model: nn.Module, images: torch.Tensor, mode: str, gates: Optional[Sequence[bool]], precision: str,
 ) -> None:
     """Put into the file what its user needs to know."""
     config: Dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}

@@ -1,15 +1,15 @@
 """torch.export: a model as a program that needs torch, but neither timm nor timm_aig."""
 import os
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from ..training.checkpoint import write_atomically
-from .check import TOLERANCE, check_export, file_report, torch_run
+from .check import TOLERANCE, check_export, file_report, own_offsets
 from .model import ExportModel, prepare
 
 __all__ = ['export_program']
@@ -40,7 +40,14 @@ def export_program(
     model, images = prepare(model, images, 'sparse', None)
     path = Path(path)
     program = trace(ExportModel(model, 'sparse'), images)
-    found = check_export(torch_run(program.module(), model), model, images, 'sparse', None, TOLERANCE['float32'])
+    module = program.module()
+
+    def run(x: np.ndarray, offset: Optional[np.ndarray]) -> Tuple[np.ndarray, Optional[np.ndarray]]:
+        offset = own_offsets(model) if offset is None else offset
+        logits, gates = module(torch.from_numpy(x), torch.from_numpy(offset))
+        return logits.numpy(), gates.numpy()
+
+    found = check_export(run, model, images, 'sparse', None, TOLERANCE['float32'])
     write_atomically(path, lambda file: torch.export.save(program, file))
     return file_report(path, 'sparse', 'float32', found)
 
@@ -50,13 +57,6 @@ def trace(model: ExportModel, images: torch.Tensor) -> Any:
     x = images[:1].expand(2, -1, -1, -1)  # torch would take a batch of 1 as fixed
     offset = torch.zeros(len(model.bias)) if model.takes_offset else None
     shapes = {'x': {0: torch.export.Dim('batch')}, 'gate_offset': None}
-    with quietly(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # of the exporter, about its own code
         return torch.export.export(model, (x, offset), dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the exporter's warnings about its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
