@@ -1,8 +1,23 @@
 #!/usr/bin/env python3
 """Draw hub_configs/fmnist_accuracy_macs.png from the tables in hub_configs/results."""
+import argparse
 import csv
+import sys
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
+
+from _common import create_parser, run_script
+
+EXAMPLES = """examples:
+  scripts/draw_results.py              after a change of hub_configs/results/fmnist.csv or fmnist_budgets.csv"""
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    return create_parser(__doc__, EXAMPLES).parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
 
 from timm_aig.analysis.figures import plot_accuracy_macs
 
@@ -36,7 +51,7 @@ def architecture(model: str) -> str:
     return model.removeprefix('cifar_').replace('resnet', 'ResNet-').replace('_aig', '-AIG')
 
 
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
     curves = [
         (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
@@ -46,5 +61,9 @@ def main() -> None:
     plot_accuracy_macs([*curves, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE)
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    return run_script(run, parse_args(argv))
+
+
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

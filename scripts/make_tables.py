@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
+from _common import create_parser
+
 EXAMPLES = """examples:
   scripts/make_tables.py              write the tables of all READMEs
-  scripts/make_tables.py --check      exit with 1 if a table differs from its CSV file
-
-exit code: 0 done, 1 --check found a difference, 2 bad input"""
+  scripts/make_tables.py --check      exit with 1 if a table differs from its CSV file"""
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'hub_configs/README.md', 'scripts/README.md')
@@ -114,8 +114,7 @@ def update(text: str, results: Path) -> str:
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__, EXAMPLES)
     parser.add_argument('--check', action='store_true', help='write nothing, only compare')
     parser.add_argument('--root', type=Path, default=ROOT, metavar='DIR', help='checkout (default: this one)')
     return parser.parse_args(argv)
