@@ -5,6 +5,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from tqdm import tqdm
 
 import timm_aig
 
@@ -168,6 +170,7 @@ def fork_main(finetune, tmp_path):
             os.dup2(log, 2)
             sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
             logging.root.handlers.clear()  # pytest's
+            tqdm.set_lock(threading.RLock())  # forked processes share its own: one killed with it blocks all
             prepare()
             code = main([*map(str, args)])
         except BaseException:
