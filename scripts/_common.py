@@ -228,14 +228,14 @@ def require(extra: str, *packages: str) -> None:
 
 @contextmanager
 def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
-    """Turn errors of a kind, or a tuple of kinds, into InputErrors about an argument; InputErrors stay as they are."""
+    """Turn errors of a kind, or a tuple of kinds, into InputErrors about an argument, unless they name one."""
     from timm_aig import InputError
 
     try:
         yield
-    except InputError:
-        raise
     except kind as e:
+        if getattr(e, 'argument', None) is not None:  # an InputError that names its own
+            raise
         raise InputError(f'{value}: {str(e) or type(e).__name__}', argument) from e
 
 
