@@ -234,7 +234,7 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
     try:
         yield
     except kind as e:
-        if getattr(e, 'argument', None) is not None:  # an InputError that names its own
+        if getattr(e, 'argument', None) not in (None, 'model'):  # a model is named by several flags
             raise
         raise InputError(f'{value}: {str(e) or type(e).__name__}', argument) from e
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
@@ -115,18 +116,14 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
 
 
 class RuntimeModel:
-    """A file in another runtime. `offset` [L] are the gate offsets to run with, `own` those of the model."""
+    """A file in another runtime. It runs with gate offsets [L], so all images of a batch share the drawn gates."""
 
-    def __init__(self, run: Callable[[Any, Any], Any], own: Any = None) -> None:
+    def __init__(self, run: Callable[[Any], Any], own: Any = None) -> None:
         self.run = run
         self.own = self.offset = own
 
     def __call__(self, x: torch.Tensor) -> Any:
-        return self.run(x.numpy(), self.offset)
-
-
-def feeds(x: Any, offset: Any) -> Dict[str, Any]:
-    return {'x': x} if offset is None else {'x': x, 'gate_offset': offset}
+        return self.run({'x': x.numpy()} if self.offset is None else {'x': x.numpy(), 'gate_offset': self.offset})
 
 
 def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
@@ -134,8 +131,6 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
     threads = args.threads or torch.get_num_threads()
     import onnxruntime
     import openvino
-
-    from timm_aig.export.runtime import load_onnx
 
     config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
     rows = []
@@ -145,11 +140,11 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
             onnx, ir = Path(folder, f'{mode}.onnx'), Path(folder, f'{mode}.xml')
             timm_aig.export_onnx(model, onnx, mode=mode, images=x)
             timm_aig.export_openvino(model, ir, mode=mode, images=x)
-            session = load_onnx(onnx, threads, spinning=False)  # spinning threads would slow the other rows
+            session = timm_aig.load_onnx(onnx, threads, spinning=False)  # spinning threads would slow the other rows
             compiled = openvino.Core().compile_model(ir, 'CPU', config)
             for runtime, run in (
-                (f'ONNX Runtime {onnxruntime.__version__}', lambda x, o, s=session: s.run(None, feeds(x, o))),
-                (f"OpenVINO {openvino.__version__.split('-')[0]}", lambda x, o, c=compiled: c(feeds(x, o))),
+                (f'ONNX Runtime {onnxruntime.__version__}', partial(session.run, None)),
+                (f"OpenVINO {openvino.__version__.split('-')[0]}", compiled),
             ):
                 reference = f'parent, {runtime}'
                 if mode == 'masked':

@@ -479,7 +479,7 @@ def test_the_benchmark_times_the_gates_own_decisions_on_real_images(tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'nosuch_aig'], '--model nosuch_aig: Unknown model'),
-    (['--model', 'resnet18'], '--model (ResNet) has no gated blocks'),
+    (['--model', 'resnet18'], '--model resnet18: model (ResNet) has no gated blocks'),
     (['--rate', '1.5'], '--rate must be a number in [0, 1]'),
     (['--batch-size', '0'], '--batch-size must be a whole number from 1'),
     (['--train', '--batch-size', '8', '1'], '--batch-size must be at least 2 for --train'),
