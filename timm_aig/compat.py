@@ -64,6 +64,3 @@ def hub_client_factory() -> Callable[[], Any]:
     from huggingface_hub.utils import _http
     plain = partial(type(get_session()), follow_redirects=True, timeout=None)
     return getattr(_http, '_GLOBAL_CLIENT_FACTORY', plain)
-
-
-# ---- onnxruntime
