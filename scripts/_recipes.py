@@ -10,6 +10,9 @@ from _common import Parser, add_args, create_parser, integer, number
 
 # Defaults that a recipe sets; --config and the command line override them.
 RECIPES: Dict[str, Dict[str, Any]] = {
+    'any': dict(
+        gate_loss='budgets', gate_loss_weight=10., anneal=0.4, noise_off=0.4, distill_weight=0.5, gate_weight_decay=0.,
+        opt='muon', sched='cosine', warmup_epochs=1),
     'distill': dict(
         gate_loss='macs', gate_loss_weight=10., anneal=1 / 3, noise_off=0.6, distill_weight=0.5, gate_weight_decay=0.,
         opt='muon', sched='cosine', warmup_epochs=1),
@@ -80,18 +83,22 @@ def create_training_parser(description: Optional[str], examples: str) -> Parser:
     arg('--gate-norm', choices=['bn', 'none'], help='norm of its hidden layer (default: bn)')
 
     arg = parser.add_argument_group('training of the gates').add_argument
-    arg('--gate-loss', choices=['macs', 'rate'],
-        help=f'one target for the whole network, or one for each block {default_of(RECIPES, "gate_loss")}')
+    arg('--gate-loss', choices=['budgets', 'macs', 'rate'],
+        help='all budgets at once, one target for the whole network, or one for each block '
+             f'{default_of(RECIPES, "gate_loss")}')
+    arg('--least-budget', type=number('(0, 1)'), default=0.3, metavar='T',
+        help='smallest share of the MACs to aim at with --gate-loss budgets (default: %(default)s)')
     arg('--gate-loss-weight', type=number('[0, inf)'), metavar='W',
         help=f'weight of the gate loss {default_of(RECIPES, "gate_loss_weight")}')
     arg('--anneal', type=number('[0, 1]'), metavar='SHARE',
-        help=f'first share of the training, in which the target of macs falls from 1 {default_of(RECIPES, "anneal")}')
+        help='first share of the training, in which the targets of macs and budgets fall from 1 '
+             f'{default_of(RECIPES, "anneal")}')
     arg('--noise-off', type=number('[0, 1]'), metavar='SHARE',
         help=f'last share of the training, in which the gates have no noise {default_of(RECIPES, "noise_off")}')
     arg('--gate-lr-scale', type=number('(0, inf)'), metavar='F',
         help=f'factor on --lr for the gates {default_of(OPTIMIZERS, "gate_lr_scale")}')
     arg('--gate-weight-decay', type=number('[0, inf)'), metavar='WD',
-        help='weight decay of the gates (default: 0 (distill), --weight-decay (paper))')
+        help='weight decay of the gates (default: 0 (any, distill), --weight-decay (paper))')
 
     arg = parser.add_argument_group('distillation').add_argument
     arg('--distill-weight', type=number('[0, 1]'), metavar='W',

@@ -106,7 +106,10 @@ def create_task(args: argparse.Namespace, model: nn.Module, teacher: Optional[nn
         return LogitDistillationTask(
             model, teacher, task_loss_weight=1 - args.distill_weight, temperature=args.distill_temperature,
             **common), None
-    compute_loss = None
+    compute_loss: Any = None
+    if args.gate_loss == 'budgets':
+        with blame('least_budget', args.least_budget):
+            compute_loss = timm_aig.AnyBudgetLoss(cost, args.least_budget, args.gate_loss_weight)
     if args.gate_loss == 'macs':
         with blame('target_rate', args.target_rate):
             compute_loss = timm_aig.ComputeTargetLoss(cost, args.target_rate, args.gate_loss_weight)

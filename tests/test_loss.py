@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_aig
-from timm_aig import ComputeTargetLoss, Cost, TargetRateLoss
+from timm_aig import AnyBudgetLoss, ComputeTargetLoss, Cost, TargetRateLoss
 
 # Rates of the blocks: 3/4, 1/4, 1.
 GATES = torch.tensor([[1., 0., 1.], [1., 0., 1.], [0., 1., 1.], [1., 0., 1.]])
@@ -33,6 +33,61 @@ def test_the_rate_loss_and_its_gradient_have_the_hand_computed_values(reduction,
     # d/dz of (mean z - t)^2 = 2 (mean z - t) / 4
     gradient = weight * torch.tensor([0.125, -0.125, 0.3], dtype=dtype) / (3 if reduction == 'mean' else 1)
     torch.testing.assert_close(gates.grad, gradient.expand(4, 3))
+
+
+@pytest.mark.parametrize('annealed,target', [(1., 0.3), (0.5, 0.65), (0., 1.)])
+def test_annealing_moves_the_compute_target_from_1(annealed, target):
+    loss = ComputeTargetLoss(COST, 0.3)
+    loss.annealed = annealed
+    assert loss(GATES).item() == pytest.approx((0.725 - target) ** 2)
+
+
+def test_each_budget_has_an_offset_and_a_target_on_a_line():
+    loss = AnyBudgetLoss(COST, least=0.2, groups=5, largest_offset=3.)
+    drawn = []
+    for _ in range(20):
+        offsets = loss.draw_offsets(10)
+        assert torch.equal(offsets[::2], offsets[1::2])  # two images each
+        groups = offsets[::2].tolist()
+        assert groups == sorted(groups) and groups[0] == -3 and groups[4] > 1000  # least and full budget
+        assert loss.targets[0] == pytest.approx(0.2)
+        for offset, target in zip(groups, loss.targets):  # -3: 0.2, 3: 1
+            assert target == pytest.approx(0.2 + 0.8 * (offset + 3) / 6)
+        drawn.append(groups[2])
+    assert len(set(drawn)) == 20 and -0.6 < min(drawn) < max(drawn) < 0.6  # from the middle fifth
+
+
+def test_annealing_moves_all_budgets_from_1():
+    loss = AnyBudgetLoss(COST, least=0.2)
+    loss.annealed = 0.
+    assert loss.draw_offsets(4)[:3].tolist() == [0, 0, 0] and loss.targets == [1, 1, 1]
+    loss.annealed = 0.5
+    assert loss.draw_offsets(4)[0] == -3 and loss.targets[0] == pytest.approx(0.6)
+
+
+def test_the_budget_loss_and_its_gradient_have_the_hand_computed_values():
+    loss = AnyBudgetLoss(COST, least=0.2, groups=3, weight=2.)
+    loss.draw_offsets(3)
+    loss.targets = [0.2, 0.5]
+    # shares: 0.5, 0.8 and, of the last group, which has no target, 1
+    gates = torch.tensor([[0., 0., 1.], [0., 1., 1.], [1., 1., 1.]], dtype=torch.float64, requires_grad=True)
+    value = loss(gates)
+    assert value.item() == pytest.approx(2 * (0.3 ** 2 + 0.3 ** 2) / 2)
+    value.backward()
+    row = 2 * 0.3 * torch.tensor([0.2, 0.3, 0.4])  # weight / 2 * 2 * error * MACs share of each block
+    torch.testing.assert_close(gates.grad, torch.stack([row, row, 0 * row]).double())
+
+
+def test_groups_of_the_loss_are_those_of_the_offsets():
+    loss = AnyBudgetLoss(COST, groups=4)
+    for batch in range(4, 12):
+        offsets = loss.draw_offsets(batch)
+        gates = (offsets[:, None] == offsets.unique()[None, :3]).double()  # block i runs in group i
+        with_error = loss(gates)
+        loss.targets = [(100 + macs) / 1000 for macs in COST.blocks]
+        assert loss(gates).item() == pytest.approx(0, abs=1e-12) and with_error > 0
+    with pytest.raises(timm_aig.InputError, match='batch_size must be at least 4'):
+        loss.draw_offsets(3)
 
 
 def test_sum_and_weight_1_are_the_defaults():

@@ -1,5 +1,6 @@
 """forward_gates, record_gates, force_gates: threads, compiling, checkpointing, detectors."""
 import copy
+import math
 import pickle
 import threading
 
@@ -20,6 +21,8 @@ from timm_aig import (
     gated_blocks,
     optimize_for_inference,
     record_gates,
+    set_gate_offset,
+    use_gate_offset,
 )
 
 
@@ -409,3 +412,39 @@ def test_forced_gates_for_another_batch_are_refused():
     with force_gates(model, torch.ones(2, 9, dtype=torch.bool)):
         with pytest.raises(ValueError, match='for the 3 images of the input, not for 2'):
             model(torch.randn(3, 3, 16, 16))
+
+
+@pytest.mark.parametrize('optimized', [False, True])
+def test_a_gate_offset_for_each_image_replaces_that_of_the_model(optimized, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    set_gate_offset(model, -1000.)
+    model = optimize_for_inference(model, micro_batch=2) if optimized else model
+    x = torch.randn(5, 3, 32, 32)
+    offsets = torch.tensor([1000., -1000., 0., 1000., -1000.])
+    with torch.no_grad():
+        with use_gate_offset(offsets):
+            gates = forward_gates(model, x)[1]
+        with use_gate_offset(0.):
+            own = forward_gates(model, x)[1]
+        assert gates.mean(1)[[0, 1, 3, 4]].tolist() == [1, 0, 1, 0]
+        assert torch.equal(gates[2], own[2]) and 0 < own.mean() < 1
+        assert forward_gates(model, x)[1].max() == 0  # outside the block
+
+
+def test_training_adds_the_offset_before_the_noise(train_gates):
+    model = timm.create_model('cifar_resnet20_aig').train()
+    for block in gated_blocks(model).values():
+        nn.init.zeros_(block.gate.fc2.weight)
+        nn.init.zeros_(block.gate.fc2.bias)
+    x = torch.randn(3000, 3, 8, 8)
+    with use_gate_offset(torch.tensor([-1., 0., 1.]).repeat(1000)):
+        gates = forward_gates(model, x)[1]
+    rates = gates.view(1000, 3, 9).mean((0, 2)).tolist()
+    assert rates == pytest.approx(torch.tensor([-1., 0., 1.]).sigmoid().tolist(), abs=.02)
+
+
+def test_bad_gate_offsets_are_refused():
+    for offset in (math.nan, torch.zeros(2, 2)):
+        with pytest.raises(InputError, match='offset must be a number'):
+            with use_gate_offset(offset):
+                pass

@@ -24,6 +24,7 @@ class _GatePass(threading.local):
         self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # gates that answered, with their answers
         self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> bool [B], its answers instead
         self.sample = False  # draw in eval too
+        self.offset: Optional[torch.Tensor] = None  # of all gates: a number or one for each sample [B]
         self.rows = slice(None)  # part of the batch that is running
         self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
@@ -36,6 +37,12 @@ class _GatePass(threading.local):
         if len(answers) != batch:
             raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
         return answers[self.rows]
+
+    def offset_like(self, logits: torch.Tensor) -> torch.Tensor:
+        """The offset, a number or one for each row of logits [B, 2]."""
+        assert self.offset is not None
+        offset = self.offset.to(logits.device, logits.dtype)
+        return offset[self.rows] if offset.ndim else offset
 
 
 gate_pass = _GatePass()
@@ -149,12 +156,17 @@ class Gate(nn.Module):
         """
         logits = self.logits(x)
         sample = False
+        offset = self.offset
         if not torch.jit.is_scripting():
             sample = gate_pass.sample
+            if gate_pass.offset is not None:
+                offset = gate_pass.offset_like(logits)
+                if self.training or sample:
+                    logits = torch.stack([logits[:, 0], logits[:, 1] + offset], 1)
         if self.training or sample:
             z = sample_gate(logits, self.noise or sample)
         else:
-            z = (logits[:, 1] + self.offset > logits[:, 0]).float()
+            z = (logits[:, 1] + offset > logits[:, 0]).float()
         if not torch.jit.is_scripting():
             z = self._note(z)
         return z

@@ -1,8 +1,9 @@
-"""Losses on the gates: the execution rate of each block, or the MACs share of the network.
+"""Losses on the gates: the execution rate of each block, or the MACs share of the network at one or all budgets.
 
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3.3
 """
-from typing import Any, Optional, Sequence
+from itertools import pairwise
+from typing import Any, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ import torch.nn as nn
 from .config import InputError
 from .cost import Cost
 
-__all__ = ['TargetRateLoss', 'ComputeTargetLoss']
+__all__ = ['AnyBudgetLoss', 'ComputeTargetLoss', 'TargetRateLoss']
+
+ALL_OPEN = 1e4  # offset that opens every gate in spite of the noise
 
 
 def global_mean(gates: torch.Tensor, process_group: Optional[Any] = None) -> torch.Tensor:
@@ -104,16 +107,102 @@ class ComputeTargetLoss(nn.Module):
             InputError: A target above 1, or below the MACs share of what always runs.
         """
         super().__init__()
-        least = cost.fixed / cost.total
-        if not least <= target <= 1:
-            raise InputError(
-                f'must be in [{least:.3f}, 1], from what always runs to all MACs, not {target!r}.', 'target')
+        _require_reachable(cost, target, 'target')
         self.cost = cost
         self.target = target
         self.weight = weight
         self.process_group = process_group
+        self.annealed = 1.  # share of the way from 1, all MACs, to the target
 
     def forward(self, gates: torch.Tensor) -> torch.Tensor:
         """Scalar loss of gates [B, L]."""
         share = self.cost.executed(global_mean(gates, self.process_group)[None]) / self.cost.total
-        return self.weight * (share.squeeze(0) - self.target) ** 2
+        target = 1 + (self.target - 1) * self.annealed
+        return self.weight * (share.squeeze(0) - target) ** 2
+
+
+class AnyBudgetLoss(nn.Module):
+    """Trains one model for all budgets at once.
+
+    Each batch is split into groups. A group has an offset on the logits of its gates, and a target for its mean share
+    of the MACs: both rise with its position in [0, 1], on a line. The first group always has the least budget and the
+    last has all gates open; the positions between are drawn, one from each of as many equal parts of [0, 1].
+
+    AIGTask applies the offsets, see use_gate_offset.
+    """
+
+    def __init__(
+            self,
+            cost: Cost,
+            least: float = 0.3,
+            weight: float = 10.,
+            groups: int = 4,
+            largest_offset: float = 6.,
+            process_group: Optional[Any] = None,
+    ) -> None:
+        """
+        Args:
+            cost: MACs of the model, from compute_cost.
+            least: Target MACs share of the first group, in (0, 1).
+            weight: Factor of the loss.
+            groups: Number of groups, at least 3. A batch has at least one image for each.
+            largest_offset: Offsets go from minus this to plus this, but for the last group, whose gates are all open.
+            process_group: Processes that share the global batch, as for DistributedDataParallel. Default: all.
+
+        Raises:
+            InputError: A least share above 1, or below the MACs share of what always runs.
+        """
+        super().__init__()
+        _require_reachable(cost, least, 'least')
+        self.cost = cost
+        self.least = least
+        self.weight = weight
+        self.groups = groups
+        self.largest_offset = largest_offset
+        self.process_group = process_group
+        self.annealed = 1.  # share of the way from all MACs to the targets
+        self.targets: List[float] = []  # of all groups but the last
+
+    def draw_offsets(self, batch: int) -> torch.Tensor:
+        """Offsets [B] of the next batch. The loss is that of the same batch.
+
+        Raises:
+            InputError: A batch with fewer images than groups.
+        """
+        if batch < self.groups:
+            raise InputError(f'must be at least {self.groups}, one image for each budget, not {batch}.', 'batch_size')
+        positions = (torch.arange(self.groups) + torch.rand(self.groups)) / self.groups
+        if dist.is_available() and dist.is_initialized():  # groups are of the global batch
+            positions = _broadcast(positions, self.process_group)
+        positions[0] = 0.
+        self.targets = (1 - self.annealed * (1 - self.least) * (1 - positions[:-1])).tolist()
+        offsets = self.annealed * self.largest_offset * (2 * positions - 1)
+        offsets[-1] = ALL_OPEN
+        return offsets[torch.arange(batch) * self.groups // batch]
+
+    def forward(self, gates: torch.Tensor) -> torch.Tensor:
+        """Scalar loss of gates [B, L] of the batch that draw_offsets was for."""
+        shares = torch.stack([
+            self.cost.executed(global_mean(part, self.process_group)[None]).squeeze(0) / self.cost.total
+            for part in split_groups(gates, self.groups)[:-1]])
+        return self.weight * ((shares - shares.new_tensor(self.targets)) ** 2).mean()
+
+
+def split_groups(x: torch.Tensor, groups: int) -> List[torch.Tensor]:
+    """The parts of a batch [B, ...] that have the same offset in draw_offsets."""
+    bounds = [-(-i * len(x) // groups) for i in range(groups + 1)]
+    return [x[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _broadcast(positions: torch.Tensor, process_group: Optional[Any]) -> torch.Tensor:
+    """The positions of the first process of the group."""
+    device = 'cuda' if dist.get_backend(process_group) == 'nccl' else 'cpu'
+    shared = positions.to(device)
+    dist.broadcast(shared, dist.get_global_rank(process_group, 0) if process_group else 0, group=process_group)
+    return shared.cpu()
+
+
+def _require_reachable(cost: Cost, target: float, argument: str) -> None:
+    least = cost.fixed / cost.total
+    if not least <= target <= 1:
+        raise InputError(f'must be in [{least:.3f}, 1], from what always runs to all MACs, not {target!r}.', argument)

@@ -1,6 +1,6 @@
-"""Record or override the gates of a forward pass: forward_gates, record_gates, force_gates."""
+"""Record or override the gates of a forward pass: forward_gates, record_gates, force_gates, use_gate_offset."""
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from .blocks import gated_blocks, require_gated_blocks
 from .config import InputError
 from .gate import Gate, gate_pass
 
-__all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates']
+__all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'use_gate_offset']
 
 
 class GateRecord:
@@ -125,3 +125,26 @@ def force_gates(
         yield
     finally:
         gate_pass.forced = outer
+
+
+@contextmanager
+def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
+    """Replace the gate offset of every model, inside a `with` block and in this thread. Training adds it too.
+
+    With gradient checkpointing, run the backward pass inside the block too: it runs the gates again.
+
+    Args:
+        offset: Number that the gates add to the open logit, or one for each image of the batch [B].
+
+    Raises:
+        InputError: An offset is nan, or it has more than one dimension.
+    """
+    offset = torch.as_tensor(offset, dtype=torch.float32)
+    if offset.ndim > 1 or offset.isnan().any():
+        raise InputError(f'must be a number or [B] numbers, not {offset!r:.80}.', 'offset')
+    outer = gate_pass.offset
+    gate_pass.offset = offset
+    try:
+        yield
+    finally:
+        gate_pass.offset = outer

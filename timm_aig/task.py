@@ -1,4 +1,5 @@
 """AIGTask: timm's classification task with a loss on the gates and optional distillation."""
+from contextlib import nullcontext
 from typing import Any, Callable, Dict, Optional, Union
 
 import torch
@@ -11,8 +12,8 @@ from timm.utils import unwrap_model
 from .blocks import require_gated_blocks
 from .config import InputError
 from .cost import compute_cost, own_input_size
-from .loss import ComputeTargetLoss
-from .passes import forward_gates
+from .loss import AnyBudgetLoss, ComputeTargetLoss
+from .passes import forward_gates, use_gate_offset
 
 __all__ = ['AIGTask']
 
@@ -62,7 +63,8 @@ class AIGTask(ClassificationTask):
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             gate_loss: Loss on the gates [B, L]. If None, that of the distill recipe of scripts/finetune.py:
                 ComputeTargetLoss with weight 10. Its target MACs share is the mean target rate of all blocks, of which
-                those without a gate have rate 1. TargetRateLoss is the paper's.
+                those without a gate have rate 1. TargetRateLoss is the paper's, AnyBudgetLoss
+                trains one model for all budgets.
             teacher: Model to distill from, usually the static parent, with the same input normalization. It is frozen.
             distill_weight: Share of the distillation in the classification loss, in [0, 1]. The labels have the rest.
             distill_temperature: Softmax temperature of the distillation, above 0 (Hinton et al., arXiv:1503.02531).
@@ -120,7 +122,9 @@ class AIGTask(ClassificationTask):
             the total), 'block_rates' (execution rate of each gated block, [L] in [0, 1]) and 'execution_rate' (their
             mean).
         """
-        output, gates = self.trainable_module(input)
+        loss: Any = self.gate_loss
+        with use_gate_offset(loss.draw_offsets(len(input))) if isinstance(loss, AnyBudgetLoss) else nullcontext():
+            output, gates = self.trainable_module(input)
         rate_loss = self.gate_loss(gates)
         loss = self.criterion(output, target)
         if self.teacher is not None:

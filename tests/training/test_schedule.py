@@ -1,11 +1,11 @@
-"""GateSchedule: gate noise and MACs target over a training."""
+"""GateSchedule: gate noise and MACs targets over a training."""
 import math
 
 import pytest
 import timm
 
 import timm_aig
-from timm_aig import ComputeTargetLoss, InputError
+from timm_aig import AnyBudgetLoss, ComputeTargetLoss, InputError
 from timm_aig.training.schedule import GateSchedule
 
 
@@ -26,20 +26,19 @@ def test_the_last_share_of_the_training_has_no_noise(model, noise_off, noisy):
         assert [gate.noise for gate in gates(model)] == [bool(expected)] * 9
 
 
-def test_the_target_falls_from_1_to_that_of_the_loss(model):
-    compute = ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.6)
-    schedule = GateSchedule(model, compute, anneal=0.5)
-    for progress, target in {0: 1, 0.25: 0.8, 0.5: 0.6, 1: 0.6}.items():
+@pytest.mark.parametrize('kind', [ComputeTargetLoss, AnyBudgetLoss])
+def test_the_targets_fall_from_1_to_those_of_the_loss(model, kind):
+    loss = kind(timm_aig.compute_cost(model, (3, 8, 8)), 0.6)
+    schedule = GateSchedule(model, loss, anneal=0.5)
+    for progress, annealed in {0: 0, 0.25: 0.5, 0.5: 1, 1: 1, 0.1: 0.2}.items():  # not of earlier steps
         schedule.step(progress)
-        assert compute.target == pytest.approx(target)
-    schedule.step(0)  # depends on the progress alone, not on earlier steps
-    assert compute.target == 1
+        assert loss.annealed == pytest.approx(annealed)
 
 
-def test_without_annealing_the_target_is_constant(model):
-    compute = ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.6)
-    GateSchedule(model, compute).step(0)
-    assert compute.target == pytest.approx(0.6)
+def test_without_annealing_the_targets_are_constant(model):
+    loss = ComputeTargetLoss(timm_aig.compute_cost(model, (3, 8, 8)), 0.6)
+    GateSchedule(model, loss).step(0)
+    assert loss.annealed == 1
 
 
 @pytest.mark.parametrize('argument,share', [('anneal', 1.1), ('anneal', math.nan), ('noise_off', -0.1)])

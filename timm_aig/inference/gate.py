@@ -37,9 +37,13 @@ class InferenceGate(Gate):
 
     def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
         """Indices of the samples that run the block, from their inputs as returned by pool."""
-        threshold = -self.score - self.offset
         scores = self._scores(pooled, scale)
-        answers = [score > threshold for score in scores]
+        if gate_pass.offset is None:
+            threshold = -self.score - self.offset
+            answers = [score > threshold for score in scores]
+        else:
+            offsets = gate_pass.offset[gate_pass.rows] if gate_pass.offset.ndim else gate_pass.offset
+            answers = (torch.tensor(scores) + self.score + offsets.cpu() > 0).tolist()
         if gate_pass.sample:
             answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
         if gate_pass.forced is not None:

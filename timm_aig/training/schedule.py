@@ -1,34 +1,34 @@
-"""GateSchedule: gate noise and MACs target over a training."""
-from typing import Optional
+"""GateSchedule: gate noise and MACs targets over a training."""
+from typing import Union
 
 import torch.nn as nn
 
 from ..blocks import require_gated_blocks
 from ..config import InputError
-from ..loss import ComputeTargetLoss
+from ..loss import AnyBudgetLoss, ComputeTargetLoss
 
 __all__ = ['GateSchedule']
 
 
 class GateSchedule:
-    """Schedule of the gate noise and of the MACs target.
+    """Schedule of the gate noise and of the MACs targets.
 
-    The target falls linearly from 1, where new gates start, to the target of the loss. The noise is turned off for the
+    The targets fall linearly from 1, where new gates start, to those of the loss. The noise is turned off for the
     end of the training, so that the gates decide as in eval.
     """
 
     def __init__(
             self,
             model: nn.Module,
-            compute_loss: Optional[ComputeTargetLoss] = None,
+            compute_loss: Union[ComputeTargetLoss, AnyBudgetLoss, None] = None,
             anneal: float = 0.,
             noise_off: float = 0.,
     ) -> None:
         """
         Args:
             model: Adaptive model.
-            compute_loss: Loss whose target is annealed, None for no annealing.
-            anneal: Share of the training, at its start, over which the target falls, in [0, 1].
+            compute_loss: Loss whose targets are annealed, None for no annealing.
+            anneal: Share of the training, at its start, over which the targets fall, in [0, 1].
             noise_off: Share of the training, at its end, without noise, in [0, 1].
 
         Raises:
@@ -39,7 +39,6 @@ class GateSchedule:
                 raise InputError(f'must be in [0, 1], not {share!r}.', name)
         self.gates = [block.gate for block in require_gated_blocks(model).values()]
         self.compute_loss = compute_loss
-        self.target = compute_loss.target if compute_loss is not None else 1.
         self.anneal = anneal
         self.noise_off = noise_off
 
@@ -47,6 +46,5 @@ class GateSchedule:
         """Set noise and target for a progress in [0, 1], the finished share of the training."""
         for gate in self.gates:
             gate.noise = progress < 1 - self.noise_off
-        annealed = min(1., progress / self.anneal) if self.anneal else 1.
         if self.compute_loss is not None:
-            self.compute_loss.target = 1 + (self.target - 1) * annealed
+            self.compute_loss.annealed = min(1., progress / self.anneal) if self.anneal else 1.
