@@ -1,4 +1,4 @@
-"""CIFAR ResNets of the paper: static ResNet-20/32/44/56/110, three stages of BasicBlocks for 32 x 32 images.
+"""CIFAR ResNets of the paper: static ResNet-8/14/20/32/44/56/110, three stages of BasicBlocks for 32 x 32 images.
 
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385, section 4.2
@@ -159,12 +159,28 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
+    'cifar_resnet8.untrained': _cfg(),
+    'cifar_resnet14.untrained': _cfg(),
     'cifar_resnet20.untrained': _cfg(),
     'cifar_resnet32.untrained': _cfg(),
     'cifar_resnet44.untrained': _cfg(),
     'cifar_resnet56.untrained': _cfg(),
     'cifar_resnet110.untrained': _cfg(),
 })
+
+
+@register_model
+def cifar_resnet8(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Constructs a CIFAR ResNet-8."""
+    model_args = dict(layers=(1, 1, 1))
+    return _create_cifar_resnet('cifar_resnet8', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet14(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """Constructs a CIFAR ResNet-14."""
+    model_args = dict(layers=(2, 2, 2))
+    return _create_cifar_resnet('cifar_resnet14', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
