@@ -6,14 +6,15 @@ __version__ = '0.2.0'
 
 from .blocks import GatedBasicBlock, GatedBottleneck, gated_blocks, set_execution, set_gate_offset
 from .budget import BudgetPoint, budget_table, set_budget
+from .cascade import Cascade
 from .config import AIGConfig, InputError
 from .convert import gate_, ungate_
 from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
-from .loss import ComputeTargetLoss, TargetRateLoss
+from .loss import AnyBudgetLoss, ComputeTargetLoss, TargetRateLoss
 from .models.resnet_aig import list_trained  # registers the entry points
-from .passes import force_gates, forward_gates, record_gates
+from .passes import force_gates, forward_gates, record_gates, use_gate_offset
 
 if TYPE_CHECKING:
     from .export.onnx import export_onnx
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from .training.evaluate import evaluate
 
 __all__ = [
-    'AIGConfig', 'AIGTask', 'BudgetPoint', 'ComputeTargetLoss', 'Cost', 'Gate', 'GatedBasicBlock', 'GatedBottleneck',
-    'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget', 'compute_cost', 'evaluate',
-    'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates', 'gate_', 'gated_blocks',
-    'list_trained', 'load_onnx', 'optimize_for_inference', 'push_to_hub', 'record_gates', 'save_pretrained',
-    'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_',
+    'AIGConfig', 'AIGTask', 'AnyBudgetLoss', 'BudgetPoint', 'Cascade', 'ComputeTargetLoss', 'Cost', 'Gate',
+    'GatedBasicBlock', 'GatedBottleneck', 'InputError', 'TargetRateLoss', 'budget_table', 'calibrate_budget',
+    'compute_cost', 'evaluate', 'export_onnx', 'export_openvino', 'export_program', 'force_gates', 'forward_gates',
+    'gate_', 'gated_blocks', 'list_trained', 'load_onnx', 'optimize_for_inference', 'push_to_hub', 'record_gates',
+    'save_pretrained', 'set_budget', 'set_execution', 'set_gate_offset', 'summary', 'ungate_', 'use_gate_offset',
 ]
 
 _LAZY = {  # slow to import: imported at first use

@@ -1,0 +1,285 @@
+"""Cascade: models, or one adaptive model at several budgets, in rounds by the confidence of the answer.
+
+Paper: `Wisdom of Committees: An Overlooked Approach To Faster and More Accurate Models` -
+https://arxiv.org/abs/2012.01988
+"""
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from .budget import budget_offset, budget_table
+from .config import InputError
+from .cost import Cost, compute_cost
+from .passes import forward_gates, use_gate_offset
+
+__all__ = ['Cascade', 'CascadePoint', 'Rounds', 'confidence']
+
+CANDIDATES = 10_000  # combinations of thresholds that calibrate compares
+
+Stage = Union[nn.Module, Tuple[nn.Module, Optional[float]]]
+
+
+class Rounds(NamedTuple):
+    """What a cascade answered for B images.
+
+    Args:
+        logits: Of the last stage that saw the image, [B, num_classes].
+        stages: How many stages saw it, [B], from 1.
+        macs: MACs of all of them, float64 [B].
+    """
+    logits: torch.Tensor
+    stages: torch.Tensor
+    macs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CascadePoint:
+    """Thresholds and budgets of a cascade, and what they gave on the calibration images.
+
+    Args:
+        thresholds: Of all stages but the last, in [0, 1].
+        budgets: Of all stages, None for a stage without one.
+        macs_share: Mean MACs over those of the largest static model.
+        top1: Accuracy, percent.
+        images: Number of images.
+    """
+    thresholds: Tuple[float, ...]
+    budgets: Tuple[Optional[float], ...]
+    macs_share: float
+    top1: float
+    images: int
+
+
+def confidence(logits: torch.Tensor) -> torch.Tensor:
+    """Largest class probability, [B] in [0, 1], of logits [B, num_classes]."""
+    return logits.float().softmax(1).amax(1)
+
+
+class Cascade(nn.Module):
+    """Runs an image through one model after the other until an answer is sure.
+
+    An image goes on to the next stage while its largest class probability is below the stage's threshold. The next
+    stage gets only these images. Its answer replaces the one before.
+
+        cascade = timm_aig.Cascade([small, large])             # any two classifiers with the same classes
+        cascade = timm_aig.Cascade([(model, .3), (model, 1.)])  # an adaptive model at two budgets
+        cascade.calibrate(loader, macs=.5)
+        logits = cascade(x)
+    """
+
+    def __init__(self, stages: Sequence[Stage], thresholds: Union[float, Sequence[float]] = 0.9) -> None:
+        """
+        Args:
+            stages: Models, or pairs of an adaptive model and one of its calibrated budgets. All take the same images
+                and give logits of the same classes.
+            thresholds: One for each stage but the last, or the same for all, in [0, 1]. 0 stops all images.
+
+        Raises:
+            InputError: Fewer than two stages, a bad threshold, or a budget that its model is not calibrated for.
+        """
+        super().__init__()
+        pairs = [(stage, None) if isinstance(stage, nn.Module) else stage for stage in stages]
+        if len(pairs) < 2:
+            raise InputError(f'must be at least two, not {len(pairs)}.', 'stages')
+        models = list(dict.fromkeys(model for model, _ in pairs))
+        classes = [getattr(model, 'num_classes', None) for model in models]
+        if len({*classes} - {None}) > 1:
+            raise InputError(f'must have the same classes, not {", ".join(map(str, classes))}.', 'stages')
+        self.models = nn.ModuleList(models)  # one model may be in several stages
+        self.order = [models.index(model) for model, _ in pairs]
+        self.set_budgets([budget for _, budget in pairs])
+        self.set_thresholds(thresholds)
+        self._costs: Dict[Any, List[Cost]] = {}  # of the models, by input size
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Number of classes, None if the models do not say."""
+        models: Any = self.models
+        return next((model.num_classes for model in models if hasattr(model, 'num_classes')), None)
+
+    def set_thresholds(self, thresholds: Union[float, Sequence[float]]) -> None:
+        """Set the threshold of each stage but the last, or one for all."""
+        count = len(self.order) - 1
+        values = [thresholds] * count if isinstance(thresholds, (int, float)) else list(thresholds)
+        if len(values) != count or not all(0 <= value <= 1 for value in values):
+            raise InputError(f'must be {count} in [0, 1], not {thresholds!r}.', 'thresholds')
+        self.thresholds = tuple(map(float, values))
+
+    def set_budgets(self, budgets: Sequence[Optional[float]]) -> None:
+        """Set the budget of each stage; None leaves a model's own gate offset."""
+        if len(budgets) != len(self.order):
+            raise InputError(f'must be {len(self.order)}, one for each stage, not {budgets!r}.', 'budgets')
+        offsets = []
+        for index, budget in zip(self.order, budgets):
+            table = budget_table(self.models[index])
+            if budget is not None and not table:
+                raise InputError(f'has {budget!r} for a stage without calibrated budgets.', 'budgets')
+            offsets.append(None if budget is None else budget_offset(table, budget))
+        self.budgets = tuple(budgets)
+        self._offsets = tuple(offsets)
+
+    def costs(self, input_size: Optional[Tuple[int, int, int]] = None) -> List[Cost]:
+        """MACs of each stage's model. Raises as compute_cost does."""
+        if input_size not in self._costs:
+            self._costs[input_size] = [compute_cost(model, input_size) for model in self.models]
+        return [self._costs[input_size][index] for index in self.order]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, num_classes] of images [B, C, H, W]."""
+        return self._run(x, None)[0]
+
+    def rounds(self, x: torch.Tensor) -> Rounds:
+        """Logits, number of stages and MACs of images [B, C, H, W].
+
+        Raises:
+            InputError: A model whose MACs cannot be counted, such as an optimized one.
+        """
+        costs = self.costs(tuple(x.shape[1:]))  # type: ignore[arg-type]
+        logits, seen = self._run(x, costs)
+        stages, macs = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
+        for rows, executed in seen:
+            stages.index_add_(0, rows, torch.ones_like(executed))
+            macs.index_add_(0, rows, executed)
+        return Rounds(logits, stages.long(), macs)
+
+    def save_pretrained(self, folder: Union[str, os.PathLike]) -> Path:
+        """Save the models, each once, and the stages. See hub/cascade.py."""
+        from .hub.cascade import save_cascade
+
+        return save_cascade(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
+        """Load a saved cascade from a folder, 'local-dir:folder' or 'hf-hub:user/name'. See hub/cascade.py."""
+        from .hub.cascade import load_cascade
+
+        return load_cascade(name, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Publish the cascade on the Hub, return the URL of the commit. See hub/cascade.py."""
+        from .hub.cascade import push_cascade
+
+        return push_cascade(self, repo_id, **kwargs)
+
+    def _run(
+            self, x: torch.Tensor, costs: Optional[List[Cost]],
+    ) -> Tuple[torch.Tensor, List[Tuple[torch.Tensor, torch.Tensor]]]:
+        """Logits, and with costs for each stage that ran its rows of the batch and their MACs."""
+        rows = torch.arange(len(x), device=x.device)
+        seen = []
+        logits = answers = x.new_empty(0)
+        for stage, threshold in enumerate((*self.thresholds, None)):
+            part = x if len(rows) == len(x) else x[rows]
+            answers, executed = self._run_stage(stage, part, costs)
+            logits = answers if stage == 0 else logits.index_copy(0, rows, answers.to(logits.dtype))
+            seen.append((rows, executed))
+            if threshold is not None:
+                rows = rows[confidence(answers) < threshold]
+            if not len(rows):
+                break
+        return logits, seen
+
+    def _run_stage(
+            self, stage: int, x: torch.Tensor, costs: Optional[List[Cost]],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and with costs the MACs of each image, float64 [B]."""
+        model, offset = self.models[self.order[stage]], self._offsets[stage]
+        with nullcontext() if offset is None else use_gate_offset(offset):
+            if costs is None:
+                return model(x), x.new_empty(0)
+            logits, gates = forward_gates(model, x)
+        return logits, costs[stage].executed(gates).double()
+
+    @torch.no_grad()
+    def calibrate(
+            self,
+            loader: Iterable[Any],
+            *,
+            macs: Optional[float] = None,
+            accuracy: Optional[float] = None,
+            budgets: Optional[Sequence[Sequence[Optional[float]]]] = None,
+            progress: bool = False,
+    ) -> List[CascadePoint]:
+        """Choose the thresholds, and the budgets if several are given, on held-out images.
+
+        Every stage runs on every image once for each of its budgets. Accuracies and MACs of all combinations of
+        thresholds follow from these answers.
+
+        Args:
+            loader: Batches of images [B, C, H, W] and labels [B] that no model was trained on, on the models' device.
+            macs: Most mean MACs, over those of the largest static model. The most accurate cascade within them is set.
+            accuracy: Least accuracy, percent. The cascade with the fewest MACs that has it is set.
+            budgets: Budgets to try for each stage, (None,) for a stage without. Default: the present ones.
+            progress: Show a progress bar on stderr.
+
+        Returns:
+            The cascades that no other one beats in both, by ascending MACs.
+
+        Raises:
+            InputError: Neither or both of macs and accuracy, or no cascade is within it. The cascade is unchanged.
+        """
+        if (macs is None) == (accuracy is None):
+            raise InputError('must be given, or accuracy, not both.', 'macs')
+        tried = [(budget,) for budget in self.budgets] if budgets is None else [tuple(some) for some in budgets]
+        before = self.budgets
+        answers: Dict[Tuple[int, Optional[float]], List[torch.Tensor]] = {}
+        try:
+            batches = list(loader)
+            for stage, some in enumerate(tried):
+                for budget in some:
+                    self.set_budgets([budget if i == stage else None for i in range(len(tried))])
+                    answers[stage, budget] = self._answers(stage, batches, progress)
+        finally:
+            self.set_budgets(before)
+        largest = max(cost.static for cost in self.costs(tuple(batches[0][0].shape[1:])))
+        points = [point for combination in product(*tried) for point in _points(
+            [answers[key] for key in enumerate(combination)], combination, largest)]
+        points.sort(key=lambda point: (point.macs_share, -point.top1))
+        best: List[CascadePoint] = []
+        for point in points:
+            if not best or point.top1 > best[-1].top1:
+                best.append(point)
+        within = [p for p in best if (p.macs_share <= macs if macs is not None else p.top1 >= (accuracy or 0.))]
+        if not within:
+            raise InputError(
+                f'is out of reach: the range is {best[0].macs_share:.4f}, {best[0].top1:.2f} % to '
+                f'{best[-1].macs_share:.4f}, {best[-1].top1:.2f} %.', 'accuracy' if macs is None else 'macs')
+        chosen = within[-1 if macs is not None else 0]
+        self.set_thresholds(chosen.thresholds)
+        self.set_budgets(chosen.budgets)
+        return best
+
+    def _answers(self, stage: int, batches: List[Any], progress: bool) -> List[torch.Tensor]:
+        """Confidence, correctness and MACs [N] of a stage on all images."""
+        found = []
+        for images, labels in tqdm(batches, f'stage {stage + 1}', disable=not progress, leave=False):
+            costs = self.costs(tuple(images.shape[1:]))
+            logits, executed = self._run_stage(stage, images, costs)
+            found.append(torch.stack([confidence(logits).double(), (logits.argmax(1) == labels).double(), executed]))
+        return list(torch.cat(found, 1).cpu())
+
+
+def _points(answers: List[List[torch.Tensor]], budgets: Sequence[Any], largest: int) -> List[CascadePoint]:
+    """Cascades of one choice of budgets, for thresholds at quantiles of the confidences."""
+    steps = round(CANDIDATES ** (1 / (len(answers) - 1)))
+    quantiles = torch.linspace(0, 1, steps, dtype=torch.float64)
+    candidates = [
+        [*conf.quantile(quantiles, interpolation='lower').unique().tolist(), 1.] for conf, _, _ in answers[:-1]]
+    points = []
+    for thresholds in product(*candidates):
+        macs, right = answers[0][2].clone(), answers[0][1].clone()
+        unsure = torch.ones_like(right, dtype=torch.bool)
+        for (conf, _, _), threshold, (_, next_right, next_macs) in zip(answers, thresholds, answers[1:]):
+            unsure &= conf < threshold
+            macs += next_macs * unsure
+            right = torch.where(unsure, next_right, right)
+        points.append(CascadePoint(
+            tuple(thresholds), tuple(budgets), macs.mean().item() / largest, 100 * right.mean().item(), len(right)))
+    return points

@@ -1,0 +1,149 @@
+"""Save, load and publish a Cascade: a folder for each model, and one config.json for the stages."""
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
+
+import timm
+from huggingface_hub import HfApi, snapshot_download
+
+from .. import __version__
+from ..config import InputError
+from .push import TIMEOUT, check_repo_id
+from .save import save_pretrained
+from .timeout import hub_timeout
+
+if TYPE_CHECKING:
+    from ..cascade import Cascade
+
+__all__ = ['load_cascade', 'push_cascade', 'save_cascade']
+
+CARD = """---
+library_name: timm
+license: apache-2.0
+tags: [timm, timm_aig, image-classification, cascade]
+---
+# {name}
+
+A cascade: an image goes on to the next stage while its largest class probability is below the threshold.
+
+| stage | model | budget | threshold |
+|---|---|---|---|
+{rows}
+
+```python
+import timm_aig
+
+cascade = timm_aig.Cascade.from_pretrained('hf-hub:{repo_id}').eval()  # pip install timm_aig
+logits = cascade(x)
+```
+"""
+
+
+def save_cascade(cascade: 'Cascade', folder: Union[str, os.PathLike]) -> Path:
+    """Write `model_1/`, `model_2/`, ... as save_pretrained does, each model once, and config.json.
+
+    Args:
+        cascade: Cascade of models made by timm.create_model.
+        folder: Output folder, created if missing.
+
+    Raises:
+        InputError: A model cannot be saved, see save_pretrained. config.json is unchanged.
+    """
+    folder = Path(folder)
+    for number, model in enumerate(cascade.models, start=1):
+        save_pretrained(model, folder / f'model_{number}')
+    stages = [
+        {'model': f'model_{index + 1}', 'budget': budget, 'threshold': threshold}
+        for index, budget, threshold in zip(cascade.order, cascade.budgets, (*cascade.thresholds, None))]
+    text = json.dumps({'library_name': 'timm_aig', 'cascade': {'stages': stages}}, indent=2)
+    (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
+    return folder
+
+
+def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
+    """Load a cascade from a folder, 'local-dir:folder' or 'hf-hub:user/name[@revision]', of which one commit is read.
+
+    Args:
+        name: Where it is.
+        **kwargs: For timm.create_model, such as in_chans.
+
+    Raises:
+        InputError: There is no cascade, or its config.json is not one.
+    """
+    from ..cascade import Cascade
+
+    source, _, rest = str(name).rpartition(':')
+    if source == 'hf-hub':
+        repo_id, _, revision = rest.partition('@')
+        check_repo_id(repo_id)
+        files = ['config.json', 'model_*/config.json', 'model_*/model.safetensors']
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+    else:
+        folder = Path(rest if source == 'local-dir' else name)
+    stages = _read_stages(folder / 'config.json')
+    names = sorted({stage['model'] for stage in stages})
+    models = {name: timm.create_model(f'local-dir:{folder / name}', pretrained=True, **kwargs) for name in names}
+    return Cascade(
+        [(models[stage['model']], stage['budget']) for stage in stages], [stage['threshold'] for stage in stages[:-1]])
+
+
+def _read_stages(path: Path) -> List[Dict[str, Any]]:
+    try:
+        stages = json.loads(path.read_text(encoding='utf-8'))['cascade']['stages']
+        if all(re.fullmatch(r'model_\d+', stage['model']) and {'budget', 'threshold'} <= {*stage} for stage in stages):
+            return stages
+    except OSError as e:
+        raise InputError(f'must be a cascade: {e}', 'name') from e
+    except (LookupError, TypeError, ValueError):
+        pass
+    raise InputError(f'must be a cascade: {path} has no list of stages with model, budget and threshold.', 'name')
+
+
+def push_cascade(
+        cascade: 'Cascade',
+        repo_id: str,
+        *,
+        private: Optional[bool] = None,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+        timeout: float = TIMEOUT,
+) -> str:
+    """Publish a cascade in one commit, with a model card.
+
+    Args:
+        cascade: As for save_cascade.
+        repo_id: 'user/name', created if missing.
+        private: Visibility of a new repository, None for the namespace's default.
+        revision: Existing branch to commit to. None for main.
+        token: Access token, None for HF_TOKEN or the one saved by `hf auth login`.
+        timeout: Seconds to wait for a Hub that stalls, see hub_timeout.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        InputError: The id is not 'user/name', or a model cannot be saved.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused a request.
+        TimeoutError: The Hub stalled.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
+    with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
+        folder = save_cascade(cascade, temporary)
+        (folder / 'README.md').write_text(_card(cascade, repo_id), encoding='utf-8')
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message='Add cascade', revision=revision).commit_url
+
+
+def _card(cascade: 'Cascade', repo_id: str) -> str:
+    rows = []
+    for stage, index in enumerate(cascade.order):
+        model: Any = cascade.models[index]
+        budget, threshold = cascade.budgets[stage], (*cascade.thresholds, None)[stage]
+        cells = ('' if value is None else f'{value:.4g}' for value in (budget, threshold))
+        rows.append(f'| {stage + 1} | {model.pretrained_cfg["architecture"]} | {" | ".join(cells)} |')
+    return CARD.format(name=repo_id.partition('/')[2], repo_id=repo_id, rows='\n'.join(rows))
