@@ -85,6 +85,7 @@ def number(interval: str = '(-inf, inf)') -> Callable[[str], float]:
 # Arguments that several scripts have, named as in timm's scripts.
 ARGUMENTS = {
     'model': dict(metavar='NAME', help='timm model, local-dir:FOLDER or hf-hub:USER/NAME'),
+    'cascade': dict(nargs='+', metavar='NAME', help='models to run in rounds by confidence, or a saved cascade'),
     'pretrained': dict(action='store_true', help='load weights; local-dir: and hf-hub: always do'),
     'data_dir': dict(metavar='DIR', help='root of the data set'),
     'dataset': dict(default='folder', metavar='NAME',
@@ -141,9 +142,12 @@ def add_args(group: Any, *names: str, **changes: Any) -> None:
         group.add_argument(f'--{name.replace("_", "-")}', *options.pop('flags', ()), **options)
 
 
-def add_evaluation_args(parser: Any, split: str = 'validation') -> None:
+def add_evaluation_args(parser: Any, split: str = 'validation', cascade: bool = False) -> None:
     """Add the arguments of a script that runs a model on a data set."""
-    add_args(parser, 'model', required=True)
+    model = parser.add_mutually_exclusive_group(required=True)
+    add_args(model, 'model')
+    if cascade:
+        add_args(model, 'cascade')
     add_args(parser, 'pretrained', 'data_dir', 'dataset', 'dataset_download', 'input_key', 'target_key')
     parser.add_argument('--split', default=split, metavar='NAME', help='default: %(default)s')
     parser.add_argument(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find the gate offsets that realise budgets of an adaptive model, on held-out training images.
+"""Find the gate offsets that realise budgets of an adaptive model, or thresholds of a cascade, on held-out images.
 
     budget      MACs share that was asked for: mean executed MACs over the static parent's
     offset      logit offset of the gates that realises it
@@ -33,6 +33,8 @@ EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
   scripts/calibrate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
       --data-dir data --holdout 5000 --budgets 0.5 0.6 0.7 --max-accuracy-drop 0.5 --output output/fmnist
+  scripts/calibrate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --holdout 10000 --macs 0.6 \
+      --output cascade
   scripts/validate.py --model local-dir:output/fmnist --dataset torch/fashion_mnist --data-dir data --budgets 0.5 0.6"""
 
 MAX_BYTES = 32 * 10 ** 9  # of calibration images, which are kept in memory
@@ -41,17 +43,25 @@ MAX_BYTES = 32 * 10 ** 9  # of calibration images, which are kept in memory
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     arg = parser.add_argument
-    add_evaluation_args(parser, split='train')
+    add_evaluation_args(parser, split='train', cascade=True)
     add_args(parser, 'budgets', default=[.4, .5, .6, .7, .8, .9, 1.],
              help='MACs shares to calibrate (default: 0.4 to 1 in steps of 0.1)')
     arg('--tolerance', type=number('(0, 1)'), default=0.005, metavar='X',
         help='largest difference of a MACs share from its budget (default: %(default)s)')
     arg('--max-accuracy-drop', type=number('[0, inf)'), metavar='POINTS',
         help='also find the smallest budget that loses at most so many points to all gates open')
+    arg('--macs', type=number('(0, inf)'), metavar='X',
+        help='most mean MACs of --cascade, over those of the largest model')
+    arg('--accuracy', type=number('[0, 100]'), metavar='PERCENT', help='least accuracy of --cascade')
     arg('--output', metavar='DIR', help="folder for model.safetensors and config.json, may be the model's own")
     arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
     add_args(parser, 'json')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.cascade) != ((args.macs is None) != (args.accuracy is None)):
+        parser.error('--cascade needs --macs or --accuracy, and only it takes one of them.')
+    if args.cascade and (args.hub_config or args.max_accuracy_drop is not None):
+        parser.error('--hub-config and --max-accuracy-drop are for one adaptive model.')
+    return args
 
 
 if __name__ == '__main__':
@@ -60,6 +70,7 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import torch
+from _cascade import create_cascade_loader, open_cascade
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 from torch.utils.data import IterableDataset
 
@@ -101,11 +112,34 @@ def print_table(result: Calibration) -> None:
               f'{s.interval[1]:.2f}.')
 
 
+def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
+    cascade = open_cascade(args)
+    if args.output:
+        open_folder(args.output)
+    loader = create_cascade_loader(args, cascade, device)
+    cascade = cascade.to(device, memory_format=torch.channels_last)
+    points = cascade.calibrate(loader, macs=args.macs, accuracy=args.accuracy, progress=True)
+    chosen = next(point for point in points if point.thresholds == cascade.thresholds)
+    if args.json:
+        print(json.dumps({'chosen': asdict(chosen), 'points': [asdict(point) for point in points]}, indent=2))
+    else:
+        print(f'thresholds {", ".join(f"{value:.4f}" for value in chosen.thresholds)}: MACs {chosen.macs_share:.1%} of '
+              f'the largest model, top1 {chosen.top1:.2f}% on {chosen.images} images.')
+    if args.output:
+        with blame('cascade', ' '.join(args.cascade)):
+            cascade.cpu().save_pretrained(args.output)
+        if not args.json:
+            print(f'Wrote {args.output}.')
+
+
 def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     device = open_device(args)
     if args.distributed:
         raise InputError('calibrate.py runs in one process, without torchrun.')
+    if args.cascade:
+        run_cascade(args, device)
+        return
     model = open_model(args, args.model)
     hub_config = args.hub_config and read_hub_config(args.hub_config, model.pretrained_cfg['architecture'])
     if args.output:

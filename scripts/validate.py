@@ -23,6 +23,7 @@ from _common import (
     add_evaluation_args,
     blame,
     create_parser,
+    number,
     open_device,
     require,
     run_script,
@@ -38,19 +39,22 @@ EXAMPLES = """examples:
       --data-dir data --budgets 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot all.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos --split train --holdout 5000
+  scripts/validate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --thresholds 0.5 0.7 0.9
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     arg = parser.add_argument
-    add_evaluation_args(parser)
+    add_evaluation_args(parser, cascade=True)
     add_args(parser, 'amp')
     arg('--optimize', action='store_true', help='run the model as timm_aig.optimize_for_inference returns it')
     arg('--sample', action='store_true', help="draw the gates at random, as the authors' code does in its tests")
     gates = parser.add_mutually_exclusive_group()
     add_args(gates, 'gate_offset', nargs='+')
     add_args(gates, 'budgets', help='MACs shares, a row for each; the model must be calibrated (calibrate.py)')
+    arg('--thresholds', type=number('[0, 1]'), nargs='+', metavar='X',
+        help='of all stages of --cascade but the last, a row for each (default: its own, or 0.9)')
     arg('--against', metavar='NAME', help='second model, compared image by image')
     arg('--alternatives', nargs='+', metavar='NAME', default=[], help='more models for the table and the plot')
     arg('--plot', metavar='FILE', help='write a PNG of accuracy against MACs')
@@ -58,6 +62,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         help="write a CSV of each image's number in the split (from 0), label, prediction and MACs share")
     add_args(parser, 'json')
     args = parser.parse_args(argv)
+    if args.cascade and (args.optimize or args.sample or args.against or args.alternatives or args.plot
+                         or args.predictions or args.budgets or args.gate_offset):
+        parser.error('--cascade takes --thresholds, not the options for the gates of one model, or for comparing.')
     for argument in ('against', 'predictions'):
         if getattr(args, argument) and len(args.budgets or args.gate_offset or ()) > 1:
             parser.error(f'--{argument} takes one --budgets or --gate-offset value, not several.')
@@ -71,6 +78,7 @@ sleep_when_idle()
 
 import torch
 import torch.nn as nn
+from _cascade import cascade_rows, open_cascade, print_cascade_table
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 from torch.utils.data import IterableDataset, Subset
 
@@ -228,6 +236,12 @@ def write_predictions(result: Result, path: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = open_device(args)
+    if args.cascade:
+        if args.distributed:
+            raise InputError('validate.py --cascade runs in one process, without torchrun.')
+        found = cascade_rows(args, open_cascade(args), device)
+        print(json.dumps({'rows': found}, indent=2)) if args.json else print_cascade_table(found)
+        return
     if args.plot:
         require('train', 'matplotlib')
     opened = prepare_model(args, args.model, 'model')  # open all models before hours are spent on the first

@@ -188,7 +188,7 @@ def test_a_saved_cascade_loads_with_each_model_once(adaptive, tmp_path):
 
 
 def test_a_config_that_is_no_cascade_is_named(tmp_path):
-    with pytest.raises(timm_aig.InputError, match='must be a cascade'):
+    with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):
         Cascade.from_pretrained(tmp_path)
     stage = {'model': '../model', 'budget': None, 'threshold': .5}
     for content in ('no json', '{}', json.dumps({'cascade': {'stages': [stage, stage]}})):

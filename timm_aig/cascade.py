@@ -5,10 +5,9 @@ https://arxiv.org/abs/2012.01988
 """
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,9 +18,10 @@ from .config import InputError
 from .cost import Cost, compute_cost
 from .passes import forward_gates, use_gate_offset
 
-__all__ = ['Cascade', 'CascadePoint', 'Rounds', 'confidence']
+if TYPE_CHECKING:
+    from .training.thresholds import CascadePoint, StageAnswers
 
-CANDIDATES = 10_000  # combinations of thresholds that calibrate compares
+__all__ = ['Cascade', 'Rounds', 'confidence']
 
 Stage = Union[nn.Module, Tuple[nn.Module, Optional[float]]]
 
@@ -37,24 +37,6 @@ class Rounds(NamedTuple):
     logits: torch.Tensor
     stages: torch.Tensor
     macs: torch.Tensor
-
-
-@dataclass(frozen=True)
-class CascadePoint:
-    """Thresholds and budgets of a cascade, and what they gave on the calibration images.
-
-    Args:
-        thresholds: Of all stages but the last, in [0, 1].
-        budgets: Of all stages, None for a stage without one.
-        macs_share: Mean MACs over those of the largest static model.
-        top1: Accuracy, percent.
-        images: Number of images.
-    """
-    thresholds: Tuple[float, ...]
-    budgets: Tuple[Optional[float], ...]
-    macs_share: float
-    top1: float
-    images: int
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
@@ -206,7 +188,7 @@ class Cascade(nn.Module):
             accuracy: Optional[float] = None,
             budgets: Optional[Sequence[Sequence[Optional[float]]]] = None,
             progress: bool = False,
-    ) -> List[CascadePoint]:
+    ) -> List['CascadePoint']:
         """Choose the thresholds, and the budgets if several are given, on held-out images.
 
         Every stage runs on every image once for each of its budgets. Accuracies and MACs of all combinations of
@@ -225,11 +207,13 @@ class Cascade(nn.Module):
         Raises:
             InputError: Neither or both of macs and accuracy, or no cascade is within it. The cascade is unchanged.
         """
+        from .training.thresholds import best_points, compare_thresholds
+
         if (macs is None) == (accuracy is None):
             raise InputError('must be given, or accuracy, not both.', 'macs')
         tried = [(budget,) for budget in self.budgets] if budgets is None else [tuple(some) for some in budgets]
         before = self.budgets
-        answers: Dict[Tuple[int, Optional[float]], List[torch.Tensor]] = {}
+        answers: Dict[Tuple[int, Optional[float]], StageAnswers] = {}
         try:
             batches = list(loader)
             for stage, some in enumerate(tried):
@@ -239,13 +223,8 @@ class Cascade(nn.Module):
         finally:
             self.set_budgets(before)
         largest = max(cost.static for cost in self.costs(tuple(batches[0][0].shape[1:])))
-        points = [point for combination in product(*tried) for point in _points(
-            [answers[key] for key in enumerate(combination)], combination, largest)]
-        points.sort(key=lambda point: (point.macs_share, -point.top1))
-        best: List[CascadePoint] = []
-        for point in points:
-            if not best or point.top1 > best[-1].top1:
-                best.append(point)
+        best = best_points(point for combination in product(*tried) for point in compare_thresholds(
+            [answers[key] for key in enumerate(combination)], combination, largest))
         within = [p for p in best if (p.macs_share <= macs if macs is not None else p.top1 >= (accuracy or 0.))]
         if not within:
             raise InputError(
@@ -256,30 +235,13 @@ class Cascade(nn.Module):
         self.set_budgets(chosen.budgets)
         return best
 
-    def _answers(self, stage: int, batches: List[Any], progress: bool) -> List[torch.Tensor]:
-        """Confidence, correctness and MACs [N] of a stage on all images."""
+    def _answers(self, stage: int, batches: List[Any], progress: bool) -> 'StageAnswers':
+        """What a stage answers for all images."""
         found = []
         for images, labels in tqdm(batches, f'stage {stage + 1}', disable=not progress, leave=False):
             costs = self.costs(tuple(images.shape[1:]))
             logits, executed = self._run_stage(stage, images, costs)
             found.append(torch.stack([confidence(logits).double(), (logits.argmax(1) == labels).double(), executed]))
-        return list(torch.cat(found, 1).cpu())
+        from .training.thresholds import StageAnswers
 
-
-def _points(answers: List[List[torch.Tensor]], budgets: Sequence[Any], largest: int) -> List[CascadePoint]:
-    """Cascades of one choice of budgets, for thresholds at quantiles of the confidences."""
-    steps = round(CANDIDATES ** (1 / (len(answers) - 1)))
-    quantiles = torch.linspace(0, 1, steps, dtype=torch.float64)
-    candidates = [
-        [*conf.quantile(quantiles, interpolation='lower').unique().tolist(), 1.] for conf, _, _ in answers[:-1]]
-    points = []
-    for thresholds in product(*candidates):
-        macs, right = answers[0][2].clone(), answers[0][1].clone()
-        unsure = torch.ones_like(right, dtype=torch.bool)
-        for (conf, _, _), threshold, (_, next_right, next_macs) in zip(answers, thresholds, answers[1:]):
-            unsure &= conf < threshold
-            macs += next_macs * unsure
-            right = torch.where(unsure, next_right, right)
-        points.append(CascadePoint(
-            tuple(thresholds), tuple(budgets), macs.mean().item() / largest, 100 * right.mean().item(), len(right)))
-    return points
+        return StageAnswers(*torch.cat(found, 1).cpu())

@@ -96,10 +96,11 @@ def _read_stages(path: Path) -> List[Dict[str, Any]]:
         if all(re.fullmatch(r'model_\d+', stage['model']) and {'budget', 'threshold'} <= {*stage} for stage in stages):
             return stages
     except OSError as e:
-        raise InputError(f'must be a cascade: {e}', 'name') from e
+        raise InputError(f'{path.parent} is not a saved cascade: {e}') from e
     except (LookupError, TypeError, ValueError):
         pass
-    raise InputError(f'must be a cascade: {path} has no list of stages with model, budget and threshold.', 'name')
+    raise InputError(f'{path.parent} is not a saved cascade: {path.name} has no list of stages with model, budget and '
+                     'threshold.')
 
 
 def push_cascade(

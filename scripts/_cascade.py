@@ -1,0 +1,90 @@
+"""Cascades on the command line: --cascade of calibrate.py and validate.py."""
+import argparse
+import time
+from typing import Any, Dict, List
+
+import torch
+from _common import blame
+from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
+
+from timm_aig import Cascade, InputError
+
+__all__ = ['cascade_rows', 'create_cascade_loader', 'open_cascade', 'print_cascade_table']
+
+
+def open_cascade(args: argparse.Namespace) -> Cascade:
+    """The cascade of the models that --cascade names, or the saved one if it names one, in eval."""
+    if len(args.cascade) == 1:
+        with blame('cascade', args.cascade[0], Exception):  # timm, the Hub and the file formats raise all kinds
+            return Cascade.from_pretrained(args.cascade[0]).eval()
+    models = [open_model(args, name, 'cascade') for name in dict.fromkeys(args.cascade)]
+    stages = [models[list(dict.fromkeys(args.cascade)).index(name)] for name in args.cascade]
+    with blame('cascade', ' '.join(args.cascade)):
+        return Cascade(stages).eval()
+
+
+def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.device) -> Any:
+    """Loader of the images that all stages take.
+
+    Raises:
+        InputError: The models want different images.
+    """
+    configs = [data_config(args, model) for model in cascade.models]
+    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+        values = [config[name] for config in configs]
+        if any(value != values[0] for value in values):
+            raise InputError(f'must take the same images, but {name} is {" and ".join(map(str, values))}.', 'cascade')
+    loader = create_evaluation_loader(
+        args, open_evaluation_split(args), configs[0], device=device, use_prefetcher=device.type == 'cuda')
+    return _OnDevice(loader, device)
+
+
+class _OnDevice:
+    """Batches of a loader on a device, in channels_last."""
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+
+    def __iter__(self) -> Any:
+        for images, labels in self.loader:
+            yield images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
+
+
+@torch.no_grad()
+def cascade_rows(args: argparse.Namespace, cascade: Cascade, device: torch.device) -> List[Dict[str, Any]]:
+    """A row for each of --thresholds, or for the cascade's own."""
+    loader = create_cascade_loader(args, cascade, device)
+    cascade = cascade.to(device, memory_format=torch.channels_last)
+    rows = []
+    for thresholds in args.thresholds or [cascade.thresholds]:
+        cascade.set_thresholds(thresholds)
+        right, stages, macs, seconds = [], [], [], 0.
+        for images, labels in loader:
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                rounds = cascade.rounds(images)
+            right.append((rounds.logits.argmax(1) == labels).cpu())  # waits for the device
+            seconds += time.perf_counter() - start
+            stages.append(rounds.stages.cpu())
+            macs.append(rounds.macs.cpu())
+        reached, executed = torch.cat(stages), torch.cat(macs)
+        largest = max(cost.static for cost in cascade.costs(tuple(images.shape[1:])))
+        rows.append({
+            'cascade': args.cascade, 'thresholds': cascade.thresholds, 'budgets': cascade.budgets,
+            'images': len(reached), 'top1': 100 * torch.cat(right).double().mean().item(),
+            'macs': executed.mean().item(), 'macs_share': executed.mean().item() / largest, 'all_macs': largest,
+            'stage_shares': [(reached > stage).double().mean().item() for stage in range(len(cascade.order))],
+            'images_per_second': len(reached) / seconds,
+        })
+    return rows
+
+
+def print_cascade_table(rows: List[Dict[str, Any]]) -> None:
+    print(f'{"thresholds":>16}  {"top1":>6}  {"MACs":>6}  {"images of each stage":>22}  {"images/s":>8}')
+    for row in rows:
+        thresholds = ', '.join(f'{threshold:.4f}' for threshold in row['thresholds'])
+        shares = ' '.join(f'{share:.1%}' for share in row['stage_shares'])
+        print(f'{thresholds:>16}  {row["top1"]:5.2f}%  {row["macs_share"]:6.1%}  {shares:>22}  '
+              f'{row["images_per_second"]:8.0f}')
+    print(f'{rows[0]["images"]} images. MACs are over those of the largest model, static.')

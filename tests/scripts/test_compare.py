@@ -1,0 +1,119 @@
+"""scripts/compare.py: the order of its trainings, what it resumes, and its table."""
+import csv
+import json
+import sys
+
+import compare
+import pytest
+import timm
+import torch
+
+import timm_aig
+
+
+@pytest.fixture
+def start(images, tmp_path):
+    """Runs the script on small images, three classes and one seed."""
+    def _start(*args):
+        return compare.main([
+            'glyphs', '--data-dir', str(images), '--output', str(tmp_path / 'out'), '--seeds', '0', *map(str, args)])
+
+    return _start
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Puts models into the output folder as if finetune.py had trained them."""
+    small = '--num-classes 3 --input-size 3 8 8'
+    monkeypatch.setitem(compare.TASKS, 'glyphs', compare.Task(small, '--split train', '--split validation', 2, 6))
+    monkeypatch.setattr(compare, 'OFFSETS', (-1., 0., 1e4))
+
+    def _trained(*names):
+        for name in names:
+            torch.manual_seed(len(name))
+            kind, net = name.split('-')
+            model = timm.create_model(compare.NETS[net] + ('_aig' if kind == 'any' else ''), num_classes=3)
+            model.pretrained_cfg['input_size'] = (3, 8, 8)
+            for block in timm_aig.gated_blocks(model).values():
+                torch.nn.init.normal_(block.gate.fc2.weight, std=3.)
+            torch.nn.init.normal_(model.fc.weight)
+            folder = tmp_path / 'out' / f'{name}-s0'
+            timm_aig.save_pretrained(model.eval(), folder)
+            (folder / 'results.json').write_text('{}')
+
+    return _trained
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Replaces each training by a process that notes its name, and fails for those named."""
+    done, plan = [], compare.planned
+
+    def planned(args):
+        program = ("import pathlib, sys; sys.exit(1) if sys.argv[2] in sys.argv[3:] else None; "
+                   "folder = pathlib.Path(sys.argv[1], sys.argv[2]); folder.mkdir(); "
+                   "(folder / 'results.json').write_text('{}')")
+        trainings = plan(args)
+        done.extend(trainings)
+        return [t._replace(command=[sys.executable, '-c', program, args.output, t.name, *failing]) for t in trainings]
+
+    failing = []
+    monkeypatch.setattr(compare, 'planned', planned)
+    monkeypatch.setattr(compare, 'summarize', lambda args: [])
+    return failing
+
+
+def test_a_training_starts_once_what_it_needs_is_done(start, commands, tmp_path, capsys):
+    assert start('--only', 'r32', '--jobs', 3) == 0
+    times = {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / 'out').glob('*/results.json')}
+    assert set(times) == {f'{name}-s0' for name in compare.trainings(compare.TASKS['glyphs']) if 'r32' in name}
+    assert times['static-r32-s0'] < times['any-r32-s0'] and times['half-r32-s0'] < times['distill-r32-s0']
+    assert start('--only', 'r32') == 0  # nothing is trained again
+    assert times == {file.parent.name: file.stat().st_mtime_ns for file in (tmp_path / 'out').glob('*/results.json')}
+
+
+def test_a_training_that_fails_is_named_and_what_needs_it_does_not_start(start, commands, capsys):
+    commands.append('static-r32-s0')
+    assert start('--only', 'static-r32', 'distilled-r8') == 1
+    assert 'distilled-r8-s0 needs static-r32-s0, which is not trained' in capsys.readouterr().err
+    commands[:] = ['static-r8-s0']
+    assert start('--only', 'static-r8') == 1
+    assert 'static-r8-s0 failed, see' in capsys.readouterr().err
+
+
+def test_trainings_are_valid_command_lines(finetune, images, tmp_path):
+    for task in compare.TASKS:
+        for training in compare.planned(compare.parse_args([task, '--data-dir', str(images), '--seeds', '0'])):
+            args = finetune.parse_args(training.command[2:])
+            assert args.experiment == training.name and args.resume == 'auto'
+            epochs = compare.TASKS[task].epochs
+            assert args.epochs == (epochs if training.needs is None or 'half' not in training.needs else epochs // 2) \
+                or training.name == 'half-r32-s0'
+
+
+def test_the_table_has_what_validate_measures(start, trained, run_script, images, tmp_path, capsys):
+    trained('static-r8', 'static-r32', 'any-r20')
+    assert start('--table', tmp_path / 'table.csv') == 0
+    with open(tmp_path / 'table.csv', newline='') as file:
+        rows = {(row['model'], row['setting']): row for row in csv.DictReader(file)}
+    capsys.readouterr()
+    for name, args in {'static-r8': [], 'any-r20': ['--gate-offset', '-1']}.items():
+        assert run_script('validate.py', '--model', f'local-dir:{tmp_path}/out/{name}-s0', '--data-dir', images,
+                          '--workers', 0, '--json', *args) == 0
+        expected = json.loads(capsys.readouterr().out)['rows'][0]
+        row = rows[name, 'offset -1' if args else '']
+        assert float(row['top1']) == pytest.approx(expected['top1'], abs=1e-3)
+        assert float(row['macs']) == pytest.approx(expected['macs'] / 1e6, abs=1e-3)
+    cascade = [row for (name, _), row in rows.items() if name == 'static-r8 + static-r32']
+    shares = [float(row['setting'].split()[0]) for row in cascade]
+    assert shares == sorted(shares) and shares
+    assert rows['static-r32', '']['macs_over_resnet32'] == '1.0'
+
+
+def test_one_seed_has_no_spread_and_a_second_run_reads_the_answers(start, trained, tmp_path, monkeypatch, capsys):
+    trained('static-r32')
+    assert start('--table', tmp_path / 'a.csv') == 0
+    monkeypatch.setattr(timm, 'create_model', None)
+    assert start('--table', tmp_path / 'b.csv') == 0
+    assert (tmp_path / 'a.csv').read_text() == (tmp_path / 'b.csv').read_text()
+    assert ',,' in (tmp_path / 'a.csv').read_text()

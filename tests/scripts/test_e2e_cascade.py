@@ -1,0 +1,87 @@
+"""--cascade of calibrate.py and validate.py: thresholds, the folder they are saved in, and bad input."""
+import json
+
+import pytest
+import timm
+import torch
+
+import timm_aig
+
+
+@pytest.fixture
+def call(run_script, images, capsys):
+    """Runs a script on the images; gives its exit code, output and errors."""
+    def _call(name, *args):
+        code = run_script(name, '--data-dir', images, '--workers', 0, '--batch-size', 8, *args)
+        return (code, *capsys.readouterr())
+
+    return _call
+
+
+@pytest.fixture
+def rows(call):
+    """Rows of validate.py."""
+    def _rows(*args):
+        code, out, _ = call('validate.py', '--json', *args)
+        assert code == 0
+        return json.loads(out)['rows']
+
+    return _rows
+
+
+def test_thresholds_0_and_1_are_the_first_and_the_last_model(rows, static_model, adaptive_model):
+    first, last = (rows('--model', name)[0] for name in (adaptive_model, static_model))
+    none, all_of_them = rows('--cascade', adaptive_model, static_model, '--thresholds', 0, 1)
+    assert (none['top1'], all_of_them['top1']) == pytest.approx((first['top1'], last['top1']))
+    assert none['macs'] == pytest.approx(first['macs'])
+    assert all_of_them['macs'] == pytest.approx(first['macs'] + last['macs'])
+    assert none['stage_shares'] == [1, 0] and all_of_them['stage_shares'] == [1, 1]
+    assert none['macs_share'] == pytest.approx(first['macs'] / last['all_macs'])
+
+
+def test_only_unsure_images_reach_the_second_model(rows, plain_loop, static_model, adaptive_model):
+    logits, _, labels, _ = plain_loop(adaptive_model)
+    sure = logits.softmax(1).amax(1)
+    threshold = sure.sort().values[7].item()
+    row = rows('--cascade', adaptive_model, static_model, '--thresholds', threshold)[0]
+    final = torch.where((sure < threshold)[:, None], plain_loop(static_model)[0], logits)
+    assert row['stage_shares'] == [1, pytest.approx(7 / len(labels))]
+    assert row['top1'] == pytest.approx(100 * (final.argmax(1) == labels).double().mean().item())
+
+
+def test_a_calibrated_cascade_is_saved_and_does_what_was_measured(call, rows, static_model, adaptive_model, tmp_path):
+    code, out, err = call(
+        'calibrate.py', '--cascade', adaptive_model, static_model, '--split', 'validation', '--macs', 1.2, '--json',
+        '--output', tmp_path / 'cascade')
+    assert code == 0 and 'stage 2' in err
+    chosen = json.loads(out)['chosen']
+    assert chosen['macs_share'] <= 1.2
+    row = rows('--cascade', tmp_path / 'cascade')[0]
+    assert row['thresholds'] == chosen['thresholds'] and row['images'] == chosen['images']
+    assert row['top1'] == pytest.approx(chosen['top1']) and row['macs_share'] == pytest.approx(chosen['macs_share'])
+    assert timm_aig.Cascade.from_pretrained(tmp_path / 'cascade').thresholds == tuple(chosen['thresholds'])
+
+
+def test_tables_are_printed_for_people(call, static_model, adaptive_model):
+    names = ('--cascade', adaptive_model, static_model)
+    assert 'of the largest model, top1' in call('calibrate.py', *names, '--macs', 2)[1]
+    assert 'images of each stage' in call('validate.py', *names)[1]
+
+
+@pytest.mark.parametrize('script, args, problem', [
+    ('validate.py', ['--cascade', '{static}', '{static}', '--optimize'], '--cascade takes --thresholds'),
+    ('validate.py', ['--cascade', 'no/such'], '--cascade no/such: no/such is not a saved cascade'),
+    ('validate.py', ['--cascade', '{static}', '{other}'], 'same classes, not 3, 2'),
+    ('validate.py', ['--cascade', '{static}', '{large}'], '--cascade must take the same images, but input_size is'),
+    ('validate.py', [], 'one of the arguments --model --cascade is required'),
+    ('calibrate.py', ['--cascade', '{static}', '{static}'], '--cascade needs --macs or --accuracy'),
+    ('calibrate.py', ['--cascade', '{static}', '{static}', '--macs', '0.1'], '--macs is out of reach'),
+])
+def test_bad_input_is_named(call, static_model, tmp_path, script, args, problem):
+    names = {'static': static_model, 'other': '', 'large': ''}
+    for name, kwargs in {'other': dict(num_classes=2), 'large': dict(num_classes=3)}.items():
+        if f'{{{name}}}' in args:
+            model = timm.create_model('cifar_resnet20', **kwargs)
+            names[name] = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / name)}'
+    code, _, err = call(script, *(arg.format(**names) for arg in args))
+    assert code == 2 and problem in err
