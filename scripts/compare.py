@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
     data: Arguments of finetune.py for the data.
     held_out, test: Arguments of validate.py for the images that choose thresholds, and for those of the table.
-    epochs: Of a training; a parent and its gates have half of them each.
+    epochs: Of a training; a parent has half of them, its gates the rest.
     small: Lower resolution for the largest net, pixels.
     """
     data: str
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 TASKS = {
     'glyphs': Task(
         '--num-classes 2000 --input-size 1 20 20 --mean 0.5 --std 0.3 --crop-padding 2 --hflip 0',
-        '--split validation', '--split test', epochs=6, small=16),
+        '--split validation', '--split test', epochs=5, small=16),
     'fmnist': Task(
         '--dataset torch/fashion_mnist --holdout 5000 --input-size 1 28 28 --mean 0.286 --std 0.353 --crop-padding 2',
         '--dataset torch/fashion_mnist --split train --holdout 5000',
@@ -61,7 +61,8 @@ TASKS = {
 
 def trainings(task: Task) -> Dict[str, str]:
     """Arguments of finetune.py by name, each after those it needs."""
-    long, half = f'--epochs {task.epochs}', f'--epochs {task.epochs // 2}'
+    long, first = f'--epochs {task.epochs}', task.epochs // 2
+    rest = f'--epochs {task.epochs - first} --target-rate 0.5'
     runs = {f'static-{name}': f'--static --model {model} {long}' for name, model in reversed(NETS.items())}
     for name, model in NETS.items():
         if name != 'r32':
@@ -69,9 +70,9 @@ def trainings(task: Task) -> Dict[str, str]:
     runs['small-r32'] = f'--static --model {NETS["r32"]} {long} --input-size 1 {task.small} {task.small}'
     runs['any-r20'] = f'--recipe any --model {NETS["r20"]} {long} {TEACHER}'
     runs['any-r32'] = f'--recipe any --model {NETS["r32"]} {long} {TEACHER}'
-    runs['half-r32'] = f'--static --model {NETS["r32"]} {half}'
-    runs['distill-r32'] = f'--recipe distill {PARENT} {half} --target-rate 0.5'
-    runs['paper-r32'] = f'--recipe paper {PARENT} {half} --target-rate 0.5'
+    runs['half-r32'] = f'--static --model {NETS["r32"]} --epochs {first}'
+    runs['distill-r32'] = f'--recipe distill {PARENT} {rest}'
+    runs['paper-r32'] = f'--recipe paper {PARENT} {rest}'
     return runs
 
 
