@@ -105,7 +105,7 @@ class Cascade(nn.Module):
                 raise InputError(f'has {budget!r} for a stage without calibrated budgets.', 'budgets')
             offsets.append(None if budget is None else budget_offset(table, budget))
         self.budgets = tuple(budgets)
-        self._offsets = tuple(offsets)
+        self.offsets = tuple(offsets)
 
     def costs(self, input_size: Optional[Tuple[int, int, int]] = None) -> List[Cost]:
         """MACs of each stage's model. Raises as compute_cost does."""
@@ -172,7 +172,7 @@ class Cascade(nn.Module):
             self, stage: int, x: torch.Tensor, costs: Optional[List[Cost]],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Logits, and with costs the MACs of each image, float64 [B]."""
-        model, offset = self.models[self.order[stage]], self._offsets[stage]
+        model, offset = self.models[self.order[stage]], self.offsets[stage]
         with nullcontext() if offset is None else use_gate_offset(offset):
             if costs is None:
                 return model(x), x.new_empty(0)
