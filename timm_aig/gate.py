@@ -21,21 +21,33 @@ class _GatePass(threading.local):
     """
 
     def __init__(self) -> None:  # runs in every thread; instance attributes, since torch.compile guards only those
-        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # gates that answered, with their answers
-        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> bool [B], its answers instead
+        self.record: Optional[List[Tuple[int, torch.Tensor]]] = None  # id of a block that ran, answers it went by
+        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a block -> bool [B], answers instead
         self.sample = False  # draw in eval too
         self.rows = slice(None)  # part of the batch that is running
         self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
-    def forced_answers(self, gate: 'Gate', rows: int) -> Optional[torch.Tensor]:
-        """Forced answers of a gate, bool [rows], or None."""
-        if self.forced is None or id(gate) not in self.forced:
+    def forced_answers(self, block: nn.Module, rows: int) -> Optional[torch.Tensor]:
+        """Forced answers for a block, bool [rows], or None."""
+        if self.forced is None or id(block) not in self.forced:
             return None
-        answers = self.forced[id(gate)]
+        answers = self.forced[id(block)]
         batch = rows if self.batch is None else self.batch
         if len(answers) != batch:
             raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
         return answers[self.rows]
+
+    def note(self, block: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """The answers that a block goes by: those of its gate z [B], or forced ones. Records them.
+
+        Called by the block: what a gate returns may be changed on the way, by a forward hook or a module around it.
+        """
+        forced = self.forced_answers(block, len(z)) if self.forced is not None else None
+        if forced is not None:
+            z = forced.to(z.device, z.dtype)
+        if self.record is not None:
+            self.record.append((id(block), z))
+        return z
 
 
 gate_pass = _GatePass()
@@ -155,17 +167,6 @@ class Gate(nn.Module):
             z = sample_gate(logits, self.noise or sample)
         else:
             z = (logits[:, 1] + self.offset > logits[:, 0]).float()
-        if not torch.jit.is_scripting():
-            z = self._note(z)
-        return z
-
-    def _note(self, z: torch.Tensor) -> torch.Tensor:
-        """Apply this thread's force_gates and record_gates."""
-        forced = gate_pass.forced_answers(self, len(z)) if gate_pass.forced is not None else None
-        if forced is not None:
-            z = forced.to(z.device, z.dtype)
-        if gate_pass.record is not None:
-            gate_pass.record.append((self, z))
         return z
 
 

@@ -46,7 +46,7 @@ class InferenceBlock(nn.Module):
         if self.gate is None:
             return range(len(x)), pooled
         pooled = pool(x) if pooled is None else pooled
-        return self.gate.open_rows(*pooled), pooled
+        return self.gate.open_rows(self, *pooled), pooled
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """act(residual(x) + shortcut), see run_open_rows."""

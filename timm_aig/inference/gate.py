@@ -35,18 +35,15 @@ class InferenceGate(Gate):
     def set_offset(self, offset: float) -> None:
         self.offset = offset
 
-    def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
-        """Indices of the samples that run the block, from their inputs as returned by pool."""
+    def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> List[int]:
+        """Indices of the samples that run a block, from their inputs as returned by pool."""
         threshold = -self.score - self.offset
         scores = self._scores(pooled, scale)
         answers = [score > threshold for score in scores]
         if gate_pass.sample:
             answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
-        if gate_pass.forced is not None:
-            forced = gate_pass.forced_answers(self, len(answers))
-            answers = answers if forced is None else forced.tolist()
-        if gate_pass.record is not None:
-            gate_pass.record.append((self, torch.tensor(answers, dtype=torch.float32, device=pooled.device)))
+        if gate_pass.forced is not None or gate_pass.record is not None:
+            answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]
 
     def _scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
