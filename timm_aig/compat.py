@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
+from torch.autograd import forward_ad
 
 # ---- torch
 
@@ -18,6 +19,15 @@ if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn,
         '_convolution_pointwise', '_convolution_pointwise_', '_reorder_convolution_weight',
         '_get_mkldnn_serialized_md')):
     mkldnn_ops = None
+
+
+def in_transform() -> bool:
+    """True inside the transforms of torch.func and forward-mode AD, for which a custom autograd.Function has no rule.
+
+    Without the names: False, and they end in torch's error about that.
+    """
+    level = getattr(getattr(torch._C, '_functorch', None), 'maybe_current_level', lambda: None)()
+    return level is not None or getattr(forward_ad, '_current_level', -1) >= 0
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .compat import in_transform
 from .config import InputError
 
 __all__ = ['Gate']
@@ -78,7 +79,8 @@ def sample_gate(logits: torch.Tensor, noise: bool = True) -> torch.Tensor:
 
 def runs_eagerly(x: torch.Tensor) -> bool:
     """Whether Python may branch on the values of x. Tracers pass proxies and subclasses of Tensor."""
-    return type(x) is torch.Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return type(x) is torch.Tensor and not (
+        torch.jit.is_tracing() or torch.compiler.is_compiling() or in_transform())
 
 
 class _GlobalPool(torch.autograd.Function):
