@@ -31,8 +31,10 @@ def in_transform() -> bool:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """True if a module has forward hooks, which an optimized model would lose. Without the names: False."""
-    return any(getattr(module, name, None) for name in ('_forward_hooks', '_forward_pre_hooks'))
+    """True if a module has forward hooks, or a forward of its own as accelerate gives it, which an optimized model
+    would lose. Without the names: False."""
+    return 'forward' in vars(module) or any(
+        getattr(module, name, None) for name in ('_forward_hooks', '_forward_pre_hooks'))
 
 
 # ---- timm

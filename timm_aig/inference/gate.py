@@ -5,9 +5,11 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
+from ..compat import has_forward_hooks
 from ..gate import Gate, gate_pass
+from .fused import is_plain
 
-__all__ = ['InferenceGate', 'pool']
+__all__ = ['InferenceGate', 'can_fold', 'pool']
 
 
 class InferenceGate(Gate):
@@ -57,6 +59,13 @@ class InferenceGate(Gate):
             if unit > 0:
                 score += unit * weight
         return [score]
+
+
+def can_fold(gate: Any) -> bool:
+    """Whether InferenceGate computes what a gate does: a Gate of plain layers, without adapters or hooks."""
+    return (type(gate) is Gate and is_plain(gate.fc1, nn.Linear) and is_plain(gate.fc2, nn.Linear)
+            and type(gate.bn) in (nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm)
+            and not any(map(has_forward_hooks, gate.modules())))
 
 
 def pool(x: torch.Tensor) -> Tuple[torch.Tensor, float]:

@@ -9,17 +9,16 @@ How it gets fast, each measured with scripts/benchmark.py:
       calls of a gate and the reading of weights, few enough for activations to stay in the cache.
     * Large open samples run where they lie in the batch, neighbours together. Only small ones are gathered.
 """
-import copy
 import inspect
 from functools import partial
 from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..compat import has_forward_hooks
 from ..config import InputError
+from ..convert import GATED, plain_copy
 from ..gate import gate_pass
 from .blocks import InferenceBlock, InferenceStage
 from .fused import fold
@@ -118,16 +117,16 @@ def optimize_for_inference(
         raise InputError(f'must be at least 1, not {micro_batch!r}.', 'micro_batch')
     if isinstance(model, InferenceModel):
         raise InputError('is optimized already.', 'model')
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    blocks = {m: InferenceBlock(m) for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))}
+    model = plain_copy(model).requires_grad_(False)
+    blocks = {m: InferenceBlock(m) for m in model.modules() if type(m) in (*GATED, *GATED.values())}
     if not blocks:
         raise InputError(f'({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).', 'model')
-    hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}
+    hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in blocks:
                 setattr(parent, name, blocks[child])
-            elif isinstance(child, nn.Sequential) and len(child) and all(block in blocks for block in child):
+            elif type(child) is nn.Sequential and len(child) and all(block in blocks for block in child):
                 setattr(parent, name, InferenceStage(*(blocks[block] for block in child)))
         _fold_stem(parent)
     kept = set(model.modules())
