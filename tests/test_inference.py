@@ -188,6 +188,26 @@ def test_an_optimized_model_takes_the_arguments_that_the_model_takes():
                 call(*args, **kwargs)
 
 
+def test_a_model_that_mixes_the_images_of_a_batch_gets_the_whole_batch():
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = create('cifar_resnet20_aig')
+
+        def forward(self, x, labels=None):
+            logits = self.body(x)
+            return logits - logits.mean(0), logits.mean(), labels
+
+    model, x = Mixed().eval(), images(3, 'cifar').repeat(80, 1, 1, 1)  # more than a micro-batch
+    with torch.no_grad():
+        (centred, mean, labels), expected = timm_aig.optimize_for_inference(model)(x), model(x)
+    assert_same(centred, expected[0])
+    assert_same(mean, expected[1])
+    assert labels is None
+    with pytest.raises(InputError, match='micro_batch must not be given: an output of the model, tensor'):
+        timm_aig.optimize_for_inference(model, micro_batch=2)(x)
+
+
 def test_hooks_on_replaced_modules_are_an_error_and_others_are_kept():
     backbone = timm.create_model('resnet18_aig', features_only=True, feature_cls='hook').eval()
     with pytest.raises(ValueError, match=r'forward hooks on .*, which is replaced'):
