@@ -74,7 +74,7 @@ def export_onnx(
         raise InputError(f'must be one of {", ".join(PRECISIONS)}, not {precision!r}.', 'precision')
     if (precision == 'int8') != (calibration is not None):
         raise InputError("is for precision 'int8', which needs it.", 'calibration')
-    model, images = prepare(model, images, mode, gates)
+    model, images, gates = prepare(model, images, mode, gates)
     path = Path(path)
     proto = to_onnx(model, images, mode, gates, torch.float16 if precision == 'float16' else torch.float32)
     if calibration is not None:
