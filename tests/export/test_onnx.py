@@ -115,7 +115,8 @@ def test_half_precision_keeps_its_interface(model, x, sparse_file, tmp_path):
 
 
 def test_int8_skips_closed_blocks_too(model, x, sparse_file, tmp_path):
-    report = timm_aig.export_onnx(model, tmp_path / 'm.onnx', images=x[:6], precision='int8', calibration=[x])
+    report = timm_aig.export_onnx(model, tmp_path / 'm.onnx', images=x[:6], precision='int8',
+                                  calibration=[(x, torch.arange(len(x)))])
     assert report['bytes'] < 0.6 * sparse_file[1]['bytes']
     types = [node.op_type for node in onnx.load(tmp_path / 'm.onnx').graph.node]
     assert types.count('QuantizeLinear') >= 1 + 2 * 9 and types.count('NonZero') == GATES
@@ -159,6 +160,7 @@ def test_a_file_that_disagrees_is_not_written(model, x, sparse_file, tmp_path, m
     (dict(precision='int4'), 'precision must be one of float32, float16, int8'),
     (dict(precision='int8'), 'calibration is for precision'),
     (dict(calibration=[torch.zeros(1, 3, 16, 16)]), 'calibration is for precision'),
+    (dict(precision='int8', calibration=torch.zeros(2, 3, 16, 16)), 'calibration must give batches of images'),
     (dict(gates=MIXED), "gates is for mode 'path'"),
     (dict(mode='path'), "gates is for mode 'path'"),
     (dict(mode='path', gates=[1] * 4), '5 gated blocks'),
