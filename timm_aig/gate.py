@@ -153,6 +153,10 @@ class Gate(nn.Module):
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if runs_eagerly(x):
+                if len(x) == 1 and self.bn.training and isinstance(self.bn, nn.BatchNorm1d):
+                    raise InputError(
+                        'a batch of one image cannot train the batch norms of the gates: leave it out, as drop_last '
+                        "of a DataLoader does, or make the gates with gate_norm='none'.")
                 return _GlobalPool.apply(x)
         return x.mean((2, 3))
 
