@@ -31,12 +31,16 @@ class _Site(NamedTuple):
 
 
 def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
-    return [
+    sites = [
         _Site(stage, parent, child, block)
         for stage, parent in model.named_modules()
         for child, block in parent._modules.items()  # named_children() would leave out the second name of a block
         if type(block) in types
     ]
+    compiled = [site.stage for site in sites if site.child == '_orig_mod']
+    if compiled:  # would go on to run the block that it was made from
+        raise InputError(f'has a compiled block, {compiled[0]}: convert the model first, then compile.', 'model')
+    return sites
 
 
 def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
@@ -102,7 +106,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, _rates(sites, config)):
         if rate < 1 and site.block not in replacements:
-            conv = site.block.conv1
+            conv: Any = next(m for m in site.block.modules() if isinstance(m, nn.Conv2d))  # conv1 or inside of it
             gate = Gate(
                 conv.in_channels,
                 config.gate_channels,
