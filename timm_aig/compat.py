@@ -64,6 +64,17 @@ def set_model_args(model: nn.Module, args: Dict[str, Any]) -> None:
     vars(model)['_model_args'] = args
 
 
+# ---- transformers
+
+
+def loaded_by_transformers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has the mark of one that from_pretrained read from a file, for gates that a file lacks.
+
+    Without the mark: False, and a gate whose biases are not 0 stays as it is.
+    """
+    return getattr(tensor, '_is_hf_initialized', False)
+
+
 # ---- huggingface_hub
 
 

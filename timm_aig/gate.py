@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .compat import in_transform
+from .compat import in_transform, loaded_by_transformers
 from .config import InputError
 
 __all__ = ['Gate']
@@ -144,6 +144,19 @@ class Gate(nn.Module):
         with torch.no_grad():
             self.fc2.bias[0] = 0.1
             self.fc2.bias[1] = 2.0
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Open a gate whose layers transformers has initialized, in from_config or for weights that lack the gates.
+
+        transformers calls this method, by timm's name for it, after it has filled each Linear as a classifier.
+        """
+        loaded = loaded_by_transformers(self.fc2.weight)
+        if not loaded and not self.fc2.bias.any():
+            self.init_weights()
+            self.set_offset(0.)
+        elif loaded and not loaded_by_transformers(self.offset):  # weights of timm_aig before 0.2
+            self.set_offset(0.)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Closed and open logits [B, 2] for block inputs [B, C, H, W]."""

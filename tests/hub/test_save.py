@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
@@ -313,6 +313,31 @@ def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, trai
     assert reload(tmp_path).pretrained_cfg['label_names'] == ['cat', 'dog', 'owl']
     again = save_pretrained(reload(tmp_path), tmp_path / 'again')
     assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('missing', ['all', '.gate.', '.gate.offset', 'nothing'])
+def test_transformers_leaves_gates_that_it_has_no_weights_for_open(missing, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
+    set_gate_offset(model, 0. if missing == '.gate.offset' else 1.)
+    save_pretrained(model, tmp_path)
+    if missing == 'all':
+        loaded = transformers.AutoModelForImageClassification.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path))
+    else:
+        weights = {k: v for k, v in load_file(tmp_path / 'model.safetensors').items() if missing not in k}
+        save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        output, gates = forward_gates(loaded.eval(), x)
+        expected, expected_gates = forward_gates(ungate_(model) if missing == '.gate.' else model, x)
+    if missing in ('all', '.gate.'):
+        assert gates.all()
+        gate = loaded.timm_model.layer1[0].gate
+        assert gate.fc2.bias.softmax(0)[1] > .86 and gate.offset == 0
+    else:
+        assert torch.equal(gates, expected_gates)
+    assert missing == 'all' or torch.equal(output.logits, expected)
 
 
 def test_a_wrong_number_of_label_names_is_refused(tmp_path):
