@@ -70,7 +70,7 @@ from torch.utils.data import IterableDataset
 import timm_aig
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
-from timm_aig.training.data import class_names, count_unreadable
+from timm_aig.training.data import class_names, count_unreadable, match_classes
 from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
@@ -291,6 +291,8 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         print(f'--dataset {args.dataset} cannot be sharded exactly: several processes may validate on some images '
               'twice and miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train_set))
+    for dataset in (train_set, val_set):
+        match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
     data = create_training_loaders(args, train_set, val_set, model)
     if args.teacher and teacher is not None:
         check_normalization(args, teacher, data.config)

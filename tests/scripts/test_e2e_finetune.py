@@ -325,6 +325,40 @@ def test_a_teacher_with_another_head_or_normalization_is_refused(refused, run, m
     assert '--teacher' in error and 'needs --mean 0.2 0.2 0.2 --std 0.3 0.3 0.3' in error
 
 
+@pytest.fixture
+def reordered_model(static_model, tmp_path):
+    """The static model with its classes in another order than the folders."""
+    model, order = timm.create_model(static_model, pretrained=True), [2, 0, 1]
+    with torch.no_grad():
+        for p in model.fc.parameters():
+            p.copy_(p[order].clone())
+    names = [['ape', 'bee', 'cat'][i] for i in order]
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "other", model_config=dict(label_names=names))}'
+
+
+def test_a_head_is_matched_to_the_folders_by_the_names_of_the_classes(
+        run, refused, static_model, reordered_model, tmp_path):
+    code, err = run('--epochs', 1, '--lr', 1e-9, model=reordered_model)
+    assert code == 0, err
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    expected = json.loads(Path(static_model.removeprefix('local-dir:'), 'results.json').read_text())['metrics']['top1']
+    assert results['metrics']['top1'] == results['parent_metrics']['top1'] == expected
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['label_names'] == ['cat', 'ape', 'bee']
+    error = refused('--teacher', reordered_model, name='taught')
+    assert '--teacher must have the classes ape, bee, cat, in this order; local-dir:' in error
+
+
+def test_a_head_for_other_classes_is_not_taken_over(
+        finetune, refused, finetune_args, static_model, make_images, tmp_path):
+    data = make_images(tmp_path / 'data', classes=('ape', 'bee', 'dog'))
+    assert 'gets a new head of 3 classes, so it cannot be the teacher' in refused('--data-dir', data)
+    args = finetune.parse_args([*finetune_args, '--model', static_model])
+    args.num_classes = None
+    message = 'has the classes ape, bee, cat, but the data set ape, bee, dog'
+    with pytest.raises(timm_aig.InputError, match=message):
+        create_models(args, ['ape', 'bee', 'dog'])
+
+
 def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     make_images(data, splits=[('validation', 2)], classes=('ape', 'bee', 'dog'))
@@ -392,10 +426,11 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
 
 def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data')
-    assert run('--epochs', 1, '--data-dir', data)[0] == 0
+    args = ['--static', '--epochs', 1, '--data-dir', data]
+    assert run(*args, model='cifar_resnet20')[0] == 0
     for split in ('train', 'validation'):
         (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
-    error = refused('--epochs', 1, '--data-dir', data, '--resume', 'auto')
+    error = refused(*args, '--resume', 'auto', model='cifar_resnet20')
     assert "classes was ['ape', 'bee', 'cat'] and is now ['bee', 'cat', 'yak']" in error
 
 
