@@ -59,7 +59,7 @@ import torch
 import torch.nn as nn
 from _inputs import TrainingData, create_training_loaders, open_training_splits
 from _models import check_normalization, create_models, parent_name
-from _results import print_table, read_summary, save
+from _results import missed_target, print_table, read_summary, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -329,6 +329,9 @@ def run(args: argparse.Namespace) -> None:
     elif args.rank == 0:
         print_table(results)
         print(f'Wrote {output_folder(args)}.')
+    missed = missed_target(args, results, output_folder(args))
+    if args.rank == 0 and missed:
+        print(missed, file=sys.stderr)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

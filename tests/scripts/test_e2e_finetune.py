@@ -486,6 +486,16 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
     assert list(results['block_rates']) == list(timm_aig.gated_blocks(model))
 
 
+@pytest.mark.parametrize('loss, what', [('macs', 'MACs'), ('rate', 'gated blocks')])
+def test_a_target_that_is_missed_is_reported_with_what_to_do(run, loss, what, tmp_path):
+    code, err = run('--epochs', 1, '--target-rate', 0.3, '--gate-loss', loss, '--lr', 1e-9)
+    assert code == 0
+    last = err.splitlines()[-1]
+    assert re.match(rf'--target-rate 0\.3 was asked for, but (9\d|100)\.\d% of the {what} came out\. More', last)
+    assert f'scripts/calibrate.py --model local-dir:{tmp_path}/run --budgets 0.3' in last
+    assert 'was asked for' not in run('--epochs', 1, '--target-rate', 0.99, '--lr', 1e-9, name='met')[1]
+
+
 def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):
     model = timm.create_model('resnet50_aig.tv2_in1k', device='meta')
     assert model.pretrained_cfg['test_crop_pct'] != .9
