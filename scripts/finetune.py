@@ -323,7 +323,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         results = train(args)
     except Stopped as e:
-        raise Stopped(f'{e} Go on with --resume auto.') from e
+        raise Stopped(f'{e} Go on with --resume auto.', e.signum) from e
     if args.rank == 0 and args.json:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:

@@ -165,18 +165,20 @@ def wait_for(step, checkpoints, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize('which', ['distill, accumulation, workers', 'paper, mixup'])
-def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
-        which, training, uninterrupted, fork_main, wait, tmp_path):
+@pytest.mark.parametrize('which, signum', [
+    ('distill, accumulation, workers', signal.SIGTERM), ('distill, accumulation, workers', signal.SIGINT),
+    ('paper, mixup', signal.SIGTERM)])
+def test_a_signal_to_all_its_processes_saves_exits_with_its_code_and_is_resumed(
+        which, signum, training, uninterrupted, fork_main, wait, tmp_path):
     whole = uninterrupted(which)
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
     wait_for(0, tmp_path / 'stopped' / 'checkpoints', process)
-    os.killpg(process, signal.SIGTERM)
-    assert wait(process) == 143, (tmp_path / 'stderr').read_text()
+    os.killpg(process, signum)
+    assert wait(process) == 128 + signum, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
-    assert 'stopped by SIGTERM in epoch 1 after step 1, saved. Go on with --resume auto.' in error
+    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. Go on with --resume auto.' in error
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \

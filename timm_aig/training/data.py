@@ -178,15 +178,16 @@ def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
 
 
 def start_worker(worker: Any) -> int:
-    """Make a loader worker ignore the first SIGTERM, as the worker_seeding of timm's create_loader.
+    """Make a loader worker ignore the first SIGTERM and SIGINT, as the worker_seeding of timm's create_loader.
 
-    A scheduler signals all processes of a training at once, but the trainer needs its workers until it has saved a
-    checkpoint. A second SIGTERM ends the worker: the loader sends one to workers that do not stop by themselves.
+    A scheduler, and Ctrl-C, signal all processes of a training at once, but the trainer needs its workers until it has
+    saved a checkpoint. A second signal ends the worker: the loader sends one to workers that do not stop by themselves.
 
     Returns:
         The worker's seed.
     """
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
     return worker.seed
 
 
