@@ -208,7 +208,7 @@ def run_script(run: Callable[[argparse.Namespace], Any], args: argparse.Namespac
         return next(code for kind, code in codes.items() if isinstance(e, kind))
     except Stopped as e:
         print(e, file=sys.stderr)
-        return 143
+        return 128 + e.signum
     except KeyboardInterrupt:
         print('error: interrupted.', file=sys.stderr)
         return 130

@@ -16,6 +16,7 @@ from timm_aig.training.data import (
     class_names,
     convert_images,
     hold_out,
+    match_classes,
     open_dataset,
     resolve_config,
     start_worker,
@@ -35,9 +36,10 @@ def open_split(args: argparse.Namespace, split: str, is_training: bool = False, 
         input_key=args.input_key, target_key=args.target_key, **kwargs)
 
 
-def open_evaluation_split(args: argparse.Namespace) -> Any:
-    """--split, or the --holdout images of it."""
+def open_evaluation_split(args: argparse.Namespace, model: Any) -> Any:
+    """--split, or the --holdout images of it, with the labels of a model."""
     dataset = open_split(args, args.split)
+    match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
     return hold_out(dataset, dataset, args.holdout)[1] if args.holdout else dataset  # the other part is not used
 
 

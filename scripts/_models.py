@@ -24,12 +24,13 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         raise InputError(
             f'{model.num_classes} is the head of --model {args.model}, but the data set has {len(names)} classes. '
             f'Pass --num-classes {len(names)} for a new head.', 'num_classes')
+    check_class_names(args, model, names)
     adaptive = bool(timm_aig.gated_blocks(model))
     if args.static and adaptive:
         raise InputError(f'{args.model} has gates, --static trains a model without.', 'model')
     has_weights = args.pretrained or args.initial_checkpoint or ':' in args.model
     parent = copy.deepcopy(model) if has_weights and not adaptive and not args.static else None
-    teacher = create_teacher(args, model, parent)
+    teacher = create_teacher(args, model, parent, names)
     if parent is not None and has_new_head(args, model):
         parent = None
     if adaptive:
@@ -48,6 +49,26 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         for name in AIG_ARGS:
             setattr(args, name, getattr(config, name))
     return model, parent, teacher
+
+
+def check_class_names(args: argparse.Namespace, model: Any, names: List[str]) -> None:
+    """A head for other classes is no start: --num-classes makes a new one, also for the same number of classes."""
+    if args.initial_checkpoint or has_new_head(args, model):
+        model.pretrained_cfg.pop('label_names', None)
+    labels = model.pretrained_cfg.get('label_names') or names
+    if not names or {*labels} == {*names}:
+        return
+    if not args.num_classes:
+        raise InputError(
+            f'{args.model} has the classes {_shown(labels)}, but the data set {_shown(names)}. '
+            f'Pass --num-classes {len(names)} for a new head.', 'model')
+    model.reset_classifier(model.num_classes)
+    del model.pretrained_cfg['label_names']
+    model.pretrained_cfg['num_classes'] = None  # see has_new_head
+
+
+def _shown(names: List[str]) -> str:
+    return ', '.join(names[:10]) + ('...' if len(names) > 10 else '')
 
 
 def given_gate_args(args: argparse.Namespace) -> Dict[str, Any]:
@@ -77,7 +98,7 @@ def has_new_head(args: argparse.Namespace, model: nn.Module) -> bool:
     return not args.initial_checkpoint and model.pretrained_cfg['num_classes'] != model.num_classes
 
 
-def create_teacher(args: argparse.Namespace, model: Any, parent: Any) -> Any:
+def create_teacher(args: argparse.Namespace, model: Any, parent: Any, names: List[str]) -> Any:
     """--teacher, else the parent; None without distillation."""
     if not args.distill_weight:
         return None
@@ -86,6 +107,12 @@ def create_teacher(args: argparse.Namespace, model: Any, parent: Any) -> Any:
         teacher = create_model(args.teacher, True, 'teacher', **kwargs)
         if teacher.num_classes != model.num_classes:
             raise InputError(f'has {teacher.num_classes} classes, the model {model.num_classes}.', 'teacher')
+        labels = teacher.pretrained_cfg.get('label_names')
+        expected = model.pretrained_cfg.get('label_names') or names
+        if labels and names and list(labels) != list(expected):
+            raise InputError(
+                f'must have the classes {_shown(expected)}, in this order; {args.teacher} has {_shown(labels)}.',
+                'teacher')
         return teacher
     if args.static:
         return None

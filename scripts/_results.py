@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,8 @@ from _inputs import TrainingData
 import timm_aig
 from timm_aig.analysis.figures import plot_accuracy_macs, plot_rates_over_epochs
 from timm_aig.training.checkpoint import CheckpointError
+
+TARGET_TOLERANCE = 0.02
 
 
 def read_summary(folder: Path) -> List[Dict[str, Any]]:
@@ -56,3 +58,17 @@ def print_table(results: Dict[str, Any]) -> None:
         print(f'{name:13}  {m["top1"]:5.2f}%  {m["top5"]:5.2f}%  {m["execution_rate"]:10.1%}  {m["macs_share"]:6.1%}  '
               f'{m["paths"]:5}')
     print(f'{results["images"]} images of {results["dataset"]}, {results["split"]}; seed {results["seed"]}')
+
+
+def missed_target(args: argparse.Namespace, results: Dict[str, Any], folder: Path) -> Optional[str]:
+    """What to do about a target that was asked for and did not come out, None if it did."""
+    if args.static or (args.gate_loss == 'rate' and args.schedule):  # whose blocks have targets of their own
+        return None
+    name, what = ('macs_share', 'MACs') if args.gate_loss == 'macs' else ('execution_rate', 'gated blocks')
+    got = results['metrics'][name]
+    if abs(got - args.target_rate) <= TARGET_TOLERANCE:
+        return None
+    return (f'--target-rate {args.target_rate:g} was asked for, but {got:.1%} of the {what} came out. More --epochs or '
+            f'a larger --gate-loss-weight get closer. For this model as it is, "scripts/calibrate.py --model '
+            f'local-dir:{folder} --budgets {args.target_rate:g} --output FOLDER" on held-out images finds the gate '
+            f'offset that gives it.')

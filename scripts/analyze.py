@@ -251,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
     require('train', 'matplotlib')
     model = create_adaptive_model(args)
     config = data_config(args, model)
-    dataset = open_evaluation_split(args)
+    dataset = open_evaluation_split(args, model)
     names = names_of_classes(model, dataset)
     groups = read_groups(args.groups, names) if args.groups else {}
     folder = open_folder(args.output)

@@ -81,7 +81,7 @@ from timm_aig.training.calibrate import Calibration
 
 def create_loader(args: argparse.Namespace, model: Any) -> Any:
     """Loader of the calibration images."""
-    dataset, config = open_evaluation_split(args), data_config(args, model)
+    dataset, config = open_evaluation_split(args, model), data_config(args, model)
     size = 0 if isinstance(dataset, IterableDataset) else 4 * len(dataset) * math.prod(config['input_size'])
     if size > MAX_BYTES:
         raise InputError(

@@ -59,7 +59,7 @@ import torch
 import torch.nn as nn
 from _inputs import TrainingData, create_training_loaders, open_training_splits
 from _models import check_normalization, create_models, parent_name
-from _results import print_table, read_summary, save
+from _results import missed_target, print_table, read_summary, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -70,7 +70,7 @@ from torch.utils.data import IterableDataset
 import timm_aig
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
-from timm_aig.training.data import class_names, count_unreadable
+from timm_aig.training.data import class_names, count_unreadable, match_classes
 from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
@@ -294,6 +294,8 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         print(f'--dataset {args.dataset} cannot be sharded exactly: several processes may validate on some images '
               'twice and miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train_set))
+    for dataset in (train_set, val_set):
+        match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
     data = create_training_loaders(args, train_set, val_set, model)
     if args.teacher and teacher is not None:
         check_normalization(args, teacher, data.config)
@@ -324,12 +326,15 @@ def run(args: argparse.Namespace) -> None:
     try:
         results = train(args)
     except Stopped as e:
-        raise Stopped(f'{e} Go on with --resume auto.') from e
+        raise Stopped(f'{e} Go on with --resume auto.', e.signum) from e
     if args.rank == 0 and args.json:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:
         print_table(results)
         print(f'Wrote {output_folder(args)}.')
+    missed = missed_target(args, results, output_folder(args))
+    if args.rank == 0 and missed:
+        print(missed, file=sys.stderr)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -149,7 +149,7 @@ def gate_offsets(
 def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> List[Result]:
     """One result for each budget or gate offset."""
     name, model, config, offsets = opened
-    dataset = open_evaluation_split(args)
+    dataset = open_evaluation_split(args, model)
     if args.distributed and isinstance(dataset, IterableDataset):
         raise InputError(f'{args.dataset} cannot be sharded exactly, run it in one process.', 'dataset')
     loader = create_evaluation_loader(

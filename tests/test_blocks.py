@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -344,3 +346,40 @@ def test_the_masked_sum_has_the_right_gradients_in_every_memory_format(y_format,
     assert got[1].is_contiguous(memory_format=grad_format)
     if y_format == grad_format:
         assert copies.shapes == [], 'the backward pass copies'
+
+
+def test_transforms_of_torch_func_and_forward_mode_give_what_plain_autograd_gives(train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
+    x, direction = torch.randn(3, 3, 16, 16), torch.randn(3, 3, 16, 16)
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    names = ('conv1.weight', 'layer2.1.conv1.weight')
+
+    def loss(some, x):
+        return functional_call(model, ({**params, **some}, buffers), (x[None],)).logsumexp(1).sum()
+
+    some = {name: params[name] for name in names}
+    each = vmap(grad(loss), in_dims=(None, 0))(some, x)
+    for i in range(3):
+        for name, expected in zip(names, torch.autograd.grad(loss(some, x[i]), [*some.values()])):
+            assert torch.allclose(each[name][i], expected, atol=1e-4 * expected.abs().max())
+
+    output, tangent = jvp(model, (x,), (direction,))
+    _, expected = torch.autograd.functional.jvp(model, x, direction)  # by backward passes
+    with torch.no_grad():
+        assert torch.allclose(output, model(x), atol=1e-5)
+    assert torch.allclose(tangent, expected, atol=1e-4 * expected.abs().max())
+    with forward_ad.dual_level():
+        assert torch.allclose(forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent, tangent)
+
+
+def test_an_ensemble_of_gated_models_and_of_gate_offsets_runs_under_vmap(train_norms, train_gates):
+    models = [train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval() for _ in range(2)]
+    x, offsets = torch.randn(4, 3, 16, 16), torch.tensor([-1., 0., 2.])
+    name = 'layer1.0.gate.offset'
+    with torch.no_grad():
+        params, buffers = stack_module_state(models)
+        together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
+        assert torch.allclose(together, torch.stack([model(x) for model in models]), atol=1e-5)
+        moved = vmap(lambda offset: functional_call(models[0], {name: offset}, (x,)))(offsets)
+        for logits, offset in zip(moved, offsets):
+            assert torch.allclose(logits, functional_call(models[0], {name: offset}, (x,)), atol=1e-5)

@@ -123,6 +123,24 @@ def test_bad_arguments_and_budgets_out_of_reach_are_errors_that_change_nothing(
     assert same(state(model), before)
 
 
+@pytest.mark.parametrize('change, message', [
+    (lambda images, labels: {'image': images}, 'loader must give batches of images'),
+    (lambda images, labels: (images, torch.rand(len(images), 4)), 'loader must give .* labels'),
+    (lambda images, labels: (images, labels + 50), r'the model has 4 classes, the data set has a label 5\d'),
+    (lambda images, labels: (images * torch.nan, labels), 'logits of the model are not numbers'),
+])
+def test_batches_that_would_give_a_wrong_table_are_errors(model, batches, change, message):
+    with pytest.raises(InputError, match=message):
+        calibrate_budget(model, [change(*batch) for batch in batches], [1.])
+    assert budget_table(model) == ()
+
+
+def test_a_gate_that_gives_nan_is_an_error(model, batches):
+    model.layer3[2].gate.fc2.weight.data.fill_(torch.nan)  # the block is closed, the logits of the model are finite
+    with pytest.raises(InputError, match='logits of the gates are not finite'):
+        calibrate_budget(model, batches, [1.])
+
+
 def test_a_budget_that_the_share_jumps_over_is_an_error(batches):
     model = timm.create_model('cifar_resnet20_aig', num_classes=4)
     with torch.no_grad():

@@ -400,3 +400,29 @@ def test_gating_in_one_thread_does_not_touch_a_model_of_another():
         thread.join()
     for i, model in enumerate(models):
         assert [b.target_rate for b in gated_blocks(model).values()] == [0.1 * (i + 1)] * 8
+
+
+def test_a_compiled_block_is_refused_since_it_would_run_as_before():
+    for arch, convert in (('cifar_resnet20', gate_), ('cifar_resnet20_aig', ungate_)):
+        model = timm.create_model(arch)
+        model.layer1[1] = torch.compile(model.layer1[1], backend='eager')
+        before = {name: type(m) for name, m in model.named_modules()}
+        with pytest.raises(InputError, match=r'has a compiled block, layer1.1: convert the model first'):
+            convert(model)
+        assert {name: type(m) for name, m in model.named_modules()} == before
+
+
+def test_a_model_with_adapters_is_gated():
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    model, x = timm.create_model('cifar_resnet20').eval(), torch.randn(2, 3, 16, 16)
+    model.layer2[0].conv1 = Adapter(model.layer2[0].conv1)
+    expected = model(x)
+    assert torch.equal(gate_(model)(x), expected)
+    assert model.layer2[0].gate.fc1.in_features == 16

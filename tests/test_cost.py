@@ -211,6 +211,11 @@ def test_a_bad_input_size_is_an_error(input_size):
         compute_cost(resnet('resnet18'), input_size)
 
 
+def test_a_size_that_the_model_does_not_take_is_an_error():
+    with pytest.raises(InputError, match=r'input_size \(1, 64, 64\) cannot be run by the model'):
+        compute_cost(resnet('resnet18'), (1, 64, 64))
+
+
 def cells(table):
     """Cells of each line of a summary, without the rules."""
     return [[cell for cell in line.split('  ') if cell.strip()] for line in table.splitlines() if set(line) != {'-'}]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import timm_aig
-from timm_aig import Gate
+from timm_aig import Gate, InputError
 
 
 def constant_gate(closed: float, open: float, dtype=torch.float32) -> Gate:
@@ -250,6 +250,14 @@ def test_without_a_norm_it_trains_at_batch_1():
     gate = Gate(8, norm='none')
     gate(torch.randn(1, 8, 2, 2)).sum().backward()
     assert gate.fc2.bias.grad.abs().sum() > 0
+
+
+def test_training_a_batch_norm_with_one_image_is_an_error_that_says_what_to_do():
+    gate = Gate(8)
+    with pytest.raises(InputError, match=r"one image .* drop_last .* gate_norm='none'"):
+        gate(torch.randn(1, 8, 4, 4))
+    gate.bn.eval()
+    assert gate(torch.randn(1, 8, 4, 4)).shape == (1,)
 
 
 def test_a_training_pass_leaves_nothing_on_the_gate():

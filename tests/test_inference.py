@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import timm_aig
 from timm_aig import InputError
@@ -187,6 +188,26 @@ def test_an_optimized_model_takes_the_arguments_that_the_model_takes():
                 call(*args, **kwargs)
 
 
+def test_a_model_that_mixes_the_images_of_a_batch_gets_the_whole_batch():
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = create('cifar_resnet20_aig')
+
+        def forward(self, x, labels=None):
+            logits = self.body(x)
+            return logits - logits.mean(0), logits.mean(), labels
+
+    model, x = Mixed().eval(), images(3, 'cifar').repeat(80, 1, 1, 1)  # more than a micro-batch
+    with torch.no_grad():
+        (centred, mean, labels), expected = timm_aig.optimize_for_inference(model)(x), model(x)
+    assert_same(centred, expected[0])
+    assert_same(mean, expected[1])
+    assert labels is None
+    with pytest.raises(InputError, match='micro_batch must not be given: an output of the model, tensor'):
+        timm_aig.optimize_for_inference(model, micro_batch=2)(x)
+
+
 def test_hooks_on_replaced_modules_are_an_error_and_others_are_kept():
     backbone = timm.create_model('resnet18_aig', features_only=True, feature_cls='hook').eval()
     with pytest.raises(ValueError, match=r'forward hooks on .*, which is replaced'):
@@ -195,6 +216,97 @@ def test_hooks_on_replaced_modules_are_an_error_and_others_are_kept():
     model.fc.register_forward_hook(lambda *args: seen.append(args))
     timm_aig.optimize_for_inference(model)(images(2, 'cifar'))
     assert len(seen) == 1
+
+
+class Adapter(torch.nn.Module):
+    """Adds a low-rank update, and has the layer's attributes, as a LoRA layer does."""
+
+    def __init__(self, layer, channels):
+        super().__init__()
+        self.base_layer = layer
+        self.update = torch.nn.Sequential(torch.nn.Linear(channels, 2), torch.nn.Linear(2, len(layer.weight)))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('base_layer'), name)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.update(x if x.ndim == 2 else x.movedim(1, 3)).movedim(-1, 1)
+
+
+class Standardized(torch.nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), True), self.bias)
+
+
+class ScaledBlock(timm_aig.GatedBasicBlock):
+    def residual(self, x):
+        return 2 * super().residual(x)
+
+
+class Negated(timm_aig.Gate):
+    def logits(self, x):
+        return -super().logits(x)
+
+
+def change_class(module, cls):
+    module.__class__ = cls
+
+
+def change_gate(model):
+    gate = model.layer4[0].gate
+    gate.fc1, gate.fc2 = Adapter(gate.fc1, 256), Adapter(gate.fc2, 16)
+    torch.nn.init.normal_(gate.fc2.update[1].weight, std=9.)
+
+
+def change_conv(model):
+    model.layer1[1].conv1 = Adapter(model.layer1[1].conv1, 64)
+
+
+def compile_modules(model):
+    model.layer1[1] = torch.compile(model.layer1[1], backend='eager')
+    model.layer2[0].gate = torch.compile(model.layer2[0].gate, backend='eager')
+    model.conv1 = torch.compile(model.conv1, backend='eager')
+
+
+CHANGES = {
+    'adapter on a gate': change_gate,
+    'adapter on a convolution': change_conv,
+    'hook on a gate': lambda m: m.layer1[0].gate.register_forward_hook(lambda gate, args, z: 1 - z),
+    'weight_norm': lambda m: weight_norm(m.layer1[1].conv1),
+    'spectral_norm': lambda m: [spectral_norm(layer) for layer in (m.layer1[1].conv2, m.layer4[0].gate.fc1)],
+    'quantized': lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}, torch.qint8, inplace=True),
+    'other convolution': lambda m: change_class(m.layer1[1].conv2, Standardized),
+    'other block': lambda m: change_class(m.layer1[1], ScaledBlock),
+    'other gate': lambda m: change_class(m.layer2[1].gate, Negated),
+    'compiled modules': compile_modules,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_what_a_layer_computes_counts_not_the_weight_it_has(change):
+    torch.compiler.reset()
+    model, x = create('resnet18_aig', gate_norm='none'), images(6)
+    with torch.no_grad():
+        before = model(x)
+        CHANGES[change](model.eval())
+        for module in model.modules():
+            module.training = False  # of new modules
+        expected, gates = timm_aig.forward_gates(model, x)
+        logits, fast_gates = timm_aig.forward_gates(timm_aig.optimize_for_inference(model), x)
+        assert_same(model(x), expected)  # the model is as it was
+    assert torch.allclose(before, expected, rtol=1e-3) == (change in ('weight_norm', 'compiled modules'))
+    assert torch.equal(fast_gates, gates)
+    assert_same(logits, expected)
+
+
+def test_a_replaced_module_with_a_forward_of_its_own_is_an_error():
+    model = create('cifar_resnet20_aig')
+    model.layer1[0].conv1.forward = lambda x: 0 * x  # as accelerate's hooks are
+    with pytest.raises(InputError, match=r'forward hooks on layer1.0.conv1, which is replaced'):
+        timm_aig.optimize_for_inference(model)
 
 
 def test_forced_gates_for_another_batch_size_are_an_error_in_micro_batches_too(models):
@@ -414,6 +526,8 @@ def test_training_optimizing_twice_and_bad_arguments_are_errors(models):
         timm_aig.optimize_for_inference(optimized)
     with pytest.raises(InputError, match='micro_batch must be at least 1, not 0'):
         timm_aig.optimize_for_inference(model, micro_batch=0)
+    with pytest.raises(InputError, match=r'calibration is not taken any more: .* export_onnx'):
+        timm_aig.optimize_for_inference(model, calibration=[images(2)])
     with pytest.raises(InputError, match='has no timm ResNet blocks'):
         timm_aig.optimize_for_inference(torch.nn.Linear(2, 2))
 

@@ -184,7 +184,7 @@ def run_process(rank: int, folder: str) -> None:
     group = groups[rank // 2]
     results = {}
     for name, loss_fn in losses(group).items():
-        for split, sizes in {'equal': [4, 4], 'unequal': [3, 5]}.items():
+        for split, sizes in {'equal': [4, 4], 'unequal': [3, 5], 'empty': [8, 0]}.items():
             torch.manual_seed(0)
             model = DistributedDataParallel(Answers(), process_group=group)
             loss = loss_fn(model(inputs().split(sizes)[rank % 2]))
@@ -212,7 +212,7 @@ def processes(tmp_path_factory):
     return [torch.load(f'{folder}/{rank}.pt') for rank in range(3)]
 
 
-@pytest.mark.parametrize('split', ['equal', 'unequal'])
+@pytest.mark.parametrize('split', ['equal', 'unequal', 'empty'])
 @pytest.mark.parametrize('name', ['sum', 'mean', 'compute'])
 def test_a_group_of_processes_has_the_loss_and_gradient_of_one_process_with_its_whole_batch(name, split, processes):
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from timm_aig import (
     gated_blocks,
     optimize_for_inference,
     record_gates,
+    set_execution,
     set_gate_offset,
     use_gate_offset,
 )
@@ -256,6 +257,66 @@ def test_an_error_in_the_model_ends_the_recording():
     with pytest.raises(RuntimeError):
         forward_gates(model, torch.randn(4, 5, 16, 16))  # 5 channels
     assert forward_gates(model, torch.randn(4, 3, 16, 16))[1].shape == (4, 9)
+
+
+class Wrapper(nn.Module):
+    """Chooses a module, and has its attributes, as adapters and checkpointing wrappers do."""
+
+    def __init__(self, chosen, *others):
+        super().__init__()
+        self.others = nn.ModuleList(others)
+        self.chosen = chosen
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('chosen'), name)
+
+    def forward(self, x):
+        return self.chosen(x)
+
+
+@pytest.mark.parametrize('wrap_gate, wrap_block', [
+    (lambda gate: Wrapper(gate, copy.deepcopy(gate)), lambda block: block),
+    (lambda gate: gate, Wrapper),
+    (lambda gate: torch.compile(gate, backend='eager'), lambda block: torch.compile(block, backend='eager')),
+], ids=['gates', 'blocks', 'compiled'])
+def test_wrapped_gates_and_blocks_are_recorded_and_forced(wrap_gate, wrap_block, train_gates):
+    torch.compiler.reset()
+    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
+    x, forced = torch.randn(4, 3, 16, 16), torch.rand(4, 9) < .5
+    with torch.no_grad():
+        expected, gates = forward_gates(model, x)
+        with force_gates(model, forced):
+            expected_forced = model(x)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for i, block in enumerate(stage):
+            block.gate = wrap_gate(block.gate)
+            stage[i] = wrap_block(block)
+    assert len(gated_blocks(model)) == 9
+    with torch.no_grad():
+        logits, found = forward_gates(model, x)
+        assert torch.equal(found, gates) and torch.allclose(logits, expected, atol=1e-5)
+        with force_gates(model, forced):
+            assert torch.allclose(model(x), expected_forced, atol=1e-5)
+    set_gate_offset(model, -1e4)
+    assert forward_gates(model, x)[1].sum() == 0
+
+
+@pytest.mark.parametrize('mode', ['masked', 'sparse'])
+def test_a_hook_on_a_gate_changes_which_blocks_run_and_what_is_recorded(mode, train_gates):
+    model, x, ran = train_gates(timm.create_model('cifar_resnet20_aig')).eval(), torch.randn(4, 3, 16, 16), []
+    set_execution(model, mode)
+    block = model.layer2[1]
+    block.gate.register_forward_hook(lambda gate, args, z: 1 - z)
+    answers = []
+    block.gate.fc2.register_forward_hook(lambda fc2, args, logits: answers.append(logits[:, 1] > logits[:, 0]))
+    block.conv1.register_forward_hook(lambda conv, args, y: ran.append(len(y)))
+    with torch.no_grad():
+        gates = forward_gates(model, x)[1]
+    assert torch.equal(gates[:, 4], (~answers[0]).float())
+    assert sum(ran) == (4 if mode == 'masked' else gates[:, 4].sum())
 
 
 def test_a_block_that_does_not_run_is_an_error():

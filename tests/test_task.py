@@ -264,6 +264,14 @@ def test_distillation_is_the_divergence_of_softened_distributions_with_its_gradi
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
 
 
+@pytest.mark.parametrize('classes', [1, 7])
+def test_a_teacher_with_other_classes_is_an_error(classes, model):
+    teacher = timm.create_model('cifar_resnet20', num_classes=classes)
+    task = AIGTask(model, teacher=teacher, verbose=False)
+    with pytest.raises(InputError, match=rf'teacher must have the classes of the model: .* \[4, {classes}\]'):
+        task(X, TARGET)
+
+
 def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
     teacher = timm.create_model('cifar_resnet20').train()
     before = copy.deepcopy(teacher.state_dict())

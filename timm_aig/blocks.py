@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .config import InputError
-from .gate import Gate, runs_eagerly
+from .gate import Gate, gate_pass, runs_eagerly
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'set_execution', 'set_gate_offset']
 
@@ -69,6 +69,7 @@ class GatedBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = self.gate(x)
         if not torch.jit.is_scripting():
+            z = gate_pass.note(self, z)
             if self._runs_sparse(x):
                 return run_open_rows(self, x, open_rows(z))  # closed samples are skipped here
         y = self.residual(x)
@@ -227,7 +228,10 @@ class GatedBottleneck(GatedBlock, Bottleneck):
 
 def gated_blocks(model: nn.Module) -> Dict[str, Any]:
     """Gated blocks of a model in order, by module name ('layer2.1'). A static model has none."""
-    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'gate', None), Gate)}
+    return {
+        name: m for name, m in model.named_modules()
+        # the gate may be any module around a Gate; the block is none that hands on a block's attributes
+        if m._modules.get('gate') is not None and hasattr(type(m), 'add_residual')}
 
 
 def require_gated_blocks(model: nn.Module) -> Dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
+from torch.autograd import forward_ad
 
 # ---- torch
 
@@ -20,9 +21,20 @@ if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn,
     mkldnn_ops = None
 
 
+def in_transform() -> bool:
+    """True inside the transforms of torch.func and forward-mode AD, for which a custom autograd.Function has no rule.
+
+    Without the names: False, and they end in torch's error about that.
+    """
+    level = getattr(getattr(torch._C, '_functorch', None), 'maybe_current_level', lambda: None)()
+    return level is not None or getattr(forward_ad, '_current_level', -1) >= 0
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
-    """True if a module has forward hooks, which an optimized model would lose. Without the names: False."""
-    return any(getattr(module, name, None) for name in ('_forward_hooks', '_forward_pre_hooks'))
+    """True if a module has forward hooks, or a forward of its own as accelerate gives it, which an optimized model
+    would lose. Without the names: False."""
+    return 'forward' in vars(module) or any(
+        getattr(module, name, None) for name in ('_forward_hooks', '_forward_pre_hooks'))
 
 
 # ---- timm
@@ -50,6 +62,17 @@ def model_args(model: nn.Module) -> Dict[str, Any]:
 def set_model_args(model: nn.Module, args: Dict[str, Any]) -> None:
     """Replace that record, so that an export of a gated model names its gates. Without it: nothing reads this."""
     vars(model)['_model_args'] = args
+
+
+# ---- transformers
+
+
+def loaded_by_transformers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has the mark of one that from_pretrained read from a file, for gates that a file lacks.
+
+    Without the mark: False, and a gate whose biases are not 0 stays as it is.
+    """
+    return getattr(tensor, '_is_hf_initialized', False)
 
 
 # ---- huggingface_hub

@@ -1,4 +1,5 @@
 """Convert timm ResNets and their checkpoints to adaptive ones and back: gate_, ungate_, checkpoint_filter_fn."""
+import copy
 import logging
 from itertools import groupby
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type
@@ -7,13 +8,14 @@ import torch
 import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
 from .compat import model_args, set_model_args
 from .config import AIG_ARGS, AIGConfig, InputError
 from .gate import Gate
 
-__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn']
+__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn', 'plain_copy']
 
 _logger = logging.getLogger(__name__)
 
@@ -29,12 +31,16 @@ class _Site(NamedTuple):
 
 
 def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
-    return [
+    sites = [
         _Site(stage, parent, child, block)
         for stage, parent in model.named_modules()
         for child, block in parent._modules.items()  # named_children() would leave out the second name of a block
         if type(block) in types
     ]
+    compiled = [site.stage for site in sites if site.child == '_orig_mod']
+    if compiled:  # would go on to run the block that it was made from
+        raise InputError(f'has a compiled block, {compiled[0]}: convert the model first, then compile.', 'model')
+    return sites
 
 
 def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
@@ -100,7 +106,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, _rates(sites, config)):
         if rate < 1 and site.block not in replacements:
-            conv = site.block.conv1
+            conv: Any = next(m for m in site.block.modules() if isinstance(m, nn.Conv2d))  # conv1 or inside of it
             gate = Gate(
                 conv.in_channels,
                 config.gate_channels,
@@ -151,6 +157,27 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
     if config:
         args.update((k, v) for k, v in config.to_dict().items() if k in AIG_ARGS)
     set_model_args(model, args)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Copy of a model in eval that computes the same with plain modules, which can be read and replaced.
+
+    Parametrized weights, as of weight_norm and spectral_norm, get their values. Compiled modules are not compiled.
+    """
+    model = copy.deepcopy(model).eval()
+    model = model._modules.get('_orig_mod') or model
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and '_orig_mod' in child._modules:
+                setattr(module, name, child._modules['_orig_mod'])
+        if is_parametrized(module):
+            # not remove_parametrizations, which changes the class that the original shares
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore
+            module.__class__ = type_before_parametrizations(module)
+            del module.parametrizations
+            for name, value in values.items():
+                setattr(module, name, nn.Parameter(value))
+    return model
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

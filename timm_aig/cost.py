@@ -66,8 +66,8 @@ def compute_cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = 
         input_size: Image size (C, H, W). Default: own_input_size(model).
 
     Raises:
-        InputError: A bad input_size, none for a model without a pretrained_cfg, or a model that needs data to run, as
-            an optimized one does.
+        InputError: An input_size that the model does not take, none for a model without a pretrained_cfg, or a model
+            that needs data to run, as an optimized one does.
     """
     return _cost(_count_macs(model, input_size), list(gated_blocks(model)))
 
@@ -207,6 +207,9 @@ def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) ->
             shapes(torch.empty(1, *size, device='meta', dtype=dtype))
     except NotImplementedError as e:
         raise InputError(
-            f'({type(model).__name__}) does not run on the meta device. Take the original of an optimized one.',
+            f'({type(model).__name__}) does not run on the meta device. Take the original of an optimized one, or of '
+            f'a quantized one.',
             'model') from e
+    except RuntimeError as e:  # such as other channels, or less pixels than a kernel has
+        raise InputError(f'{size} cannot be run by the model: {e}', 'input_size') from e
     return lambda name='': counter.macs[name]

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .compat import in_transform, loaded_by_transformers
 from .config import InputError
 
 __all__ = ['Gate']
@@ -21,18 +22,18 @@ class _GatePass(threading.local):
     """
 
     def __init__(self) -> None:  # runs in every thread; instance attributes, since torch.compile guards only those
-        self.record: Optional[List[Tuple[Gate, torch.Tensor]]] = None  # gates that answered, with their answers
-        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a gate -> bool [B], its answers instead
+        self.record: Optional[List[Tuple[int, torch.Tensor]]] = None  # id of a block that ran, answers it went by
+        self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a block -> bool [B], answers instead
         self.sample = False  # draw in eval too
         self.offset: Optional[torch.Tensor] = None  # of all gates: a number or one for each sample [B]
         self.rows = slice(None)  # part of the batch that is running
         self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
-    def forced_answers(self, gate: 'Gate', rows: int) -> Optional[torch.Tensor]:
-        """Forced answers of a gate, bool [rows], or None."""
-        if self.forced is None or id(gate) not in self.forced:
+    def forced_answers(self, block: nn.Module, rows: int) -> Optional[torch.Tensor]:
+        """Forced answers for a block, bool [rows], or None."""
+        if self.forced is None or id(block) not in self.forced:
             return None
-        answers = self.forced[id(gate)]
+        answers = self.forced[id(block)]
         batch = rows if self.batch is None else self.batch
         if len(answers) != batch:
             raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
@@ -43,6 +44,18 @@ class _GatePass(threading.local):
         assert self.offset is not None
         offset = self.offset.to(logits.device, logits.dtype)
         return offset[self.rows] if offset.ndim else offset
+
+    def note(self, block: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """The answers that a block goes by: those of its gate z [B], or forced ones. Records them.
+
+        Called by the block: what a gate returns may be changed on the way, by a forward hook or a module around it.
+        """
+        forced = self.forced_answers(block, len(z)) if self.forced is not None else None
+        if forced is not None:
+            z = forced.to(z.device, z.dtype)
+        if self.record is not None:
+            self.record.append((id(block), z))
+        return z
 
 
 gate_pass = _GatePass()
@@ -73,7 +86,8 @@ def sample_gate(logits: torch.Tensor, noise: bool = True) -> torch.Tensor:
 
 def runs_eagerly(x: torch.Tensor) -> bool:
     """Whether Python may branch on the values of x. Tracers pass proxies and subclasses of Tensor."""
-    return type(x) is torch.Tensor and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return type(x) is torch.Tensor and not (
+        torch.jit.is_tracing() or torch.compiler.is_compiling() or in_transform())
 
 
 class _GlobalPool(torch.autograd.Function):
@@ -138,6 +152,19 @@ class Gate(nn.Module):
             self.fc2.bias[0] = 0.1
             self.fc2.bias[1] = 2.0
 
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Open a gate whose layers transformers has initialized, in from_config or for weights that lack the gates.
+
+        transformers calls this method, by timm's name for it, after it has filled each Linear as a classifier.
+        """
+        loaded = loaded_by_transformers(self.fc2.weight)
+        if not loaded and not self.fc2.bias.any():
+            self.init_weights()
+            self.set_offset(0.)
+        elif loaded and not loaded_by_transformers(self.offset):  # weights of timm_aig before 0.2
+            self.set_offset(0.)
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Closed and open logits [B, 2] for block inputs [B, C, H, W]."""
         x = self.fc1(self._pool(x))
@@ -146,6 +173,10 @@ class Gate(nn.Module):
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if runs_eagerly(x):
+                if len(x) == 1 and self.bn.training and isinstance(self.bn, nn.BatchNorm1d):
+                    raise InputError(
+                        'a batch of one image cannot train the batch norms of the gates: leave it out, as drop_last '
+                        "of a DataLoader does, or make the gates with gate_norm='none'.")
                 return _GlobalPool.apply(x)
         return x.mean((2, 3))
 
@@ -167,17 +198,6 @@ class Gate(nn.Module):
             z = sample_gate(logits, self.noise or sample)
         else:
             z = (logits[:, 1] + offset > logits[:, 0]).float()
-        if not torch.jit.is_scripting():
-            z = self._note(z)
-        return z
-
-    def _note(self, z: torch.Tensor) -> torch.Tensor:
-        """Apply this thread's force_gates and record_gates."""
-        forced = gate_pass.forced_answers(self, len(z)) if gate_pass.forced is not None else None
-        if forced is not None:
-            z = forced.to(z.device, z.dtype)
-        if gate_pass.record is not None:
-            gate_pass.record.append((self, z))
         return z
 
 

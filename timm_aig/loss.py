@@ -24,27 +24,35 @@ def global_mean(gates: torch.Tensor, process_group: Optional[Any] = None) -> tor
     would get with the whole batch. Steps of gradient accumulation are not pooled.
 
     Args:
-        gates: Answers [B, L]. B may differ between processes.
+        gates: Answers [B, L]. B may differ between processes, and be 0 in some.
         process_group: Process group to average over, as for DistributedDataParallel. Default: all processes.
 
     Returns:
         Rates [L] in [0, 1], float32 or float64.
 
     Raises:
-        InputError: gates is not [B, L] or B is 0.
+        InputError: gates is not [B, L] or B is 0 in all processes.
     """
-    if gates.ndim != 2 or len(gates) == 0:
-        raise InputError(f'must be [batch, blocks] with a batch of at least 1, not {list(gates.shape)}.', 'gates')
+    if gates.ndim != 2:
+        raise InputError(f'must be [batch, blocks], not {list(gates.shape)}.', 'gates')
     gates = gates if gates.dtype == torch.float64 else gates.float()
     processes = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if processes == 1:
+        _require_images(len(gates))
         return gates.mean(dim=0)
     own = torch.cat([gates.sum(dim=0), gates.new_tensor([len(gates)])])
     total = own.detach().clone()
     dist.all_reduce(total, group=process_group)
+    if len(gates) == 0:  # other processes may have images, and wait for this one above
+        _require_images(total[-1].item())
     # the loss is the same in all processes, so the sum of its gradients to `own` is `processes` times one of them
     total = total + processes * (own - own.detach())
     return total[:-1] / total[-1]
+
+
+def _require_images(count: float) -> None:
+    if not count:
+        raise InputError('must be [batch, blocks] with a batch of at least 1, not 0.', 'gates')
 
 
 class TargetRateLoss(nn.Module):

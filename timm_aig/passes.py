@@ -13,11 +13,11 @@ __all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'use_ga
 
 
 class GateRecord:
-    """What the gates of a model answered inside a record_gates block."""
+    """Which answers the gated blocks of a model went by inside a `with record_gates` block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.answers: List[Tuple[Gate, torch.Tensor]] = []
-        self._gates = [block.gate for block in gated_blocks(model).values()]
+        self.answers: List[Tuple[int, torch.Tensor]] = []
+        self._blocks = list(gated_blocks(model).values())
         self._forced = gate_pass.forced or {}
 
     @property
@@ -29,25 +29,26 @@ class GateRecord:
         Raises:
             RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing dropped the gradient.
         """
-        if not self._gates:
+        if not self._blocks:
             return torch.zeros(0, 0)
-        parts: Dict[int, List[torch.Tensor]] = {id(gate): [] for gate in self._gates}
-        for gate, z in self.answers:
-            if id(gate) in parts:
-                parts[id(gate)].append(z)  # several if the model runs its batch in parts
+        parts: Dict[int, List[torch.Tensor]] = {id(block): [] for block in self._blocks}
+        for block, z in self.answers:
+            if block in parts:
+                parts[block].append(z)  # several if the model runs its batch in parts
         if len({sum(map(len, answers)) for answers in parts.values()}) != 1 or not all(parts.values()):
             raise RuntimeError(
                 'record_gates needs one forward pass that runs each gated block exactly once, in this thread. '
                 'DataParallel runs other threads.')
         gates = torch.stack([torch.cat(answers) for answers in parts.values()], dim=1)
-        if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._gates)):
+        if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._blocks)):
             raise RuntimeError(
                 'The gates have no gradient, since re-entrant checkpointing drops it. '
                 'Call timm.layers.set_reentrant_ckpt(False).')
         return gates
 
-    def _should_have_gradient(self, gate: Gate) -> bool:
-        return gate.training and id(gate) not in self._forced and any(p.requires_grad for p in gate.parameters())
+    def _should_have_gradient(self, block: nn.Module) -> bool:
+        gates = [m for m in block.modules() if isinstance(m, Gate) and m.training]
+        return id(block) not in self._forced and any(p.requires_grad for gate in gates for p in gate.parameters())
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def force_gates(
                          f'not {list(gates.shape) if torch.is_tensor(gates) else gates!r}.', 'gates')
     outer = gate_pass.forced
     answers = (gates != 0).t()
-    gate_pass.forced = {**(outer or {}), **{id(block.gate): z for block, z in zip(blocks.values(), answers)}}
+    gate_pass.forced = {**(outer or {}), **{id(block): z for block, z in zip(blocks.values(), answers)}}
     try:
         yield
     finally:

@@ -138,10 +138,17 @@ class AIGTask(ClassificationTask):
         }
 
     def distillation_loss(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """T^2 KL(teacher || model) of logits at temperature T, averaged over the batch."""
+        """T^2 KL(teacher || model) of logits at temperature T, averaged over the batch.
+
+        Raises:
+            InputError: The teacher has other classes.
+        """
         assert self.teacher is not None
         with torch.no_grad():
             target = F.log_softmax(self.teacher(input).float() / self.distill_temperature, dim=1)
+        if target.shape != output.shape:
+            raise InputError(f'must have the classes of the model: its logits are {list(target.shape)}, the '
+                             f"model's {list(output.shape)}.", 'teacher')
         output = F.log_softmax(output.float() / self.distill_temperature, dim=1)
         return F.kl_div(output, target, reduction='batchmean', log_target=True) * self.distill_temperature ** 2
 

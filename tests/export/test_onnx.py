@@ -1,4 +1,5 @@
 """ONNX files compute what the model does, skip what it skips, and stand alone."""
+import copy
 import hashlib
 import json
 
@@ -60,9 +61,10 @@ def test_a_masked_file_takes_any_batch(model, x, masked_file):
     assert 'GatherND' not in {node.op_type for node in onnx.load(masked_file).graph.node}
 
 
-@pytest.mark.parametrize('argument', ['gates', 'open'])
+@pytest.mark.parametrize(
+    'argument', [dict(gates=MIXED), dict(open=torch.tensor(MIXED).float()), dict(gates=np.array(MIXED))])
 def test_a_path_file_has_only_the_blocks_of_its_path(model, x, tmp_path, argument):
-    timm_aig.export_onnx(model, tmp_path / 'm.onnx', mode='path', images=x[:2], **{argument: MIXED})
+    timm_aig.export_onnx(model, tmp_path / 'm.onnx', mode='path', images=x[:2], **argument)
     proto = onnx.load(tmp_path / 'm.onnx')
     assert_agree(session(tmp_path / 'm.onnx').run(None, {'x': x.numpy()}), expected(model, x, MIXED))
     # stem, two in each of the open and ungated blocks, the shortcuts of the two downsampling blocks
@@ -113,7 +115,8 @@ def test_half_precision_keeps_its_interface(model, x, sparse_file, tmp_path):
 
 
 def test_int8_skips_closed_blocks_too(model, x, sparse_file, tmp_path):
-    report = timm_aig.export_onnx(model, tmp_path / 'm.onnx', images=x[:6], precision='int8', calibration=[x])
+    report = timm_aig.export_onnx(model, tmp_path / 'm.onnx', images=x[:6], precision='int8',
+                                  calibration=[(x, torch.arange(len(x)))])
     assert report['bytes'] < 0.6 * sparse_file[1]['bytes']
     types = [node.op_type for node in onnx.load(tmp_path / 'm.onnx').graph.node]
     assert types.count('QuantizeLinear') >= 1 + 2 * 9 and types.count('NonZero') == GATES
@@ -157,10 +160,13 @@ def test_a_file_that_disagrees_is_not_written(model, x, sparse_file, tmp_path, m
     (dict(precision='int4'), 'precision must be one of float32, float16, int8'),
     (dict(precision='int8'), 'calibration is for precision'),
     (dict(calibration=[torch.zeros(1, 3, 16, 16)]), 'calibration is for precision'),
+    (dict(precision='int8', calibration=torch.zeros(2, 3, 16, 16)), 'calibration must give batches of images'),
     (dict(gates=MIXED), "gates is for mode 'path'"),
     (dict(mode='path'), "gates is for mode 'path'"),
     (dict(mode='path', gates=[1] * 4), '5 gated blocks'),
+    (dict(mode='path', gates=[.5, 1, 1, 1, 1]), 'a value, 0 or 1, for each of the 5 gated blocks'),
     (dict(images=torch.zeros(3, 16, 16)), r'images must be \[N, C, H, W\]'),
+    (dict(images=torch.zeros(1, 1, 16, 16)), r'images cannot be run by the model: .*3 channels'),
 ])
 def test_bad_arguments_are_named(model, tmp_path, change, match):
     with pytest.raises(timm_aig.InputError, match=match):
@@ -176,3 +182,10 @@ def test_models_that_cannot_be_exported_are_refused(model, tmp_path):
         timm_aig.export_onnx(timm_aig.optimize_for_inference(model), path)
     with pytest.raises(timm_aig.InputError, match="'masked' exports a static model"):
         timm_aig.export_onnx(timm.create_model('cifar_resnet20'), path)
+    changed = copy.deepcopy(model)
+    changed.layer1[1].gate.fc1 = nn.Sequential(changed.layer1[1].gate.fc1, nn.Tanh())
+    with pytest.raises(timm_aig.InputError, match=r'has a gate at layer1.1 that is more than its layers: merge'):
+        timm_aig.export_onnx(changed, path)
+    changed.layer1[1] = nn.Sequential(changed.layer1[1])
+    with pytest.raises(timm_aig.InputError, match=r'has a Sequential at layer1.1, which is not a block of timm'):
+        timm_aig.export_onnx(changed, path)

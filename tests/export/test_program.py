@@ -1,9 +1,11 @@
 """torch.export programs compute what the model does, in processes that have no timm."""
+import copy
 import subprocess
 import sys
 
 import torch
 from exports import MIXED, expected, offsets
+from torch.nn.utils.parametrizations import weight_norm
 
 import timm_aig
 
@@ -27,3 +29,17 @@ for batch in (0, 1, 7, 32):
 '''
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_training_left_and_large_logits_do_not_matter(model, x, tmp_path):
+    model = copy.deepcopy(model)
+    weight_norm(model.layer1[0].conv1)
+    model.layer2[2] = torch.compile(model.layer2[2], backend='eager')
+    model.set_grad_checkpointing()
+    for block in timm_aig.gated_blocks(model).values():
+        block.gate.fc2.weight.data *= 1e6
+    timm_aig.export_program(torch.compile(model, backend='eager'), tmp_path / 'm.pt2', images=x[:6])
+    found = torch.export.load(tmp_path / 'm.pt2').module()(x, torch.zeros(len(MIXED)))
+    with torch.no_grad():
+        logits, gates = timm_aig.forward_gates(model, x)
+    assert torch.allclose(found[0], logits, atol=1e-5) and torch.equal(found[1], gates)

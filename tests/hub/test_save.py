@@ -8,8 +8,10 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import timm_aig
 from timm_aig import (
@@ -214,6 +216,29 @@ def test_half_precision_is_saved_as_it_is(tmp_path, train_gates):
     assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight.float())
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_default_dtype_and_device_do_not_matter(dtype, tmp_path, train_gates):
+    model = train_gates(timm.create_model('cifar_resnet20_aig'))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device('meta'):
+            save_pretrained(model, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(reload(tmp_path).fc.weight, model.fc.weight)
+
+
+def test_parametrized_and_compiled_layers_are_saved_by_what_they_compute(tmp_path, train_norms, train_gates):
+    torch.compiler.reset()
+    model, x = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval(), torch.randn(2, 3, 32, 32)
+    spectral_norm(model.layer1[0].conv1)
+    model.layer1[1] = torch.compile(model.layer1[1], backend='eager')
+    save_pretrained(model, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(reload(tmp_path)(x), model(x), atol=1e-5)
+    assert is_parametrized(model.layer1[0].conv1)
+
+
 def test_saving_leaves_the_model_its_mode_and_the_random_numbers_alone(tmp_path):
     model = timm.create_model('cifar_resnet20_aig').train()
     timm_aig.set_execution(model, 'masked')
@@ -239,12 +264,25 @@ def longer(model):
     return model
 
 
+def own_forward(model):
+    model.layer1.forward = lambda x: x
+    return model
+
+
+def with_adapter(model):
+    model.fc = torch.nn.Sequential(model.fc)
+    return model
+
+
 @pytest.mark.parametrize('change,message', [
     (not_finite, 'layer1.0.conv1.weight has no values or values that are not finite'),
     (lambda model: model.to('meta'), 'conv1.weight has no values'),
     (other_activation, 'timm rebuilds a model with other logits'),
     (longer, 'timm cannot rebuild this model .CifarResNet.: .*it has gates on 10 blocks'),
     (timm_aig.optimize_for_inference, 'cannot be rebuilt|cannot rebuild'),
+    (lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}), 'save the model before it is'),
+    (own_forward, 'forward of layer1 was replaced: unwrap the model first'),
+    (with_adapter, 'Unexpected key.*If they are of adapters, merge these first'),
 ])
 def test_a_model_that_would_be_rebuilt_differently_is_refused_and_nothing_is_written(change, message, tmp_path):
     save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
@@ -275,6 +313,31 @@ def test_transformers_loads_it_with_its_label_names(arch, kwargs, tmp_path, trai
     assert reload(tmp_path).pretrained_cfg['label_names'] == ['cat', 'dog', 'owl']
     again = save_pretrained(reload(tmp_path), tmp_path / 'again')
     assert json.loads((again / 'config.json').read_text()) == json.loads((tmp_path / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('missing', ['all', '.gate.', '.gate.offset', 'nothing'])
+def test_transformers_leaves_gates_that_it_has_no_weights_for_open(missing, tmp_path, train_norms, train_gates):
+    model = train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval()
+    set_gate_offset(model, 0. if missing == '.gate.offset' else 1.)
+    save_pretrained(model, tmp_path)
+    if missing == 'all':
+        loaded = transformers.AutoModelForImageClassification.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path))
+    else:
+        weights = {k: v for k, v in load_file(tmp_path / 'model.safetensors').items() if missing not in k}
+        save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        output, gates = forward_gates(loaded.eval(), x)
+        expected, expected_gates = forward_gates(ungate_(model) if missing == '.gate.' else model, x)
+    if missing in ('all', '.gate.'):
+        assert gates.all()
+        gate = loaded.timm_model.layer1[0].gate
+        assert gate.fc2.bias.softmax(0)[1] > .86 and gate.offset == 0
+    else:
+        assert torch.equal(gates, expected_gates)
+    assert missing == 'all' or torch.equal(output.logits, expected)
 
 
 def test_a_wrong_number_of_label_names_is_refused(tmp_path):

@@ -165,18 +165,20 @@ def wait_for(step, checkpoints, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize('which', ['distill, accumulation, workers', 'paper, mixup'])
-def test_sigterm_to_all_its_processes_saves_exits_with_143_and_is_resumed(
-        which, training, uninterrupted, fork_main, wait, tmp_path):
+@pytest.mark.parametrize('which, signum', [
+    ('distill, accumulation, workers', signal.SIGTERM), ('distill, accumulation, workers', signal.SIGINT),
+    ('paper, mixup', signal.SIGTERM)])
+def test_a_signal_to_all_its_processes_saves_exits_with_its_code_and_is_resumed(
+        which, signum, training, uninterrupted, fork_main, wait, tmp_path):
     whole = uninterrupted(which)
     args = training(which, 'stopped')
     args[args.index('--checkpoint-interval') + 1] = '0'
     process = fork_main(args)
     wait_for(0, tmp_path / 'stopped' / 'checkpoints', process)
-    os.killpg(process, signal.SIGTERM)
-    assert wait(process) == 143, (tmp_path / 'stderr').read_text()
+    os.killpg(process, signum)
+    assert wait(process) == 128 + signum, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
-    assert 'stopped by SIGTERM in epoch 1 after step 1, saved. Go on with --resume auto.' in error
+    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. Go on with --resume auto.' in error
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \
@@ -325,6 +327,40 @@ def test_a_teacher_with_another_head_or_normalization_is_refused(refused, run, m
     assert '--teacher' in error and 'needs --mean 0.2 0.2 0.2 --std 0.3 0.3 0.3' in error
 
 
+@pytest.fixture
+def reordered_model(static_model, tmp_path):
+    """The static model with its classes in another order than the folders."""
+    model, order = timm.create_model(static_model, pretrained=True), [2, 0, 1]
+    with torch.no_grad():
+        for p in model.fc.parameters():
+            p.copy_(p[order].clone())
+    names = [['ape', 'bee', 'cat'][i] for i in order]
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "other", model_config=dict(label_names=names))}'
+
+
+def test_a_head_is_matched_to_the_folders_by_the_names_of_the_classes(
+        run, refused, static_model, reordered_model, tmp_path):
+    code, err = run('--epochs', 1, '--lr', 1e-9, model=reordered_model)
+    assert code == 0, err
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    expected = json.loads(Path(static_model.removeprefix('local-dir:'), 'results.json').read_text())['metrics']['top1']
+    assert results['metrics']['top1'] == results['parent_metrics']['top1'] == expected
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['label_names'] == ['cat', 'ape', 'bee']
+    error = refused('--teacher', reordered_model, name='taught')
+    assert '--teacher must have the classes ape, bee, cat, in this order; local-dir:' in error
+
+
+def test_a_head_for_other_classes_is_not_taken_over(
+        finetune, refused, finetune_args, static_model, make_images, tmp_path):
+    data = make_images(tmp_path / 'data', classes=('ape', 'bee', 'dog'))
+    assert 'gets a new head of 3 classes, so it cannot be the teacher' in refused('--data-dir', data)
+    args = finetune.parse_args([*finetune_args, '--model', static_model])
+    args.num_classes = None
+    message = 'has the classes ape, bee, cat, but the data set ape, bee, dog'
+    with pytest.raises(timm_aig.InputError, match=message):
+        create_models(args, ['ape', 'bee', 'dog'])
+
+
 def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data', splits=[('train', 16)])
     make_images(data, splits=[('validation', 2)], classes=('ape', 'bee', 'dog'))
@@ -392,10 +428,11 @@ def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weigh
 
 def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data')
-    assert run('--epochs', 1, '--data-dir', data)[0] == 0
+    args = ['--static', '--epochs', 1, '--data-dir', data]
+    assert run(*args, model='cifar_resnet20')[0] == 0
     for split in ('train', 'validation'):
         (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
-    error = refused('--epochs', 1, '--data-dir', data, '--resume', 'auto')
+    error = refused(*args, '--resume', 'auto', model='cifar_resnet20')
     assert "classes was ['ape', 'bee', 'cat'] and is now ['bee', 'cat', 'yak']" in error
 
 
@@ -449,6 +486,16 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
     assert model.pretrained_cfg['input_size'] == (3, 8, 8) and model.pretrained_cfg['label_names'] == [
         'ape', 'bee', 'cat']
     assert list(results['block_rates']) == list(timm_aig.gated_blocks(model))
+
+
+@pytest.mark.parametrize('loss, what', [('macs', 'MACs'), ('rate', 'gated blocks')])
+def test_a_target_that_is_missed_is_reported_with_what_to_do(run, loss, what, tmp_path):
+    code, err = run('--epochs', 1, '--target-rate', 0.3, '--gate-loss', loss, '--lr', 1e-9)
+    assert code == 0
+    last = err.splitlines()[-1]
+    assert re.match(rf'--target-rate 0\.3 was asked for, but (9\d|100)\.\d% of the {what} came out\. More', last)
+    assert f'scripts/calibrate.py --model local-dir:{tmp_path}/run --budgets 0.3' in last
+    assert 'was asked for' not in run('--epochs', 1, '--target-rate', 0.99, '--lr', 1e-9, name='met')[1]
 
 
 def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):

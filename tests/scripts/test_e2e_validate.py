@@ -1,9 +1,11 @@
 """scripts/validate.py: its figures against a plain loop, its sweep, its paired test, its shards, and bad input."""
 import csv
 import json
+import shutil
 
 import pytest
 import timm
+import torch
 import validate as script
 from PIL import Image
 from scipy.stats import binomtest
@@ -196,3 +198,30 @@ def test_the_table_names_each_model(run_script, images, static_model, adaptive_m
         'validate.py', '--data-dir', images, '--workers', 0, '--model', adaptive_model, '--against', static_model) == 0
     out = capsys.readouterr().out
     assert out.count(adaptive_model) >= 2 and out.count(static_model) >= 2 and 'McNemar' in out
+
+
+def test_classes_are_matched_by_name_whatever_the_order_of_the_folders(validate, adaptive_model, images, tmp_path):
+    expected = validate('--model', adaptive_model)['rows'][0]
+    model, order = timm.create_model(adaptive_model, pretrained=True), [2, 0, 1]
+    with torch.no_grad():
+        for p in model.fc.parameters():
+            p.copy_(p[order].clone())
+    names = [['ape', 'bee', 'cat'][i] for i in order]
+    timm_aig.save_pretrained(model, tmp_path / 'model', model_config={'label_names': names})
+    found = validate('--model', f'local-dir:{tmp_path}/model')['rows'][0]
+    assert (found['top1'], found['images']) == (expected['top1'], 21)
+    assert found['loss'] == pytest.approx(expected['loss'])
+
+    (tmp_path / 'data').mkdir()
+    for name in ('bee', 'cat'):  # a split that lacks a class
+        shutil.copytree(images / 'validation' / name, tmp_path / 'data' / 'validation' / name)
+    both = [validate('--model', m, '--data-dir', tmp_path / 'data')['rows'][0]['loss']
+            for m in (adaptive_model, f'local-dir:{tmp_path}/model')]
+    assert both[0] == pytest.approx(both[1])
+
+
+def test_other_classes_are_an_error_that_lists_both(run_script, adaptive_model, images, tmp_path, capsys):
+    shutil.copytree(images / 'validation', tmp_path / 'validation')
+    (tmp_path / 'validation' / 'cat').rename(tmp_path / 'validation' / 'dog')
+    assert run_script('validate.py', '--data-dir', tmp_path, '--workers', 0, '--model', adaptive_model) == 2
+    assert '--data-dir must have the classes of the model, ape, bee, cat, not ape, bee, dog' in capsys.readouterr().err

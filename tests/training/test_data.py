@@ -1,16 +1,26 @@
 """Data sets: bad input, unreadable images, held-out images, loader workers."""
 import os
+import re
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from _common import error_text
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 from timm_aig import InputError
-from timm_aig.training.data import class_names, hold_out, open_dataset, readable_images, start_worker
+from timm_aig.training.data import (
+    class_names,
+    hold_out,
+    match_classes,
+    open_dataset,
+    readable_images,
+    start_worker,
+)
 
 
 def to_tensor(image):
@@ -154,3 +164,32 @@ def test_a_loader_worker_ignores_the_first_sigterm_and_not_the_second():
     status = os.waitpid(process, 0)[1]
     assert os.read(alive[0], 1) == b'!'
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+def labels(dataset):
+    dataset.transform = None
+    return [dataset[i][1] for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize('names', [['cat', 'ape', 'bee'], ['dog', 'bee', 'cat', 'ape', 'eel']])
+@pytest.mark.parametrize('kind', ['folder', 'torch/image_folder'])
+def test_images_get_the_labels_that_the_model_has_for_their_classes(kind, names, images):
+    root = str(images) if kind == 'folder' else str(images / 'validation')
+    open_it = partial(open_dataset, kind, root, 'validation') if kind == 'folder' else partial(ImageFolder, root)
+    plain, dataset = open_it(), open_it()
+    match_classes(dataset, names, len(names))
+    assert labels(dataset) == [names.index(['ape', 'bee', 'cat'][label]) for label in labels(plain)]
+    assert class_names(dataset) == names
+
+
+def test_a_class_that_the_model_does_not_have_is_an_error(images):
+    with pytest.raises(InputError, match='must have the classes of the model, ape, bee, dog, not ape, bee, cat'):
+        match_classes(open_dataset('folder', str(images), 'validation'), ['ape', 'bee', 'dog'], 3)
+
+
+@pytest.mark.parametrize('classes, message', [(3, ''), (10, 'does not name its 10 classes: .* for its first 3')])
+def test_a_model_without_class_names_takes_the_labels_as_they_are_and_says_so(classes, message, images, caplog):
+    dataset = open_dataset('folder', str(images), 'validation')
+    match_classes(dataset, (), classes)
+    assert class_names(dataset) == ['ape', 'bee', 'cat']
+    assert re.search(message, caplog.text) and bool(caplog.text) == bool(message)

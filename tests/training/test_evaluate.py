@@ -89,6 +89,20 @@ def test_a_label_without_a_class_is_an_error(model):
     assert not model.training
 
 
+@pytest.mark.parametrize('batch, message', [
+    ({'image': IMAGES, 'label': LABELS}, r"loader must give batches of images .*, not dict of \['str', 'str'\]"),
+    ((IMAGES, F.one_hot(LABELS).float()), r'not tuple of \[\[23, 3, 8, 8\], \[23, 10\]\]'),
+    ((IMAGES, LABELS.float()), 'labels .* that are numbers of classes'),
+    ((IMAGES, LABELS[:5]), 'loader must give'),
+    ((IMAGES, LABELS, LABELS), 'loader must give'),
+    ([IMAGES], 'no labelled images'),
+    ((torch.full_like(IMAGES, torch.nan), LABELS), 'the logits of the model are not numbers'),
+])
+def test_batches_that_give_no_predictions_or_labels_are_errors(model, batch, message):
+    with pytest.raises(timm_aig.InputError, match=message):
+        evaluate(model, [batch])
+
+
 def test_a_static_model_has_one_path_and_all_macs():
     model = timm.create_model('cifar_resnet20')
     cost = timm_aig.compute_cost(model, (3, 8, 8))

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import math
 import os
+import signal
 import sys
 from functools import partial
 
@@ -311,12 +312,23 @@ def test_resumed_from_any_checkpoint_it_ends_with_the_same_weights_optimizer_and
             assert_equal(*(t.task.get_checkpoint_state(ema=True)['state_dict_ema'] for t in (resumed, trainer)))
 
 
-def test_sigterm_ends_it_with_a_checkpoint_after_the_running_update(tmp_path):
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint_after_the_running_update(signum, tmp_path):
     trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
-    watch_updates(trainer, before=lambda: os.kill(os.getpid(), 15) if trainer.step == 3 else None)
-    with pytest.raises(Stopped, match='in epoch 1 after step 4, saved'):
+    handler = signal.getsignal(signum)
+    watch_updates(trainer, before=lambda: os.kill(os.getpid(), signum) if trainer.step == 3 else None)
+    with pytest.raises(Stopped, match=f'by {signum.name} in epoch 1 after step 4, saved') as stopped:
         trainer.fit()
+    assert stopped.value.signum == signum and signal.getsignal(signum) is handler
     assert trainer.checkpoints.load_last()[0]['step'] == 4
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_running_update(tmp_path):
+    trainer = make_trainer(checkpoints=Checkpoints(tmp_path, {}))
+    watch_updates(trainer, before=lambda: [os.kill(os.getpid(), 2) for _ in range(2)] if trainer.step == 3 else None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.step == 3
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_update(tmp_path):

@@ -1,6 +1,7 @@
 """Whether an exported model computes what the model in PyTorch does."""
 import hashlib
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set, Tuple
 
@@ -13,7 +14,7 @@ from ..passes import force_gates, forward_gates
 
 __all__ = ['ExportError', 'FORCED', 'Run', 'TOLERANCE', 'check_export', 'file_report', 'own_offsets']
 
-FORCED = 1e4  # gate offset that opens a gate for every input; its negative closes it
+FORCED = inf  # gate offset that opens a gate for every input; its negative closes it
 TOLERANCE = {'float32': 1e-4, 'float16': 2e-2}  # of logits, over the largest one where that is above 1
 
 # Logits and gates (None without) of images [B, C, H, W] and gate offsets [L], None for the model's own.

@@ -1,5 +1,4 @@
 """A model in the form that exporters take: one graph in which a closed sample is a row left out of the batch."""
-import copy
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
@@ -7,10 +6,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import resolve_input_data_config
 from timm.models.resnet import ResNet
+from timm.utils import unwrap_model
 
 from ..blocks import gated_blocks
 from ..config import InputError
+from ..convert import GATED, plain_copy
 from ..inference import InferenceBlock, InferenceModel, optimize_for_inference
+from ..inference.gate import can_fold
 
 __all__ = ['MODES', 'ExportModel', 'prepare']
 
@@ -136,11 +138,11 @@ class _Conv1d(nn.Module):
 
 def prepare(
         model: nn.Module, images: Optional[torch.Tensor], mode: str, gates: Optional[Sequence[bool]],
-) -> Tuple[nn.Module, torch.Tensor]:
+) -> Tuple[nn.Module, torch.Tensor, Optional[List[bool]]]:
     """Check what an export function was given.
 
     Returns:
-        A copy of the model in eval on the CPU in float32, and images [N, C, H, W] to check the export on.
+        A plain copy of the model in eval on the CPU in float32, images [N, C, H, W] to check the export on, and gates.
 
     Raises:
         InputError: An argument that is not allowed.
@@ -149,6 +151,7 @@ def prepare(
         raise InputError(f'must be one of {", ".join(MODES)}, not {mode!r}.', 'mode')
     if isinstance(model, InferenceModel):
         raise InputError('is optimized for inference, export the one it was made from.', 'model')
+    model = unwrap_model(model)
     if not isinstance(model, ResNet):
         raise InputError(f'must be a timm ResNet, adaptive or static, not {type(model).__name__}.', 'model')
     blocks = gated_blocks(model)
@@ -156,12 +159,28 @@ def prepare(
         raise InputError("has no gated blocks; mode 'masked' exports a static model.", 'model')
     if (gates is not None) != (mode == 'path'):
         raise InputError("is for mode 'path', which needs it.", 'gates')
-    if gates is not None and len(gates) != len(blocks):
-        raise InputError(f'must have a value for each of the {len(blocks)} gated blocks, not {len(gates)}.', 'gates')
-    model = copy.deepcopy(model).cpu().float().eval()
+    if gates is not None:
+        values = torch.as_tensor(gates, dtype=torch.float32).cpu()  # a list, or a row of forward_gates
+        if values.shape != (len(blocks),) or not ((values == 0) | (values == 1)).all():
+            raise InputError(
+                f'must have a value, 0 or 1, for each of the {len(blocks)} gated blocks, not {gates!r:.80}.', 'gates')
+        gates = values.bool().tolist()
+    model = plain_copy(model).cpu().float()
+    for name, block in model.named_modules():
+        if name.startswith('layer') and name.count('.') == 1 and type(block) not in (*GATED, *GATED.values()):
+            raise InputError(f'has a {type(block).__name__} at {name}, which is not a block of timm.', 'model')
+        if type(block) in GATED.values() and not can_fold(block.gate):
+            raise InputError(f'has a gate at {name} that is more than its layers: merge adapters, remove hooks, and '
+                             f'take the model before it is quantized.', 'model')
     if images is None:
         size = resolve_input_data_config(model)['input_size']
-        images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0), device='cpu')
     if images.ndim != 4 or not len(images):
         raise InputError(f'must be [N, C, H, W] with N at least 1, not {list(images.shape)}.', 'images')
-    return model, images.cpu().float().contiguous()
+    images = images.cpu().float().contiguous()
+    try:
+        with torch.no_grad():
+            model(images[:1])
+    except RuntimeError as e:  # such as other channels
+        raise InputError(f'cannot be run by the model: {e}', 'images') from e
+    return model, images, gates

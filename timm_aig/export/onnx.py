@@ -18,6 +18,7 @@ from ..blocks import gated_blocks
 from ..budget import budget_table
 from ..config import InputError
 from ..training.checkpoint import write_atomically
+from ..training.evaluate import split_batch
 from .check import FORCED, TOLERANCE, check_export, file_report, own_offsets
 from .model import ExportModel, prepare
 from .program import trace
@@ -36,7 +37,7 @@ def export_onnx(
         gates: Optional[Sequence[bool]] = None,
         images: Optional[torch.Tensor] = None,
         precision: str = 'float32',
-        calibration: Optional[Iterable[torch.Tensor]] = None,
+        calibration: Optional[Iterable[Any]] = None,
         open: Optional[Sequence[bool]] = None,
 ) -> Dict[str, Any]:
     """Write a model as an ONNX file (opset 20) for any batch size, checked in ONNX Runtime before it gets its name.
@@ -56,7 +57,7 @@ def export_onnx(
         images: Normalised images [N, C, H, W] of the size to export for, to check the file on. Four of noise if None.
         precision: 'float32'; 'float16', weights and arithmetic, with float32 inputs and outputs; 'int8', convolutions
             by onnxruntime's static quantization.
-        calibration: Batches of normalised images for 'int8'.
+        calibration: Batches of normalised images, or of images and labels, for 'int8'.
         open: Former name of `gates`.
 
     Returns:
@@ -74,7 +75,7 @@ def export_onnx(
         raise InputError(f'must be one of {", ".join(PRECISIONS)}, not {precision!r}.', 'precision')
     if (precision == 'int8') != (calibration is not None):
         raise InputError("is for precision 'int8', which needs it.", 'calibration')
-    model, images = prepare(model, images, mode, gates)
+    model, images, gates = prepare(model, images, mode, gates)
     path = Path(path)
     proto = to_onnx(model, images, mode, gates, torch.float16 if precision == 'float16' else torch.float32)
     if calibration is not None:
@@ -148,7 +149,7 @@ def to_onnx(
     return exported.model_proto
 
 
-def _quantize(proto: Any, calibration: Iterable[torch.Tensor], own: np.ndarray) -> Any:
+def _quantize(proto: Any, calibration: Iterable[Any], own: np.ndarray) -> Any:
     """The model with its convolutions in int8, their ranges taken with its own gates and with all gates open."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -157,7 +158,8 @@ def _quantize(proto: Any, calibration: Iterable[torch.Tensor], own: np.ndarray) 
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            cases = itertools.product(calibration, (own, np.full_like(own, FORCED)))
+            batches = (split_batch(batch, 'calibration')[0] for batch in calibration)
+            cases = itertools.product(batches, (own, np.full_like(own, FORCED)))
             self.feeds = ({'x': batch.float().cpu().numpy(), 'gate_offset': offset} for batch, offset in cases)
 
         def get_next(self) -> Any:

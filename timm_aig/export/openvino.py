@@ -53,7 +53,7 @@ def export_openvino(
     path = Path(path)
     if path.suffix != '.xml':
         raise InputError(f'must end in .xml, not {path.name!r}.', 'path')
-    model, images = prepare(model, images, mode, gates)
+    model, images, gates = prepare(model, images, mode, gates)
     proto = to_onnx(model, images, mode, gates)
     describe(proto, model, images, mode, gates, precision)
     metadata = {p.key: p.value for p in proto.metadata_props}

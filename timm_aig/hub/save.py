@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 from ..blocks import gated_blocks
 from ..budget import budget_table
 from ..config import InputError
+from ..convert import plain_copy
 from ..passes import forward_gates
 
 __all__ = ['save_pretrained']
@@ -37,6 +38,7 @@ def save_pretrained(
 
     Args:
         model: Model made by timm.create_model, or converted from one. May be wrapped by DDP, torch.compile or an EMA.
+            Parametrized weights, as of weight_norm, are saved by their values.
         folder: Output folder, created if missing.
         model_config: More entries for config.json, such as label_names.
 
@@ -48,7 +50,7 @@ def save_pretrained(
             for each class.
         OSError: The folder cannot be written to. Its files are unchanged.
     """
-    model = unwrap_model(model)
+    model = plain_copy(unwrap_model(model))
     _require_rebuildable(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,12 +76,19 @@ def _require_rebuildable(model: nn.Module) -> None:
             f'only models made by timm.create_model can be saved.')
     if not hasattr(model, 'num_classes'):
         raise InputError(f'this model ({type(model).__name__}) is a backbone without a head, save the whole model.')
+    replaced = [name or 'the model' for name, m in model.named_modules() if 'forward' in vars(m)]
+    if replaced:
+        raise InputError(f'the forward of {replaced[0]} was replaced: unwrap the model first, for accelerate by '
+                         f'unwrap_model(model, keep_fp32_wrapper=False).')
 
 
 def _tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
     """The state dict as contiguous copies on the CPU."""
     tensors = {}
     for name, tensor in model.state_dict().items():
+        if type(tensor) is not torch.Tensor or tensor.is_quantized:
+            raise InputError(f'{name} is no plain tensor ({type(tensor).__name__}): save the model before it is '
+                             f'quantized or sharded.')
         if tensor.is_meta or (tensor.is_floating_point() and not tensor.isfinite().all()):
             raise InputError(f'{name} has no values or values that are not finite, nothing was saved.')
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -112,12 +121,14 @@ def _write_config(model: nn.Module, folder: Path, model_config: Optional[Dict[st
 
 def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     """Check that timm rebuilds the same model from the folder."""
+    dtype = {} if torch.get_default_dtype() == torch.float32 else {'dtype': torch.float32}
     try:
-        with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
-            reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'):  # leaves the caller's random numbers alone
+            reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True, **dtype).eval()
     except Exception as e:
-        raise InputError(f'timm cannot rebuild this model ({type(model).__name__}): {e}') from e
-    saved = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
+        merge = ' If they are of adapters, merge these first.' if 'Unexpected key' in str(e) else ''
+        raise InputError(f'timm cannot rebuild this model ({type(model).__name__}): {e}{merge}') from e
+    saved: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
     for block in gated_blocks(saved).values():
         block.execution = 'auto'  # not saved
     expected, weights = saved.state_dict(), reloaded.state_dict()
@@ -129,7 +140,8 @@ def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     channels, *size = reloaded.pretrained_cfg['input_size']
     if not reloaded.pretrained_cfg.get('fixed_input_size'):
         size = [min(s, 64) for s in size]
-    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *size, generator=generator, dtype=torch.float32, device='cpu')
     with torch.no_grad():
         expected_outputs = forward_gates(saved, x)
         if not expected_outputs[0].isfinite().all():

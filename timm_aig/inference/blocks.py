@@ -5,9 +5,10 @@ import torch
 import torch.nn as nn
 from timm.models.resnet import Bottleneck
 
-from ..blocks import run_open_rows
+from ..blocks import open_rows, run_open_rows
+from ..gate import gate_pass
 from .fused import FusedConv, fold
-from .gate import InferenceGate, pool
+from .gate import InferenceGate, can_fold, pool
 
 __all__ = ['InferenceBlock', 'InferenceStage']
 
@@ -19,6 +20,7 @@ class InferenceBlock(nn.Module):
         * batch norms and ReLUs are folded into convolutions
         * the last convolution adds the shortcut and applies the last ReLU
         * only the samples whose gate is open run the residual branch
+        * a layer or gate that cannot be folded, as one with an adapter or quantized weights, is kept
     """
 
     def __init__(self, block: Any) -> None:
@@ -36,7 +38,8 @@ class InferenceBlock(nn.Module):
         self.downsample = None if block.downsample is None else nn.Sequential(*fold(block.downsample))
         self.relu_input = getattr(block, 'relu_input', False)
         self.target_rate = getattr(block, 'target_rate', 1.)
-        self.gate = InferenceGate(block.gate) if hasattr(block, 'gate') else None
+        gate: Any = getattr(block, 'gate', None)
+        self.gate: Any = InferenceGate(gate) if can_fold(gate) else gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return run_open_rows(self, x, self.open_rows(x, None)[0])
@@ -45,8 +48,10 @@ class InferenceBlock(nn.Module):
         """Indices of the samples that run, and pool(x) if it is known: given, or computed for the gate."""
         if self.gate is None:
             return range(len(x)), pooled
+        if not isinstance(self.gate, InferenceGate):
+            return open_rows(gate_pass.note(self, self.gate(x))), pooled
         pooled = pool(x) if pooled is None else pooled
-        return self.gate.open_rows(*pooled), pooled
+        return self.gate.open_rows(self, *pooled), pooled
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """act(residual(x) + shortcut), see run_open_rows."""

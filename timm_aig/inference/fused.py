@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..compat import mkldnn_ops
 
-__all__ = ['FusedConv', 'fold']
+__all__ = ['FusedConv', 'fold', 'is_plain']
 
 MAX_SHAPES = 1000  # input shapes that a convolution remembers; cleared when full, for images of ever new sizes
 
@@ -86,14 +86,19 @@ def fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
         last = folded[-1] if folded else None
         if module is None or isinstance(module, (nn.Identity, DropBlock2d, DropPath)):
             continue
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and isinstance(last, nn.Conv2d):
-            folded[-1] = fuse_conv_bn_eval(last, module)  # type: ignore[arg-type]
-        elif type(module) is nn.ReLU and _is_plain_conv(last):
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and is_plain(last, nn.Conv2d):
+            folded[-1] = fuse_conv_bn_eval(last, module)  # type: ignore
+        elif type(module) is nn.ReLU and _is_fusible(last):
             folded[-1] = FusedConv(last, relu=True)
         else:
             folded.append(module)
-    return [FusedConv(m, relu=False) if _is_plain_conv(m) else m for m in folded]
+    return [FusedConv(m, relu=False) if _is_fusible(m) else m for m in folded]
 
 
-def _is_plain_conv(module: Optional[nn.Module]) -> bool:
-    return type(module) is nn.Conv2d and module.padding_mode == 'zeros' and not isinstance(module.padding, str)
+def is_plain(module: Any, layer: Any) -> bool:
+    """Whether a module is a layer of this very type that computes with its weight: no adapter, no quantized tensor."""
+    return type(module) is layer and type(module.weight) is nn.Parameter
+
+
+def _is_fusible(module: Any) -> bool:
+    return is_plain(module, nn.Conv2d) and module.padding_mode == 'zeros' and not isinstance(module.padding, str)

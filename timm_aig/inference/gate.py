@@ -5,9 +5,11 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
+from ..compat import has_forward_hooks
 from ..gate import Gate, gate_pass
+from .fused import is_plain
 
-__all__ = ['InferenceGate', 'pool']
+__all__ = ['InferenceGate', 'can_fold', 'pool']
 
 
 class InferenceGate(Gate):
@@ -35,8 +37,8 @@ class InferenceGate(Gate):
     def set_offset(self, offset: float) -> None:
         self.offset = offset
 
-    def open_rows(self, pooled: torch.Tensor, scale: float) -> List[int]:
-        """Indices of the samples that run the block, from their inputs as returned by pool."""
+    def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> List[int]:
+        """Indices of the samples that run a block, from their inputs as returned by pool."""
         scores = self._scores(pooled, scale)
         if gate_pass.offset is None:
             threshold = -self.score - self.offset
@@ -46,11 +48,8 @@ class InferenceGate(Gate):
             answers = (torch.tensor(scores) + self.score + offsets.cpu() > 0).tolist()
         if gate_pass.sample:
             answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
-        if gate_pass.forced is not None:
-            forced = gate_pass.forced_answers(self, len(answers))
-            answers = answers if forced is None else forced.tolist()
-        if gate_pass.record is not None:
-            gate_pass.record.append((self, torch.tensor(answers, dtype=torch.float32, device=pooled.device)))
+        if gate_pass.forced is not None or gate_pass.record is not None:
+            answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]
 
     def _scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
@@ -64,6 +63,13 @@ class InferenceGate(Gate):
             if unit > 0:
                 score += unit * weight
         return [score]
+
+
+def can_fold(gate: Any) -> bool:
+    """Whether InferenceGate computes what a gate does: a Gate of plain layers, without adapters or hooks."""
+    return (type(gate) is Gate and is_plain(gate.fc1, nn.Linear) and is_plain(gate.fc2, nn.Linear)
+            and type(gate.bn) in (nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm)
+            and not any(map(has_forward_hooks, gate.modules())))
 
 
 def pool(x: torch.Tensor) -> Tuple[torch.Tensor, float]:

@@ -9,17 +9,18 @@ How it gets fast, each measured with scripts/benchmark.py:
       calls of a gate and the reading of weights, few enough for activations to stay in the cache.
     * Large open samples run where they lie in the batch, neighbours together. Only small ones are gathered.
 """
-import copy
 import inspect
 from functools import partial
 from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
+from timm.models.resnet import ResNet
 
 from ..compat import has_forward_hooks
 from ..config import InputError
+from ..convert import GATED, plain_copy
 from ..gate import gate_pass
 from .blocks import InferenceBlock, InferenceStage
 from .fused import fold
@@ -27,10 +28,12 @@ from .fused import fold
 __all__ = ['InferenceModel', 'optimize_for_inference']
 
 MICRO_BATCH_PIXELS = 4 * 224 * 224
+# Forwards that do not mix the images of a batch. Others may, and get the whole batch.
+PER_IMAGE = (ResNet.forward, FeatureListNet.forward, FeatureDictNet.forward, FeatureHookNet.forward)
 
 
 class InferenceModel(nn.Module):
-    """An optimized model. Takes what the model takes; a single image batch runs in micro-batches.
+    """An optimized model. Takes what the model takes; a single image batch may run in micro-batches.
 
     Other attributes and methods are those of the model.
     """
@@ -65,30 +68,36 @@ class InferenceModel(nn.Module):
         size = self.micro_batch or self._micro_batch(x)
         if len(x) <= size:
             return self.model(x)
-        outputs = []
-        for start in range(0, len(x), size):
-            gate_pass.rows, gate_pass.batch = slice(start, start + size), len(x)
+        parts, outputs = x.split(size), []
+        for i, part in enumerate(parts):
+            gate_pass.rows, gate_pass.batch = slice(i * size, (i + 1) * size), len(x)
             try:
-                outputs.append(self.model(x[start:start + size]))
+                outputs.append(self.model(part))
             finally:
                 gate_pass.rows, gate_pass.batch = slice(None), None
-        return _join(outputs)
+        return _join(outputs, [len(part) for part in parts])
 
     def _micro_batch(self, x: torch.Tensor) -> int:
-        if x.device.type != 'cpu':
+        if x.device.type != 'cpu' or type(self.model).forward not in PER_IMAGE:
             return len(x)
         return max(1, MICRO_BATCH_PIXELS // (x.shape[2] * x.shape[3]))
 
 
-def _join(outputs: Sequence[Any]) -> Any:
-    """Concatenate the outputs of micro-batches: tensors, or dicts, lists and tuples of them."""
-    first = outputs[0]
+def _join(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Concatenate the outputs of micro-batches: tensors, or dicts, lists and tuples of them, or the same value."""
+    first: Any = outputs[0]
     if isinstance(first, dict):
-        return type(first)((key, _join([output[key] for output in outputs])) for key in first)
+        return type(first)((key, _join([output[key] for output in outputs], sizes)) for key in first)
     if isinstance(first, (list, tuple)):
-        joined = map(_join, zip(*outputs))
+        joined = (_join(output, sizes) for output in zip(*outputs))
         return type(first)(*joined) if hasattr(first, '_fields') else type(first)(joined)  # namedtuple
-    return torch.cat(outputs)  # type: ignore[arg-type]
+    if isinstance(first, torch.Tensor):
+        if [len(output) if output.ndim else None for output in outputs] == sizes:
+            return torch.cat(outputs)  # type: ignore[arg-type]
+    elif all(output == first for output in outputs):
+        return first
+    raise InputError(f'must not be given: an output of the model, {first!r:.80}, is not one value for each image.',
+                     'micro_batch')
 
 
 def optimize_for_inference(
@@ -96,6 +105,7 @@ def optimize_for_inference(
         *,
         compile: bool = False,
         micro_batch: Optional[int] = None,
+        calibration: Any = None,
 ) -> nn.Module:
     """Copy a model for fast inference. The model itself is unchanged.
 
@@ -103,8 +113,10 @@ def optimize_for_inference(
         model: timm ResNet, adaptive or static, or any module that contains one, on the device it will run on.
         compile: Compile the convolutions of each block with torch.compile; whether a block runs stays outside. Needs a
             C++ compiler.
-        micro_batch: Number of images to run through the network at a time. Default: on a CPU as many as have the pixels
-            of four 224 x 224 images, elsewhere the whole batch.
+        micro_batch: Number of images to run through the network at a time, for a model whose outputs are one for each
+            image. Default: of a timm model on a CPU as many as have the pixels of four 224 x 224 images, else the whole
+            batch.
+        calibration: Removed in 0.2, see export_onnx.
 
     Returns:
         An eval-only model that takes the same arguments and returns the same to rounding, except that oneDNN's ReLU
@@ -114,20 +126,23 @@ def optimize_for_inference(
         InputError: No ResNet blocks in the model, forward hooks on modules that are replaced, an optimized model, or a
             micro_batch below 1.
     """
+    if calibration is not None:
+        raise InputError("is not taken any more: convolutions run in int8 in a file of export_onnx(precision='int8').",
+                         'calibration')
     if micro_batch is not None and micro_batch < 1:
         raise InputError(f'must be at least 1, not {micro_batch!r}.', 'micro_batch')
     if isinstance(model, InferenceModel):
         raise InputError('is optimized already.', 'model')
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    blocks = {m: InferenceBlock(m) for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))}
+    model = plain_copy(model).requires_grad_(False)
+    blocks = {m: InferenceBlock(m) for m in model.modules() if type(m) in (*GATED, *GATED.values())}
     if not blocks:
         raise InputError(f'({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).', 'model')
-    hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}
+    hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in blocks:
                 setattr(parent, name, blocks[child])
-            elif isinstance(child, nn.Sequential) and len(child) and all(block in blocks for block in child):
+            elif type(child) is nn.Sequential and len(child) and all(block in blocks for block in child):
                 setattr(parent, name, InferenceStage(*(blocks[block] for block in child)))
         _fold_stem(parent)
     kept = set(model.modules())

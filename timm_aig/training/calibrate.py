@@ -16,7 +16,7 @@ from ..config import InputError
 from ..cost import Cost, compute_cost
 from ..passes import forward_gates
 from .accuracy_drop import AccuracyDrop, accuracy_drop
-from .evaluate import eval_mode
+from .evaluate import check_output, eval_mode, split_batch
 
 __all__ = ['BUDGETS', 'Calibration', 'calibrate_budget']
 
@@ -74,7 +74,8 @@ def calibrate_budget(
         progress: Show a progress bar on stderr.
 
     Raises:
-        InputError: A static or optimized model, a bad argument, no images, missing labels, or a budget out of reach.
+        InputError: A static or optimized model, a bad argument, no images, labels that are missing or no class of the
+            model, logits that are nan, or a budget out of reach.
     """
     model = unwrap_model(model)
     if not all(isinstance(block, GatedBlock) for block in require_gated_blocks(model).values()):
@@ -110,10 +111,10 @@ def _read(loader: Iterable[Any]) -> List[Batch]:
     """The batches of a loader, without images that have a negative label."""
     batches: List[Batch] = []
     for batch in loader:
-        images, labels = (batch, None) if isinstance(batch, torch.Tensor) else (batch[0], batch[1])
+        images, labels = split_batch(batch, 'loader')
         images = images.cpu()
         if labels is not None:
-            labels = torch.as_tensor(labels).cpu()
+            labels = labels.cpu()
             images, labels = images[labels >= 0], labels[labels >= 0]
         if len(images):
             batches.append((images, labels))
@@ -184,6 +185,7 @@ class _Search:
             for images, labels in self.batches:
                 images = images.to(like.device, like.dtype, memory_format=torch.channels_last)
                 output, answers = forward_gates(self.model, images)
+                check_output(output, labels)
                 shares.append(self.cost.share(answers.cpu()))
                 if labels is not None:
                     correct.append(output.argmax(1).cpu() == labels)
@@ -193,6 +195,8 @@ class _Search:
         self.passes += 1
         self.bar.update()
         margins = torch.stack([torch.cat(parts).diff(dim=1)[:, 0] for parts in logits], 1)
+        if not margins.isfinite().all():
+            raise InputError('the logits of the gates are not finite.')
         share = torch.cat(shares).mean().item()
         self.measured.append(_Measurement(offset, share, margins, torch.cat(correct) if correct else None))
         return self.measured[-1]

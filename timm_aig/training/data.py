@@ -18,7 +18,7 @@ from ..config import InputError
 
 __all__ = [
     'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
-    'hold_out', 'open_dataset', 'read_images', 'readable_images', 'resolve_config', 'start_worker',
+    'hold_out', 'match_classes', 'open_dataset', 'read_images', 'readable_images', 'resolve_config', 'start_worker',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class ReadableImages(Dataset):
         self.reader: Any = dataset.reader
         self.mode = dataset.input_img_mode
         self.transform: Any = None
+        self.target_transform: Any = None
         self.is_training = is_training
         self.unreadable = unreadable
         self.part: Sequence[int] = range(len(self.reader))  # indices of possible replacements, ascending
@@ -71,6 +72,8 @@ class ReadableImages(Dataset):
                     _logger.warning(f'Skipped {name}, {type(e).__name__}: {e}')
                 self.failed[at] = True
                 continue
+            if label is not None and self.target_transform is not None:
+                label = self.target_transform(label)
             return (self.transform(image) if self.transform else image), -1 if label is None else label
         if self.is_training:
             raise InputError('no training image can be read.')
@@ -175,15 +178,16 @@ def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
 
 
 def start_worker(worker: Any) -> int:
-    """Make a loader worker ignore the first SIGTERM, as the worker_seeding of timm's create_loader.
+    """Make a loader worker ignore the first SIGTERM and SIGINT, as the worker_seeding of timm's create_loader.
 
-    A scheduler signals all processes of a training at once, but the trainer needs its workers until it has saved a
-    checkpoint. A second SIGTERM ends the worker: the loader sends one to workers that do not stop by themselves.
+    A scheduler, and Ctrl-C, signal all processes of a training at once, but the trainer needs its workers until it has
+    saved a checkpoint. A second signal ends the worker: the loader sends one to workers that do not stop by themselves.
 
     Returns:
         The worker's seed.
     """
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
     return worker.seed
 
 
@@ -209,6 +213,37 @@ def class_names(dataset: Any) -> List[str]:
     dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
     names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     return [str(name) for name in names or ()]
+
+
+def match_classes(dataset: Any, names: Sequence[str], classes: int) -> None:
+    """Give the images of a data set the labels of a model, by the names of the classes. Folders sort their own way.
+
+    Args:
+        dataset: Data set, or a subset of one. It may lack some of the classes.
+        names: Class names of the model in the order of its labels, empty if it has none.
+        classes: Number of classes of the model.
+
+    Raises:
+        InputError: The data set has a class that the model, which names its classes, does not have.
+    """
+    own = class_names(dataset)
+    if own and not names and len(own) < classes:
+        _logger.warning(f'The model does not name its {classes} classes: the images of {_shown(own)} are taken for its '
+                        f'first {len(own)}.')
+    if not own or not names or own == list(names):
+        return
+    if not {*own} <= {*names}:
+        raise InputError(f'must have the classes of the model, {_shown(names)}, not {_shown(own)}.', 'data_dir')
+    dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if getattr(dataset, 'target_transform', dataset) is not None:
+        raise InputError(f'must have its classes in the order of the model, {_shown(names)}, not {_shown(own)}.',
+                         'dataset')
+    dataset.target_transform = [list(names).index(name) for name in own].__getitem__
+    dataset.classes = list(names)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
 def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:

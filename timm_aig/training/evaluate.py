@@ -1,7 +1,7 @@
 """evaluate: accuracy of a model, adaptive or static, and the answers of its gates, exact over all processes."""
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from ..config import InputError
 from ..cost import Cost
 from ..passes import forward_gates
 
-__all__ = ['METRICS', 'Evaluation', 'eval_mode', 'evaluate']
+__all__ = ['METRICS', 'Evaluation', 'check_output', 'eval_mode', 'evaluate', 'split_batch']
 
 METRICS = ('top1', 'top5', 'execution_rate', 'macs_share', 'paths')
 
@@ -63,6 +63,36 @@ class Evaluation:
         return dict(zip(METRICS, (self.top1, self.top5, rate, self.macs_shares(cost).mean().item(), self.paths)))
 
 
+def split_batch(batch: Any, argument: str) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Images [B, C, H, W] and labels [B] of what a loader gives. Labels are None where it gives images only.
+
+    Raises:
+        InputError: Something else, such as a dictionary or soft labels. It blames `argument`.
+    """
+    parts = [batch] if isinstance(batch, torch.Tensor) else batch
+    if isinstance(parts, (list, tuple)) and 1 <= len(parts) <= 2 and isinstance(parts[0], torch.Tensor):
+        images = parts[0]
+        labels = torch.as_tensor(parts[1]) if len(parts) == 2 else torch.zeros(len(images), dtype=torch.long)
+        if images.ndim == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point():
+            return images, labels if len(parts) == 2 else None
+    shapes = [list(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+    raise InputError(
+        f'must give batches of images [B, C, H, W], or of images and labels [B] that are numbers of classes, '
+        f'not {type(batch).__name__} of {shapes}.', argument)
+
+
+def check_output(output: torch.Tensor, labels: Optional[torch.Tensor]) -> None:
+    """Check logits [B, num_classes] before they become predictions.
+
+    Raises:
+        InputError: A logit is nan, or the model has no class for a label.
+    """
+    if output.isnan().any():
+        raise InputError('the logits of the model are not numbers: an image or a weight is nan or too large.')
+    if labels is not None and len(labels) and labels.max() >= output.shape[1]:
+        raise InputError(f'the model has {output.shape[1]} classes, the data set has a label {labels.max()}.')
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to eval inside a `with` block. Afterwards each module has its own mode again, as before."""
@@ -98,7 +128,7 @@ def evaluate(
         likeness: Also compute Evaluation.likeness.
 
     Raises:
-        InputError: No labelled images, or a label that the model has no class for.
+        InputError: No labelled images, labels that are no class of the model, or logits that are nan.
     """
     device = device or next((p.device for p in model.parameters()), torch.device('cpu'))
     limit = evaluation_sample_limit(getattr(loader, 'loader', loader))  # PrefetchLoader hides its loader
@@ -109,13 +139,14 @@ def evaluate(
     sums: Any = 0.
     seen = 0
     with eval_mode(model):
-        for images, labels in tqdm(loader, 'evaluate', unit='batch', leave=False, disable=True if rank else None):
+        for batch in tqdm(loader, 'evaluate', unit='batch', leave=False, disable=True if rank else None):
+            images, batch_labels = split_batch(batch, 'loader')
             images = images.to(device, memory_format=torch.channels_last)
+            labels = torch.full((len(images),), -1) if batch_labels is None else batch_labels
             labels = labels.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 output, gates = forward_gates(unwrap_model(model), images, sample)
-            if len(labels) and labels.max() >= output.shape[1]:
-                raise InputError(f'the model has {output.shape[1]} classes, the data set has a label {labels.max()}.')
+            check_output(output, labels)
             positions = torch.arange(seen, seen + len(labels), device=device)
             seen += len(labels)
             keep = labels >= 0

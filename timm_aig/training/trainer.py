@@ -34,7 +34,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Stopped(Exception):
-    """The process received SIGTERM. The training is saved and can be resumed."""
+    """The process received SIGTERM, or SIGINT from Ctrl-C. The training is saved and can be resumed."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 class Trainer:
@@ -112,7 +116,7 @@ class Trainer:
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.sums = torch.zeros(3 + len(self.block_names), dtype=dtype, device=self.device)
         self._rng: Optional[Dict[str, Any]] = None  # generator states to resume with inside an epoch
-        self._terminated = False
+        self._signal = 0  # number of the signal that was received
 
     def fit(self, after_epoch: Callable[[int, Dict[str, float]], None] = lambda epoch, results: None) -> None:
         """Train up to the last epoch.
@@ -125,11 +129,11 @@ class Trainer:
             NonFiniteError: A loss or gradient is not finite, see UpdateConfig.nonfinite.
             CheckpointError: A checkpoint cannot be written.
             InputError: The loader gives fewer batches than its length, or a label outside [0, num_classes).
-            Stopped: The process received SIGTERM.
+            Stopped: The process received SIGTERM or SIGINT. A second SIGINT does not wait for the running update.
         """
-        previous = None
+        previous: Dict[int, Any] = {}
         if self.checkpoints is not None and threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            previous = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.step == 0:
                 self.save()  # fail on a full disk before the training, not after it
@@ -138,8 +142,8 @@ class Trainer:
                 self.epoch, self.position, self._rng = self.epoch + 1, 0, None
                 self.sums.zero_()
         finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
     def results(self) -> Dict[str, float]:
         """Mean results of the epoch so far, over all processes. Each process must call it.
@@ -163,8 +167,10 @@ class Trainer:
             results.update((f'rate_{name}', rate) for name, rate in zip(self.block_names, rates))
         return results
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        self._terminated = True
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._signal = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
 
     def _train_epoch(self) -> Dict[str, float]:
         self.task.train()
@@ -252,16 +258,17 @@ class Trainer:
             self.scheduler.step_update(self.step)
 
     def _save_if(self, due: bool) -> None:
-        """Save a checkpoint if it is due. After SIGTERM save one and raise Stopped."""
-        terminated = self._terminated
+        """Save a checkpoint if it is due. After SIGTERM or SIGINT save one and raise Stopped."""
+        terminated = bool(self._signal)
         if self.distributed:  # processes get the signal at different steps and must agree before torchrun kills them
             terminated = False
             if self.device.type == 'cpu' or self.step % 10 == 0 or self.position == len(self.loader):
-                terminated = in_any_process(self._terminated, self.device)
+                terminated = in_any_process(bool(self._signal), self.device)
         if due or terminated:
             self.save()
         if terminated:
-            raise Stopped(f'stopped by SIGTERM in epoch {self.epoch + 1} after step {self.step}, saved.')
+            signum = signal.Signals(self._signal or signal.SIGTERM)
+            raise Stopped(f'stopped by {signum.name} in epoch {self.epoch + 1} after step {self.step}, saved.', signum)
 
     def resume(self) -> None:
         """Load the last intact checkpoint, if there is one.
