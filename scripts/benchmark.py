@@ -80,6 +80,7 @@ import torch
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, own_offsets
+from timm_aig.export.runtime import openvino_core
 from timm_aig.training.data import read_images
 
 
@@ -141,7 +142,7 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
             timm_aig.export_onnx(model, onnx, mode=mode, images=x)
             timm_aig.export_openvino(model, ir, mode=mode, images=x)
             session = timm_aig.load_onnx(onnx, threads, spinning=False)  # spinning threads would slow the other rows
-            compiled = openvino.Core().compile_model(ir, 'CPU', config)
+            compiled = openvino_core().compile_model(ir, 'CPU', config)
             for runtime, run in (
                 (f'ONNX Runtime {onnxruntime.__version__}', partial(session.run, None)),
                 (f"OpenVINO {openvino.__version__.split('-')[0]}", compiled),

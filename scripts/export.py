@@ -67,6 +67,7 @@ from _inputs import open_model
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, ExportError, own_offsets
+from timm_aig.export.runtime import openvino_core
 from timm_aig.training.data import read_images, resolve_config
 
 
@@ -101,10 +102,8 @@ def load(args: argparse.Namespace, path: Path) -> Callable[[Dict[str, Any]], Any
     if args.format == 'onnx':
         session = timm_aig.load_onnx(path, threads, spinning=False)  # else the sessions fight for the cores
         return lambda feeds: session.run(None, feeds)
-    import openvino
-
     hint = 'bf16' if args.precision == 'bfloat16' else 'f32'
-    return openvino.Core().compile_model(
+    return openvino_core().compile_model(
         path, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': hint})
 
 

@@ -1,16 +1,17 @@
 """OpenVINO files compute what the model does."""
 import json
+import subprocess
+import sys
 
 import pytest
 from exports import GATES, MIXED, assert_agree, expected, offsets
 
 import timm_aig
+from timm_aig.export.runtime import openvino_core
 
 
 def test_it_answers_as_the_model_at_any_batch(model, x, openvino_file):
-    import openvino
-
-    compiled = openvino.Core().compile_model(openvino_file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    compiled = openvino_core().compile_model(openvino_file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     for batch in (1, 2, 7, 32):
         for pattern in ([1] * GATES, [0] * GATES, MIXED):
             found = compiled({'x': x[:batch].numpy(), 'gate_offset': offsets(pattern)})
@@ -18,10 +19,8 @@ def test_it_answers_as_the_model_at_any_batch(model, x, openvino_file):
 
 
 def test_two_files_are_written_with_the_metadata(model, openvino_file):
-    import openvino
-
     assert sorted(file.name for file in openvino_file.parent.iterdir()) == ['m.bin', 'm.xml']
-    info = openvino.Core().read_model(openvino_file).get_rt_info(['timm_aig', 'gated_blocks']).astype(str)
+    info = openvino_core().read_model(openvino_file).get_rt_info(['timm_aig', 'gated_blocks']).astype(str)
     assert json.loads(info) == list(timm_aig.gated_blocks(model))
 
 
@@ -30,3 +29,20 @@ def test_bad_arguments_are_named(model, tmp_path):
         timm_aig.export_openvino(model, tmp_path / 'm.onnx')
     with pytest.raises(timm_aig.InputError, match='precision must be one of float32, float16, bfloat16'):
         timm_aig.export_openvino(model, tmp_path / 'm.xml', precision='int8')
+
+
+def test_signals_reach_a_process_after_several_models_were_released(model, tmp_path):
+    timm_aig.export_openvino(model, tmp_path / 'm.xml')
+    program = """
+import gc, signal, openvino
+from timm_aig.export.runtime import openvino_core
+
+signal.signal(signal.SIGUSR1, lambda *args: print('alive'))
+compiled = [core.compile_model('m.xml', 'CPU') for core in (openvino_core(), openvino.Core(), openvino_core())]
+while compiled:
+    compiled.pop(0)
+    gc.collect()
+    signal.raise_signal(signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, 'alive\n' * 3)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 import numpy as np
 
 from ..config import InputError
+from .runtime import load_onnx, openvino_core
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,14 +125,8 @@ def load_exported_cascade(
 
 def _open(file: Path, threads: Optional[int], spinning: bool) -> Callable[[Dict[str, np.ndarray]], Any]:
     if file.suffix == '.onnx':
-        from .runtime import load_onnx
-
         session = load_onnx(file, threads, spinning)
         return lambda feeds: session.run(None, feeds)
-    try:
-        import openvino
-    except ImportError as e:
-        raise ImportError(f"OpenVINO files need pip install 'timm_aig[export]' ({e}).") from e
     config = {'INFERENCE_PRECISION_HINT': 'f32', **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
-    compiled = openvino.Core().compile_model(file, 'CPU', config)
+    compiled = openvino_core().compile_model(file, 'CPU', config)
     return lambda feeds: list(compiled(feeds).values())

@@ -12,6 +12,7 @@ from ..config import InputError
 from .check import check_export, file_report, own_offsets
 from .model import prepare
 from .onnx import describe, to_onnx
+from .runtime import openvino_core
 
 __all__ = ['export_openvino']
 
@@ -64,7 +65,7 @@ def export_openvino(
         ir.set_rt_info(metadata, ['timm_aig'])
         ov.save_model(ir, file, compress_to_fp16=precision == 'float16')
         hint = 'bf16' if precision == 'bfloat16' else 'f32'
-        compiled = ov.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': hint})
+        compiled = openvino_core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': hint})
 
         def run(x: np.ndarray, offset: Optional[np.ndarray]) -> Tuple[np.ndarray, Optional[np.ndarray]]:
             feeds = {'x': x}

@@ -1,6 +1,7 @@
-"""Exported ONNX files in ONNX Runtime."""
+"""Exported files in ONNX Runtime and OpenVINO."""
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -9,7 +10,7 @@ import numpy as np
 from ..config import InputError
 from .check import FORCED, TOLERANCE
 
-__all__ = ['create_session', 'load_onnx']
+__all__ = ['create_session', 'load_onnx', 'openvino_core']
 
 
 def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spinning: bool = True) -> Any:
@@ -89,3 +90,21 @@ def create_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+
+
+@cache
+def openvino_core() -> Any:
+    """The openvino.Core of this process, which is never released.
+
+    A CPU plugin of OpenVINO replaces the signal stack of its thread, and on release puts back the one before. Two that
+    are released in the order of their creation leave a stack that is no longer mapped: the next signal kills the
+    process (seen in OpenVINO 2026.4).
+
+    Raises:
+        ImportError: The `export` extra is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as e:
+        raise ImportError(f"OpenVINO files need pip install 'timm_aig[export]' ({e}).") from e
+    return openvino.Core()
