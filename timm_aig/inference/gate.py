@@ -43,7 +43,8 @@ class InferenceGate(Gate):
         scores = self._scores(pooled, scale)
         answers = [score > threshold for score in scores]
         if gate_pass.sample:
-            answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
+            logits = torch.tensor(scores, device='cpu') + self.score
+            answers = (torch.rand_like(logits) < logits.sigmoid()).tolist()
         if gate_pass.forced is not None or gate_pass.record is not None:
             answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]
