@@ -74,8 +74,8 @@ def split_batch(batch: Any, argument: str) -> Tuple[torch.Tensor, Optional[torch
         images = parts[0]
         labels = torch.zeros(len(images), dtype=torch.long) if len(parts) == 1 else parts[1]
         labels = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(labels, device='cpu')
-        if images.ndim == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point():
-            return images, labels if len(parts) == 2 else None
+        if images.ndim == 4 and labels.shape == images.shape[:1] and (labels == labels.long()).all():
+            return images, labels.long() if len(parts) == 2 else None
     shapes = [list(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
     raise InputError(
         f'must give batches of images [B, C, H, W], or of images and labels [B] that are numbers of classes, '
