@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
 from .compat import model_args, set_model_args
@@ -170,6 +169,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     Parametrized weights, as of weight_norm and spectral_norm, get their values. Compiled modules are not compiled.
     """
+    from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
     model = copy_module(model).eval()
     model = model._modules.get('_orig_mod') or model
     for module in list(model.modules()):
