@@ -135,6 +135,14 @@ def test_batches_that_would_give_a_wrong_table_are_errors(model, batches, change
     assert budget_table(model) == ()
 
 
+def test_the_default_device_does_not_matter(model, batches):
+    with torch.device('meta'):
+        calibrate_budget(model, batches, [.5])
+        top1 = timm_aig.evaluate(model, batches, likeness=True).top1
+        gates = forward_gates(optimize_for_inference(model), batches[0][0], sample=True)[1]
+    assert budget_table(model) and top1 > 0 and 0 < gates.mean() < 1
+
+
 def test_a_gate_that_gives_nan_is_an_error(model, batches):
     model.layer3[2].gate.fc2.weight.data.fill_(torch.nan)  # the block is closed, the logits of the model are finite
     with pytest.raises(InputError, match='logits of the gates are not finite'):

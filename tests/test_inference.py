@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import timm_aig
@@ -307,6 +308,22 @@ def test_a_replaced_module_with_a_forward_of_its_own_is_an_error():
     model.layer1[0].conv1.forward = lambda x: 0 * x  # as accelerate's hooks are
     with pytest.raises(InputError, match=r'forward hooks on layer1.0.conv1, which is replaced'):
         timm_aig.optimize_for_inference(model)
+
+
+def test_pruned_layers_are_copied_and_counted():
+    model, x = create('cifar_resnet20_aig'), images(4, 'cifar')
+    expected = timm_aig.compute_cost(model)
+    for layer in (model.layer1[1].gate.fc1, model.layer1[1].conv1):
+        prune.l1_unstructured(layer, 'weight', .5)
+    model(x)  # with grad: what the hooks compute is no leaf, which deepcopy refuses
+    assert timm_aig.compute_cost(model) == expected
+    with torch.no_grad():
+        assert_same(timm_aig.optimize_for_inference(model)(x), model(x))
+
+
+def test_weights_without_values_are_an_error():
+    with pytest.raises(InputError, match='model has weights without values'):
+        timm_aig.optimize_for_inference(timm.create_model('cifar_resnet20_aig', device='meta'))
 
 
 def test_forced_gates_for_another_batch_size_are_an_error_in_micro_batches_too(models):

@@ -8,14 +8,13 @@ import torch
 import torch.nn as nn
 from timm.models import is_model
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
 from .compat import model_args, set_model_args
 from .config import AIG_ARGS, AIGConfig, InputError
 from .gate import Gate
 
-__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn', 'plain_copy']
+__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn', 'copy_module', 'plain_copy']
 
 _logger = logging.getLogger(__name__)
 
@@ -159,12 +158,20 @@ def _record_args(model: nn.Module, config: Optional[AIGConfig]) -> None:
     set_model_args(model, args)
 
 
+def copy_module(model: nn.Module, memo: Optional[Dict[int, Any]] = None) -> nn.Module:
+    """copy.deepcopy of a module, also of one whose weights a hook computes, as pruning does."""
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {**{id(t): t.detach().clone() for t in computed}, **(memo or {})})
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """Copy of a model in eval that computes the same with plain modules, which can be read and replaced.
 
     Parametrized weights, as of weight_norm and spectral_norm, get their values. Compiled modules are not compiled.
     """
-    model = copy.deepcopy(model).eval()
+    from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+    model = copy_module(model).eval()
     model = model._modules.get('_orig_mod') or model
     for module in list(model.modules()):
         for name, child in module._modules.items():

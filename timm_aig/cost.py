@@ -1,5 +1,4 @@
 """MACs of a model: of each block, of each sample, and a table of them."""
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .blocks import gated_blocks
 from .config import InputError
+from .convert import copy_module
 
 __all__ = ['Cost', 'compute_cost', 'own_input_size', 'summary']
 
@@ -199,7 +199,7 @@ def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) ->
     if len(size) != 3 or any(length < 1 for length in size):
         raise InputError(f'must be (C, H, W), each above 0, not {size}.', 'input_size')
     meta = {id(t): t.to('meta') for t in (*model.parameters(), *model.buffers())}
-    shapes = copy.deepcopy(model, meta).eval()  # the model itself may be running in another thread
+    shapes = copy_module(model, meta).eval()  # the model itself may be running in another thread
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     counter = _MacCounter(shapes)
     try:

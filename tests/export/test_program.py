@@ -3,6 +3,7 @@ import copy
 import subprocess
 import sys
 
+import pytest
 import torch
 from exports import MIXED, expected, offsets
 from torch.nn.utils.parametrizations import weight_norm
@@ -43,3 +44,29 @@ def test_what_training_left_and_large_logits_do_not_matter(model, x, tmp_path):
     with torch.no_grad():
         logits, gates = timm_aig.forward_gates(model, x)
     assert torch.allclose(found[0], logits, atol=1e-5) and torch.equal(found[1], gates)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_default_dtype_and_device_do_not_matter(dtype, model, x, tmp_path):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device('meta'):
+            report = timm_aig.export_program(model, tmp_path / 'm.pt2', images=x[:6])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report['gates_changed'] == 0
+
+
+def test_a_convolution_with_an_adapter_is_exported_with_its_norm(model, x, tmp_path):
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+            self.update = copy.deepcopy(layer)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.update(x)
+
+    model = copy.deepcopy(model)
+    model.layer2[1].conv2 = Adapter(model.layer2[1].conv2)
+    assert timm_aig.export_program(model, tmp_path / 'm.pt2', images=x[:6])['gates_changed'] == 0

@@ -150,4 +150,4 @@ def test_a_data_set_with_more_classes_is_refused(run_script, make_images, adapti
     data = make_images(tmp_path / 'data', splits=(('validation', 2),), classes=('a', 'b', 'c', 'd'))
     assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', data, '--workers', 0, '--output',
                       tmp_path / 'out') == 2
-    assert 'the model has 3 classes, the data set has a label 3' in capsys.readouterr().err.splitlines()[-1]
+    assert 'the classes of the model, ape, bee, cat, not a, b, c, d.' in capsys.readouterr().err.splitlines()[-1]

@@ -58,9 +58,10 @@ def check_export(
     patterns: Set[Tuple[int, ...]] = set()
     for x, offset in _cases(images, forced=bool(count) and mode != 'path'):
         logits, answers = run(x.numpy(), None if offset is None else np.full(count, offset, np.float32))
-        found = torch.zeros(len(x), 0) if answers is None else torch.from_numpy(answers.astype(np.float32))
+        answers = np.zeros((len(x), 0)) if answers is None else answers
+        found = torch.from_numpy(answers.astype(np.float32))
         if gates is not None:
-            expected = torch.tensor([float(bool(gate)) for gate in gates]).expand(len(x), -1)
+            expected = torch.tensor([float(bool(gate)) for gate in gates], device='cpu').expand(len(x), -1)
         elif offset is not None:
             expected = torch.full_like(found, float(offset > 0))
         else:

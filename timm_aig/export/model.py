@@ -89,6 +89,8 @@ class ExportModel(nn.Module):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Conv1d):
                     setattr(parent, name, _Conv1d(child))
+                elif type(child) is nn.BatchNorm2d:  # behind a convolution with an adapter
+                    setattr(parent, name, _Affine(child))
         blocks: List[Any] = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
         gated = [block for block in blocks if block.gate is not None]
         is_open = dict(zip(gated, gates or ()))
@@ -96,8 +98,8 @@ class ExportModel(nn.Module):
         self.model = optimized
         self.has_gates = bool(gated)
         self.takes_offset = self.has_gates and mode != 'path'
-        self.register_buffer('bias', torch.cat([torch.zeros(0), *(block.gate.bias2 for block in gated)]))
-        self.register_buffer('pattern', torch.tensor([float(bool(gate)) for gate in gates or ()]))
+        self.register_buffer('bias', torch.cat([torch.zeros(0, device='cpu'), *(block.gate.bias2 for block in gated)]))
+        self.register_buffer('pattern', torch.tensor([float(bool(gate)) for gate in gates or ()], device='cpu'))
         self.dtype = dtype
         self.to(dtype).to(memory_format=torch.contiguous_format)
 
@@ -136,6 +138,19 @@ class _Conv1d(nn.Module):
         return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, *self.padding)).squeeze(2)
 
 
+class _Affine(nn.Module):
+    """A BatchNorm2d in eval that torch.export can trace with 0 rows."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        self.scale = nn.Parameter(scale[:, None, None])
+        self.shift = nn.Parameter((norm.bias.detach() - norm.running_mean * scale)[:, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.shift
+
+
 def prepare(
         model: nn.Module, images: Optional[torch.Tensor], mode: str, gates: Optional[Sequence[bool]],
 ) -> Tuple[nn.Module, torch.Tensor, Optional[List[bool]]]:
@@ -160,7 +175,7 @@ def prepare(
     if (gates is not None) != (mode == 'path'):
         raise InputError("is for mode 'path', which needs it.", 'gates')
     if gates is not None:
-        values = torch.as_tensor(gates, dtype=torch.float32).cpu()  # a list, or a row of forward_gates
+        values = torch.as_tensor(gates, dtype=torch.float32, device='cpu')  # a list, or a row of forward_gates
         if values.shape != (len(blocks),) or not ((values == 0) | (values == 1)).all():
             raise InputError(
                 f'must have a value, 0 or 1, for each of the {len(blocks)} gated blocks, not {gates!r:.80}.', 'gates')

@@ -55,7 +55,7 @@ def export_program(
 def trace(model: ExportModel, images: torch.Tensor) -> Any:
     """torch.export.ExportedProgram of a model for any batch of images of that size."""
     x = images[:1].expand(2, -1, -1, -1)  # torch would take a batch of 1 as fixed
-    offset = torch.zeros(len(model.bias)) if model.takes_offset else None
+    offset = torch.zeros(len(model.bias), dtype=torch.float32, device='cpu') if model.takes_offset else None
     shapes = {'x': {0: torch.export.Dim('batch')}, 'gate_offset': None}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # of the exporter, about its own code

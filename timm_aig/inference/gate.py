@@ -47,7 +47,8 @@ class InferenceGate(Gate):
             offsets = gate_pass.offset[gate_pass.rows] if gate_pass.offset.ndim else gate_pass.offset
             answers = (torch.tensor(scores) + self.score + offsets.cpu() > 0).tolist()
         if gate_pass.sample:
-            answers = (torch.rand(len(scores)) < (torch.tensor(scores) + self.score).sigmoid()).tolist()
+            logits = torch.tensor(scores, device='cpu') + self.score
+            answers = (torch.rand_like(logits) < logits.sigmoid()).tolist()
         if gate_pass.forced is not None or gate_pass.record is not None:
             answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]

@@ -134,6 +134,8 @@ def optimize_for_inference(
     if isinstance(model, InferenceModel):
         raise InputError('is optimized already.', 'model')
     model = plain_copy(model).requires_grad_(False)
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError('has weights without values, on the meta device: load them first.', 'model')
     blocks = {m: InferenceBlock(m) for m in model.modules() if type(m) in (*GATED, *GATED.values())}
     if not blocks:
         raise InputError(f'({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).', 'model')

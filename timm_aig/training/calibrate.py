@@ -240,7 +240,7 @@ class _Search:
         """Offset that would give a budget if margins [N, L] did not depend on which blocks run."""
         opens_at, order = (-margins).flatten().sort()
         images = len(margins)
-        macs = torch.tensor(self.cost.blocks, dtype=torch.float64).repeat(images)[order].cumsum(0)
+        macs = margins.new_tensor(self.cost.blocks, dtype=torch.float64).repeat(images)[order].cumsum(0)
         index = int(torch.searchsorted(macs, (budget * self.cost.static - self.cost.fixed) * images))
         return round(opens_at[max(0, index - 1):index + 1].double().mean().item(), DECIMALS)
 

@@ -72,9 +72,10 @@ def split_batch(batch: Any, argument: str) -> Tuple[torch.Tensor, Optional[torch
     parts = [batch] if isinstance(batch, torch.Tensor) else batch
     if isinstance(parts, (list, tuple)) and 1 <= len(parts) <= 2 and isinstance(parts[0], torch.Tensor):
         images = parts[0]
-        labels = torch.as_tensor(parts[1]) if len(parts) == 2 else torch.zeros(len(images), dtype=torch.long)
-        if images.ndim == 4 and labels.shape == images.shape[:1] and not labels.is_floating_point():
-            return images, labels if len(parts) == 2 else None
+        labels = torch.zeros(len(images), dtype=torch.long) if len(parts) == 1 else parts[1]
+        labels = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(labels, device='cpu')
+        if images.ndim == 4 and labels.shape == images.shape[:1] and (labels == labels.long()).all():
+            return images, labels.long() if len(parts) == 2 else None
     shapes = [list(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
     raise InputError(
         f'must give batches of images [B, C, H, W], or of images and labels [B] that are numbers of classes, '
@@ -142,7 +143,7 @@ def evaluate(
         for batch in tqdm(loader, 'evaluate', unit='batch', leave=False, disable=True if rank else None):
             images, batch_labels = split_batch(batch, 'loader')
             images = images.to(device, memory_format=torch.channels_last)
-            labels = torch.full((len(images),), -1) if batch_labels is None else batch_labels
+            labels = torch.full((len(images),), -1, device=device) if batch_labels is None else batch_labels
             labels = labels.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 output, gates = forward_gates(unwrap_model(model), images, sample)
@@ -155,7 +156,7 @@ def evaluate(
             output, labels = output[keep], labels[keep]
             evaluator.update(output, labels)
             if likeness:
-                batch_sums = torch.zeros(output.shape[1], output.shape[1], dtype=torch.float64)
+                batch_sums = torch.zeros(output.shape[1], output.shape[1], dtype=torch.float64, device='cpu')
                 sums += batch_sums.index_add_(0, labels.cpu(), output.cpu().softmax(1, torch.float64))
             positions = positions[keep] * world + rank  # timm's sampler gives every world-th image to a process
             parts.append([t.cpu() for t in (labels, output.argmax(1), gates[keep].bool(), positions)])
