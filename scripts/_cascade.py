@@ -34,8 +34,12 @@ def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.
         values = [config[name] for config in configs]
         if any(value != values[0] for value in values):
             raise InputError(f'must take the same images, but {name} is {" and ".join(map(str, values))}.', 'cascade')
+    names = [model.pretrained_cfg.get('label_names') for model in cascade.models]
+    if any(name and names[0] and list(name) != list(names[0]) for name in names):
+        raise InputError('must have their classes in the same order.', 'cascade')
+    dataset = open_evaluation_split(args, cascade.models[0])
     loader = create_evaluation_loader(
-        args, open_evaluation_split(args), configs[0], device=device, use_prefetcher=device.type == 'cuda')
+        args, dataset, configs[0], device=device, use_prefetcher=device.type == 'cuda')
     return _OnDevice(loader, device)
 
 

@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
         argv = ['--model', name, '--data-dir', args.data_dir, '--workers', str(args.workers), *shlex.split(split)]
         split_args = validate.parse_args([*argv, *(['--device', args.device] if args.device else [])])
         split_args.input_size = split_args.crop_pct = None
-        dataset = open_evaluation_split(split_args)
+        dataset = open_evaluation_split(split_args, model)
         parts.append(list(create_evaluation_loader(
             split_args, dataset, data_config(split_args, model), use_prefetcher=False)))
     device = torch.device(args.device or 'cpu')
