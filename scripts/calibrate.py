@@ -45,7 +45,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg = parser.add_argument
     add_evaluation_args(parser, split='train', cascade=True)
     add_args(parser, 'budgets', default=[.4, .5, .6, .7, .8, .9, 1.],
-             help='MACs shares to calibrate (default: 0.4 to 1 in steps of 0.1)')
+             help='MACs shares to calibrate, or to try in each adaptive stage of --cascade '
+                  '(default: 0.4 to 1 in steps of 0.1)')
     arg('--tolerance', type=number('(0, 1)'), default=0.005, metavar='X',
         help='largest difference of a MACs share from its budget (default: %(default)s)')
     arg('--max-accuracy-drop', type=number('[0, inf)'), metavar='POINTS',
@@ -118,11 +119,15 @@ def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
         open_folder(args.output)
     loader = create_cascade_loader(args, cascade, device)
     cascade = cascade.to(device, memory_format=torch.channels_last)
-    points = cascade.calibrate(loader, macs=args.macs, accuracy=args.accuracy, progress=True)
-    chosen = next(point for point in points if point.thresholds == cascade.thresholds)
+    tables = [timm_aig.budget_table(cascade.models[index]) for index in cascade.order]
+    budgets: Any = [[p.budget for p in table if p.budget in args.budgets] or [None] for table in tables]
+    points = cascade.calibrate(loader, macs=args.macs, accuracy=args.accuracy, budgets=budgets, progress=True)
+    chosen = next(p for p in points if (p.thresholds, p.budgets) == (cascade.thresholds, cascade.budgets))
     if args.json:
         print(json.dumps({'chosen': asdict(chosen), 'points': [asdict(point) for point in points]}, indent=2))
     else:
+        if any(chosen.budgets):
+            print(f'budgets {", ".join(map(str, chosen.budgets))}')
         print(f'thresholds {", ".join(f"{value:.4f}" for value in chosen.thresholds)}: MACs {chosen.macs_share:.1%} of '
               f'the largest model, top1 {chosen.top1:.2f}% on {chosen.images} images.')
     if args.output:

@@ -85,3 +85,16 @@ def test_bad_input_is_named(call, static_model, tmp_path, script, args, problem)
             names[name] = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / name)}'
     code, _, err = call(script, *(arg.format(**names) for arg in args))
     assert code == 2 and problem in err
+
+
+def test_calibrated_stages_run_at_the_budgets_that_are_best(call, rows, adaptive_model, tmp_path):
+    table = [dict(budget=b, gate_offset=o, macs_share=b, images=9) for b, o in ((.4, -1.), (.8, 1.), (1., 100.))]
+    model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=table)
+    name = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "model")}'
+    code, out, _ = call('calibrate.py', '--cascade', name, name, '--split', 'validation', '--macs', 2, '--budgets',
+                        .4, 1, '--output', tmp_path / 'cascade')
+    assert code == 0 and 'budgets ' in out
+    cascade = timm_aig.Cascade.from_pretrained(tmp_path / 'cascade')
+    assert len(cascade.models) == 1 and set(cascade.budgets) <= {.4, 1.}
+    best = max(rows('--model', name, '--budgets', .4, 1), key=lambda row: row['top1'])
+    assert rows('--cascade', tmp_path / 'cascade')[0]['top1'] >= best['top1'] - 1e-9
