@@ -16,7 +16,6 @@ import copy
 import ctypes
 import itertools
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from _common import (
     create_parser,
     integer,
     keep_freed_memory,
+    machine,
     number,
     open_device,
     require,
@@ -43,14 +43,15 @@ EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
   scripts/benchmark.py --model resnet101_aig --batch-size 1 --compile
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
-  scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json"""
+  scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json
+  scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     arg = parser.add_argument
     add_args(parser, 'model', default='resnet50_aig')
-    add_args(parser, 'pretrained', 'input_size')
+    add_args(parser, 'cascade', 'pretrained', 'input_size')
     add_args(parser, 'batch_size', nargs='+', default=None,
              help='images in a batch, one table for each (default: 1 8 32, with --train 32)')
     arg('--rate', type=number('[0, 1]'), nargs='+', default=[1., .7, .5, .3], metavar='R',
@@ -65,6 +66,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or ([32] if args.train else [1, 8, 32])
+    if args.cascade and (args.train or args.compile or args.memory):
+        parser.error('--cascade is timed without --train, --compile and --memory.')
     if args.train and min(args.batch_size) == 1:
         parser.error('--batch-size must be at least 2 for --train, for the batch norms of the gates.')
     return args
@@ -76,6 +79,7 @@ if __name__ == '__main__':
 import timm
 import timm.task
 import torch
+from _cascade_times import measure_cascade, print_cascade_times
 
 import timm_aig
 from timm_aig import InputError
@@ -306,14 +310,6 @@ def print_table(results: List[Dict], memory: bool) -> None:
         print(line)
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     if args.train:
@@ -324,22 +320,22 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'must be cpu for --runtimes and --memory, not {args.device}.', 'device')
     if args.runtimes:
         require('export', 'onnxruntime', 'openvino')
-    adaptive, parent = load_models(args)
+    setting = dict(
+        model=args.cascade or args.model, device=args.device, precision='float32', threads=torch.get_num_threads(),
+        **machine(), images=args.num_images, rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv))
     with torch.inference_mode():
-        images = load_images(args, adaptive)
-        setting = dict(
-            model=args.model, input_size=list(images.shape[1:]), device=args.device, precision='float32',
-            threads=torch.get_num_threads(), cpu=cpu_name(), cpu_capability=torch.backends.cpu.get_cpu_capability(),
-            torch=torch.__version__, timm=timm.__version__, timm_aig=timm_aig.__version__, images=len(images),
-            rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv),
-        )
-        if not args.json:
-            print(', '.join(f'{k} {v}' for k, v in setting.items()))
-        results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
+        if args.cascade:
+            results = measure_cascade(args)
+        else:
+            adaptive, parent = load_models(args)
+            images = load_images(args, adaptive)
+            results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
+            setting.update(images=len(images), input_size=list(images.shape[1:]))
     if args.json:
         print(json.dumps(dict(setting=setting, results=results), indent=2))
-    else:
-        print_table(results, args.memory)
+        return
+    print(', '.join(f'{k} {v}' for k, v in setting.items()))
+    print_cascade_times(results) if args.cascade else print_table(results, args.memory)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

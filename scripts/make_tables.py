@@ -64,6 +64,11 @@ TABLES = {
     'fmnist-budgets': Table('fmnist_budgets.csv', {
         'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
     }, {'model': 'cifar_resnet32_aig.fmnist_t06'}),
+    'fmnist-cascades': Table('fmnist_cascades.csv', {
+        'first model': '`{first}` at {first_budget}', 'second model': '`{second}` at {second_budget}',
+        'threshold': '{threshold}', 'images of the second, %': '{second_share}', 'MACs share': '{macs_share}',
+        'top-1, %': '{top1}',
+    }, {}),
     'fmnist-speed': Table('fmnist_speed.csv', {
         'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}',
         'MACs share': '{macs_share}', 'time': '{ratio} ({ratio_low}-{ratio_high})',

@@ -32,7 +32,7 @@ def save_weights(model, path, **extra):
 
 def test_every_resnet_of_timm_and_every_cifar_resnet_has_an_adaptive_counterpart():
     assert len(timm.list_models(module='resnet')) == 81
-    assert len(timm.list_models(module='cifar_resnet')) == 5
+    assert len(timm.list_models(module='cifar_resnet')) == 7
     assert timm.list_models('*_aig', module='resnet_aig') == timm.list_models('*_aig')
     assert sorted(timm.list_models('*_aig')) == sorted(f'{parent}_aig' for parent in PARENTS)
 

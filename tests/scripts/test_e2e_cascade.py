@@ -98,3 +98,31 @@ def test_calibrated_stages_run_at_the_budgets_that_are_best(call, rows, adaptive
     assert len(cascade.models) == 1 and set(cascade.budgets) <= {.4, 1.}
     best = max(rows('--model', name, '--budgets', .4, 1), key=lambda row: row['top1'])
     assert rows('--cascade', tmp_path / 'cascade')[0]['top1'] >= best['top1'] - 1e-9
+
+
+def test_times_are_of_each_stage_and_the_cascade_in_turns(call, run_script, images, static_model, tmp_path, capsys):
+    model = timm.create_model('resnet10t', num_classes=3)  # of another family, for ONNX Runtime too
+    model.pretrained_cfg.update(input_size=(3, 32, 32), test_input_size=None, crop_pct=1.)
+    large = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / "large")}'
+    args = ['--cascade', large, large, '--images', images / 'validation', '--num-images', 5, '--rounds', 2,
+            '--batch-size', 1, 2, '--runtimes', '--threads', 1, '--json']
+    assert run_script('benchmark.py', *args) == 0
+    results = json.loads(capsys.readouterr().out)['results']
+    assert {(r['batch_size'], r['runtime'], r['name']) for r in results} == {
+        (batch, runtime, name) for batch in (1, 2) for runtime in ('PyTorch, optimized', 'ONNX Runtime', 'OpenVINO')
+        for name in ('stage 1', 'stage 2', 'cascade')}
+    for r in results:
+        assert 0 < r['p50_ms'] <= r['p99_ms'] and r['ratio_min'] <= r['ratio'] <= r['ratio_max']
+        assert (r['ratio'] == 1) == (r['name'] == 'stage 2') or r['name'] == 'stage 1'
+        assert (r['macs_share'] is None) == (r['name'] != 'cascade')
+
+
+@pytest.mark.parametrize('args, problem', [
+    ([], '--images must be given'), (['--train'], '--cascade is timed without'),
+    (['--images', '/nowhere'], '--images /nowhere'),
+    (['--batch-size', '99', '--images', '{images}'], '--batch-size 99'),
+])
+def test_what_a_cascade_cannot_be_timed_on_is_named(run_script, images, static_model, capsys, args, problem):
+    args = [arg.format(images=images / 'validation') for arg in args]
+    assert run_script('benchmark.py', '--cascade', static_model, static_model, *args) == 2
+    assert problem in capsys.readouterr().err
