@@ -43,7 +43,7 @@ def save(args: argparse.Namespace, model: nn.Module, data: TrainingData, results
     title = f'{results["architecture"]} on {args.dataset}, {results["metrics"]["macs_share"]:.0%} of the MACs'
     plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png', title)
     points = [('after each epoch', float(row['eval_macs_share']), float(row['eval_top1']))
-              for row in rows if row['eval_top1']]
+              for row in rows[:-1] if row['eval_top1']]
     points.append(('adaptive', results['metrics']['macs_share'], results['metrics']['top1']))
     parent = results.get('parent_metrics')
     others = [('static parent', 1., parent['top1'])] if parent else []
@@ -62,8 +62,8 @@ def print_table(results: Dict[str, Any]) -> None:
 
 def missed_target(args: argparse.Namespace, results: Dict[str, Any], folder: Path) -> Optional[str]:
     """What to do about a target that was asked for and did not come out, None if it did."""
-    if args.static or (args.gate_loss == 'rate' and args.schedule):  # whose blocks have targets of their own
-        return None
+    if args.static or args.gate_loss == 'budgets' or (args.gate_loss == 'rate' and args.schedule):
+        return None  # several targets
     name, what = ('macs_share', 'MACs') if args.gate_loss == 'macs' else ('execution_rate', 'gated blocks')
     got = results['metrics'][name]
     if abs(got - args.target_rate) <= TARGET_TOLERANCE:

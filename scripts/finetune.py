@@ -203,8 +203,10 @@ def open_output(args: argparse.Namespace) -> Path:
 
 # Train
 
-def log_epoch(args: argparse.Namespace, trainer: Trainer, data: TrainingData, cost: timm_aig.Cost, folder: Path) -> Any:
-    """The function to call after each epoch: it validates and adds a row to summary.csv and TensorBoard."""
+def log_epoch(
+        args: Any, trainer: Trainer, data: TrainingData, cost: timm_aig.Cost, folder: Path, evaluations: List[Any],
+) -> Any:
+    """The function to call after each epoch: it adds to `evaluations`, summary.csv and TensorBoard."""
     writer = None
     if args.tensorboard and args.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -214,9 +216,12 @@ def log_epoch(args: argparse.Namespace, trainer: Trainer, data: TrainingData, co
 
     def after_epoch(epoch: int, results: Dict[str, float]) -> None:
         evaluated: Dict[str, float] = {}
-        if (epoch + 1) % args.val_interval == 0 and epoch + 1 < trainer.epochs:  # results.json has the last one
+        is_last = epoch + 1 == trainer.epochs
+        if is_last or (epoch + 1) % args.val_interval == 0:
             model = trainer.task.get_eval_model(ema=trainer.task.has_ema())
-            evaluated = validate(args, model, data, trainer).metrics(cost)
+            amp_dtype = None if is_last else trainer.amp_dtype  # what is published is in float32
+            evaluations.append(validate(args, model, data, trainer, amp_dtype))
+            evaluated = evaluations[-1].metrics(cost)
         if args.rank != 0:
             return
         lr = trainer.optimizer.param_groups[0]['lr']
@@ -235,19 +240,18 @@ def log_epoch(args: argparse.Namespace, trainer: Trainer, data: TrainingData, co
     return after_epoch
 
 
-def validate(args: argparse.Namespace, model: nn.Module, data: TrainingData, trainer: Trainer) -> Evaluation:
+def validate(args: Any, model: nn.Module, data: TrainingData, trainer: Trainer, amp_dtype: Any = None) -> Evaluation:
     with blame('val_split', args.val_split):
-        return evaluate(model, data.val, trainer.device, trainer.amp_dtype)
+        return evaluate(model, data.val, trainer.device, amp_dtype)
 
 
 # Save
 
 def results_of(
         args: argparse.Namespace, trainer: Trainer, model: nn.Module, parent: Any, data: TrainingData,
-        cost: timm_aig.Cost,
+        cost: timm_aig.Cost, evaluation: Evaluation,
 ) -> Dict[str, Any]:
     """Content of results.json."""
-    evaluation = validate(args, model, data, trainer)
     device = trainer.device
     results = {
         'architecture': model.pretrained_cfg['architecture'],
@@ -307,15 +311,16 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         with blame('resume', args.resume, CheckpointError):
             trainer.resume()
     # train
+    evaluations: List[Evaluation] = []
     try:
-        trainer.fit(log_epoch(args, trainer, data, cost, folder))
+        trainer.fit(log_epoch(args, trainer, data, cost, folder, evaluations))
         if trainer.skipped == trainer.step:
             raise NonFiniteError(f'loss or gradient was not finite in any of the {trainer.step} steps')
     except NonFiniteError as e:
         raise ResultError(f'{e}. A lower --lr may help; finetune.py --nonfinite skip skips such steps.') from e
     model = unwrap_model(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
     # save
-    results = results_of(args, trainer, model, parent, data, cost)
+    results = results_of(args, trainer, model, parent, data, cost, evaluations[-1])
     if args.rank == 0:
         save(args, model, data, results, folder)
     return results

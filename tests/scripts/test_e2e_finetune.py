@@ -626,3 +626,20 @@ def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training,
     assert process.wait() == 143
     assert process.stderr.read().splitlines()[-1].endswith('saved. Go on with --resume auto.')
     assert torch.load(sorted((tmp_path / 'script' / 'checkpoints').iterdir())[-1], weights_only=True)['step'] >= 1
+
+
+def test_one_training_for_all_budgets_is_saved_with_an_evaluation_of_every_epoch(
+        finetune, finetune_args, static_model, run_script, images, tmp_path, capsys):
+    output = ['--output', str(tmp_path), '--experiment', 'any']
+    assert finetune.main([*finetune_args, '--recipe', 'any', '--model', static_model, '--least-budget', '.4', '--amp',
+                          *output]) == 0
+    results = json.loads((tmp_path / 'any' / 'results.json').read_text())
+    assert results['recipe']['gate_loss'] == 'budgets' and results['recipe']['least_budget'] == .4
+    assert 'was asked for' not in capsys.readouterr().err  # there is no single target
+    last = rows(tmp_path / 'any')[-1]
+    assert float(last['eval_top1']) == pytest.approx(results['metrics']['top1'])
+    assert run_script('validate.py', '--model', f'local-dir:{tmp_path}/any', '--data-dir', images, '--workers', 0,
+                      '--json') == 0
+    row = json.loads(capsys.readouterr().out)['rows'][0]
+    assert row['top1'] == pytest.approx(results['metrics']['top1'])  # float32 in spite of --amp
+    assert row['macs_share'] == pytest.approx(results['metrics']['macs_share'])
