@@ -4,12 +4,13 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Dict, List, Optional, Tuple
 
 from _common import create_parser, run_script
 
 EXAMPLES = """examples:
-  scripts/draw_results.py              after a change of hub_configs/results/fmnist.csv or fmnist_budgets.csv"""
+  scripts/draw_results.py              after a change of hub_configs/results/fmnist*.csv"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -24,7 +25,7 @@ from timm_aig.analysis.figures import plot_accuracy_macs
 ROOT = Path(__file__).resolve().parents[1] / 'hub_configs'
 RESNET_32 = ('cifar_resnet32', 'cifar_resnet32_aig', 'cifar_resnet20')  # ResNet-110 costs 3.7 times as much
 ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
-TITLE = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Each dot is a training or a budget.'
+TITLE = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
 
 Point = Tuple[str, float, float]
 
@@ -34,16 +35,17 @@ def read(name: str) -> List[Dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def trainings(rows: List[Dict[str, str]]) -> List[Point]:
-    """A point for each seed of the rows."""
+def trainings(rows: List[Dict[str, str]], ranges: Dict[str, Tuple[float, float]]) -> List[Point]:
+    """A point for each row, the mean of its seeds. Adds the range of the seeds to `ranges`."""
     points = []
     for row in rows:
-        top1 = row['top1_seeds'].split(', ')
-        macs = row['macs_over_resnet32'].split(', ')
+        top1 = [float(value) for value in row['top1_seeds'].split(', ')]
+        macs = [float(value) for value in row['macs_over_resnet32'].split(', ')]
         how = row['training'].replace('`--recipe paper`', 'recipe of the paper').removeprefix('static').lstrip(', ')
         seeds = f'{len(top1)} seeds' if len(top1) > 1 else ''
         name = ', '.join(filter(None, (architecture(row['model']), how, f'{row["epochs"]} epochs', seeds)))
-        points += sorted((name, float(m), float(t)) for m, t in zip(macs * len(top1), top1))
+        points.append((name, mean(macs), mean(top1)))
+        ranges[name] = (min(top1), max(top1))
     return points
 
 
@@ -56,9 +58,13 @@ def run(args: argparse.Namespace) -> None:
     curves = [
         (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
         for row in read('fmnist_budgets.csv')]
-    adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']])
-    static = trainings([row for row in rows if not row['model'].endswith('_aig')])
-    plot_accuracy_macs([*curves, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE)
+    cascades = [
+        (f'cascade of {row["first"].partition(".")[2]} and {row["second"].partition(".")[2]}',
+         float(row['macs_share']), float(row['top1'])) for row in read('fmnist_cascades.csv')]
+    ranges: Dict[str, Tuple[float, float]] = {}
+    adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']], ranges)
+    static = trainings([row for row in rows if not row['model'].endswith('_aig')], ranges)
+    plot_accuracy_macs([*curves, *cascades, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE, ranges)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

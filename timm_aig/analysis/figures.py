@@ -188,15 +188,14 @@ def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path
     return _save(figure, path)
 
 
-def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: str = '') -> Path:
+def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: str = '', ranges: Any = None) -> Path:
     """Draw accuracy against MACs, for example of one checkpoint at many budgets, with other models beside it.
 
-    Points of one name that follow one another are joined by a line and labelled once: the budgets of a checkpoint, or
-    the seeds of a training.
-
     Args:
-        points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models.
-        others: The same for the models to compare with, drawn in another colour and with another marker.
+        points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models. A line
+            joins points of one name that follow one another.
+        others: The same for the models to compare with, in another colour.
+        ranges: Lowest and highest accuracy of seeds, by name.
     """
     figure = _figure(5.5, 'Accuracy against MACs', title)
     axes = figure.add_subplot()
@@ -205,6 +204,7 @@ def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: st
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
             lines += axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, **style)
+            axes.vlines(shares[0], *(ranges or {}).get(name, accuracies[:1] * 2), linewidth=1.5, color=style['color'])
     axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
