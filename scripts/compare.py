@@ -10,8 +10,10 @@ All trainings of a task have the same number of epochs; those of a parent count.
 from its last checkpoint, and one that is done is not repeated. The test images are used for the table only.
 """
 import argparse
+import csv
 import itertools
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -225,7 +227,28 @@ def answer(model: Any, cost: timm_aig.Cost, batches: List[Any], device: torch.de
     return StageAnswers(*torch.cat(found, 1))
 
 
-Row = Tuple[str, str, float, float]  # name, setting, MACs, top-1 of one seed
+class Row(NamedTuple):
+    """Results of one seed on the test images."""
+    name: str
+    setting: str
+    macs: float
+    top1: float
+    macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
+
+
+def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
+    """Of the test images in the order of their loader, from prepare_glyphs.py; None for other data."""
+    path = Path(args.data_dir, 'glyphs.csv')
+    if not path.is_file():
+        return None
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = sorted((row['image'], float(row['severity'])) for row in csv.DictReader(file))
+    return torch.tensor([severity for image, severity in rows if image.startswith('test/')], dtype=torch.float64)
+
+
+def create_row(name: str, setting: str, right: torch.Tensor, macs: torch.Tensor, severity: Any) -> Row:
+    quarters = () if severity is None else tuple(part.mean().item() for part in macs[severity.argsort()].chunk(4))
+    return Row(name, setting, macs.mean().item(), 100 * right.mean().item(), quarters)
 
 
 def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
@@ -233,19 +256,22 @@ def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
     folder = Path(args.output)
     names = [name for name in trainings(TASKS[args.task]) if is_done(folder, f'{name}-s{seed}')]
     measured = {name: measure(args, f'{name}-s{seed}') for name in tqdm(names, f'seed {seed}', unit='model')}
+    severity = severities(args)
     rows = [
-        (name, '' if m.offset is None else f'offset {m.offset:g}', m.test.macs.mean().item(), top1(m.test.right))
+        create_row(name, '' if m.offset is None else f'offset {m.offset:g}', m.test.right, m.test.macs, severity)
         for name, some in measured.items() for m in some]
     if 'static-r32' not in measured:
         return rows
     largest = measured['static-r32'][0].test.macs[0].item()
     for first, second in CASCADES:
         if first in measured and second in measured:
-            rows += cascade_rows(f'{first} + {second}', measured[first], measured[second], largest)
+            rows += cascade_rows(f'{first} + {second}', measured[first], measured[second], largest, severity)
     return rows
 
 
-def cascade_rows(name: str, first: List[Measured], second: List[Measured], largest: float) -> List[Row]:
+def cascade_rows(
+        name: str, first: List[Measured], second: List[Measured], largest: float, severity: Any,
+) -> List[Row]:
     """A row for each of SHARES: offsets and threshold are the best on the held-out images, applied to the test."""
     pairs = {(a.offset, b.offset): (a, b) for a in first for b in second
              if a.held_out.macs.mean() < b.held_out.macs.mean()}
@@ -257,31 +283,30 @@ def cascade_rows(name: str, first: List[Measured], second: List[Measured], large
         if within:
             pair = pairs[within[-1].budgets]
             right, macs = run_thresholds([m.test for m in pair], within[-1].thresholds)
-            rows.append((name, f'{share:g} of the MACs', macs.mean().item(), top1(right)))
+            rows.append(create_row(name, f'{share:g} of the MACs', right, macs, severity))
     return rows
-
-
-def top1(right: torch.Tensor) -> float:
-    return 100 * right.mean().item()
 
 
 def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Rows of the table: means over seeds."""
     by_seed = {seed: rows_of_seed(args, seed) for seed in args.seeds}
-    groups: Dict[Tuple[str, str], List[Tuple[int, float, float]]] = {}
+    groups: Dict[Tuple[str, str], List[Tuple[int, Row]]] = {}
     for seed, rows in by_seed.items():
-        for name, setting, macs, accuracy in rows:
-            groups.setdefault((name, setting), []).append((seed, macs, accuracy))
-    largest = groups.get(('static-r32', ''), [(0, 0., 0.)])[0][1]
+        for row in rows:
+            groups.setdefault((row.name, row.setting), []).append((seed, row))
+    largest = groups['static-r32', ''][0][1].macs if ('static-r32', '') in groups else math.nan
     table = []
     for (name, setting), some in groups.items():
-        seeds, macs, accuracies = zip(*some)
+        seeds, found = zip(*some)
+        accuracies = [row.top1 for row in found]
+        macs = statistics.mean(row.macs for row in found)
+        quarters = [statistics.mean(part) / largest for part in zip(*(row.macs_of_quarters for row in found))]
         table.append({
-            'task': args.task, 'model': name, 'setting': setting, 'macs': round(statistics.mean(macs) / 1e6, 3),
-            'macs_over_resnet32': round(statistics.mean(macs) / largest, 4) if largest else '',
-            'top1': round(statistics.mean(accuracies), 3),
+            'task': args.task, 'model': name, 'setting': setting, 'macs': round(macs / 1e6, 3),
+            'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 3),
             'top1_std': round(statistics.stdev(accuracies), 3) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
+            'macs_by_severity': ' '.join(f'{share:.3f}' for share in quarters),
             'seeds': ', '.join(map(str, seeds)), 'epochs': TASKS[args.task].epochs})
     return table
 
@@ -295,7 +320,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         for row in table:
             print(f'{row["model"]:32} {row["setting"]:18} {row["macs_over_resnet32"]:6} {row["top1"]:6.2f} '
-                  f'{row["top1_seeds"]}')
+                  f'{row["macs_by_severity"]}')
     if args.table and table:
         write_csv(args.table, table[0], [row.values() for row in table])
 

@@ -119,3 +119,22 @@ def test_one_seed_has_no_spread_and_a_second_run_reads_the_answers(start, traine
     assert start('--table', tmp_path / 'b.csv') == 0
     assert (tmp_path / 'a.csv').read_text() == (tmp_path / 'b.csv').read_text()
     assert ',,' in (tmp_path / 'a.csv').read_text()
+
+
+def test_macs_are_split_by_the_severity_of_the_image(start, trained, images, tmp_path, capsys):
+    trained('static-r32', 'any-r20')
+    files = sorted((images / 'validation').rglob('*.*'))
+    rows = [f'test/{file.relative_to(images / "validation")},x,{i / len(files)}' for i, file in enumerate(files)]
+    (images / 'glyphs.csv').write_text('image,font,severity\n' + '\n'.join(rows[::-1]) + '\n')
+    try:
+        assert start('--table', tmp_path / 'table.csv') == 0
+    finally:
+        (images / 'glyphs.csv').unlink()
+    with open(tmp_path / 'table.csv', newline='') as file:
+        table = {(row['model'], row['setting']): row for row in csv.DictReader(file)}
+    assert table['static-r32', '']['macs_by_severity'] == '1.000 1.000 1.000 1.000'
+    answers = torch.load(tmp_path / 'out' / 'any-r20-s0' / 'answers.pt', weights_only=True)
+    macs = answers[0][2][2]  # of the test images at offset -1, in the order of the files
+    static = answers and torch.load(tmp_path / 'out' / 'static-r32-s0' / 'answers.pt', weights_only=True)[0][2][2][0]
+    expected = ' '.join(f'{part.mean() / static:.3f}' for part in macs.chunk(4))
+    assert table['any-r20', 'offset -1']['macs_by_severity'] == expected
