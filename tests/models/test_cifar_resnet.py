@@ -5,10 +5,12 @@ import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, ResNet
 
-ARCHS = {'cifar_resnet20': 3, 'cifar_resnet32': 5, 'cifar_resnet44': 7, 'cifar_resnet56': 9, 'cifar_resnet110': 18}
+ARCHS = {
+    'cifar_resnet8': 1, 'cifar_resnet14': 2, 'cifar_resnet20': 3, 'cifar_resnet32': 5, 'cifar_resnet44': 7,
+    'cifar_resnet56': 9, 'cifar_resnet110': 18}
 
 
-def test_the_five_networks_are_registered():
+def test_the_networks_are_registered():
     assert set(timm.list_models('cifar_resnet*', exclude_filters='*_aig')) == set(ARCHS)
     assert timm.list_pretrained('cifar_resnet*', exclude_filters='*_aig*') == []
 
