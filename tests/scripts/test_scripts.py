@@ -46,7 +46,7 @@ def test_help_and_wrong_flags_need_no_slow_import(without_torch, name):
 @pytest.mark.parametrize('error,code', [
     (None, 0), (ResultError('no good.'), 1), (InputError('must be in (0, 1], not 2.', 'target_rate'), 2),
     (OSError('no space left.'), 3), (CheckpointError('no space left.'), 3), (KeyboardInterrupt(), 130),
-    (Stopped('stopped by SIGTERM.'), 143),
+    (Stopped('stopped by SIGTERM.', 15), 143),
 ])
 def test_each_way_to_end_has_its_exit_code(capsys, error, code):
     def run(args):
