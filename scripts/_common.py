@@ -24,6 +24,7 @@ end at once:
 import argparse
 import csv
 import ctypes
+import errno
 import io
 import math
 import os
@@ -44,8 +45,8 @@ EXIT_CODES = (
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
-    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'folder': '--output', 'offset': '--gate-offset',
-    'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
+    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'files': 'IMAGES', 'folder': '--output',
+    'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -291,6 +292,22 @@ def open_folder(path: Union[str, Path]) -> Path:
     except OSError as e:
         raise OSError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
     return folder
+
+
+def check_file(path: Union[str, Path], argument: str) -> None:
+    """Check that a file can be written, before the work rather than after it. It is left as it is.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()  # files are written beside their place, and renamed
+    except OSError as e:
+        raise OSError(
+            f'--{argument} must be a file in a folder to write to, {str(path)!r} is not: {e.strerror}.') from e
 
 
 def write_text(path: Union[str, Path], text: str) -> None:
