@@ -71,7 +71,7 @@ sleep_when_idle()
 import numpy as np
 import torch
 from _cascade import common_data_config, open_cascade
-from _inputs import data_config, open_model
+from _inputs import data_config, open_model, warn_of_random_weights
 from PIL import Image
 from timm.data import create_transform, get_img_extensions
 from torch.utils.data import DataLoader, Dataset
@@ -231,6 +231,10 @@ def run(args: argparse.Namespace) -> None:
     files = find_files(args.files)
     if args.csv:
         check_file(args.csv, 'csv')
+    names = args.cascade or [args.model]
+    if not names[0].endswith('.onnx') and not (args.cascade and len(names) == 1):  # neither a file nor a saved cascade
+        for name in dict.fromkeys(names):
+            warn_of_random_weights(args, name, ': its answers mean nothing')
     with torch.inference_mode():
         rows = predict(args, open_predictor(args), files)
     if not rows:

@@ -113,3 +113,8 @@ def test_bad_input_is_named(
     names = dict(model=adaptive_model, calibrated=calibrated_model, images=images, tmp=tmp_path, script=__file__)
     assert run_script('predict.py', *(arg.format(**names) for arg in args)) == code
     assert problem in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_answers_of_random_weights_are_named_as_such(run_script, images, capsys):
+    assert run_script('predict.py', images / 'validation' / 'ape', '--model', 'cifar_resnet20') == 0
+    assert 'warning: cifar_resnet20 has random weights without --pretrained' in capsys.readouterr().err
