@@ -28,14 +28,13 @@ import errno
 import io
 import math
 import os
-import platform
 import re
 import sys
 import tempfile
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
     import torch
@@ -324,20 +323,3 @@ def write_csv(path: Union[str, Path], head: Iterable[Any], rows: Iterable[Iterab
     writer.writerow(head)
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def machine() -> Dict[str, str]:
-    """What times depend on: the CPU and the versions of the packages."""
-    import timm
-    import torch
-
-    import timm_aig
-
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    return dict(
-        cpu=cpu, cpu_capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__,
-        timm=timm.__version__, timm_aig=timm_aig.__version__)
