@@ -1,4 +1,4 @@
-"""Cascades on the command line: --cascade of calibrate.py and validate.py."""
+"""Cascades on the command line: --cascade of calibrate.py, validate.py and predict.py."""
 import argparse
 import time
 from typing import Any, Dict, List
@@ -9,7 +9,7 @@ from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 
 from timm_aig import Cascade, InputError
 
-__all__ = ['cascade_rows', 'create_cascade_loader', 'open_cascade', 'print_cascade_table']
+__all__ = ['cascade_rows', 'common_data_config', 'create_cascade_loader', 'open_cascade', 'print_cascade_table']
 
 
 def open_cascade(args: argparse.Namespace) -> Cascade:
@@ -23,11 +23,11 @@ def open_cascade(args: argparse.Namespace) -> Cascade:
         return Cascade(stages).eval()
 
 
-def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.device) -> Any:
-    """Loader of the images that all stages take.
+def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]:
+    """timm's data config of the images that all stages take.
 
     Raises:
-        InputError: The models want different images.
+        InputError: The models want different images, or order their classes differently.
     """
     configs = [data_config(args, model) for model in cascade.models]
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
@@ -37,9 +37,14 @@ def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.
     names = [model.pretrained_cfg.get('label_names') for model in cascade.models]
     if any(name and names[0] and list(name) != list(names[0]) for name in names):
         raise InputError('must have their classes in the same order.', 'cascade')
+    return configs[0]
+
+
+def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.device) -> Any:
+    """Loader of the images that all stages take. Raises as common_data_config does."""
+    config = common_data_config(args, cascade)
     dataset = open_evaluation_split(args, cascade.models[0])
-    loader = create_evaluation_loader(
-        args, dataset, configs[0], device=device, use_prefetcher=device.type == 'cuda')
+    loader = create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=device.type == 'cuda')
     return _OnDevice(loader, device)
 
 

@@ -24,17 +24,17 @@ end at once:
 import argparse
 import csv
 import ctypes
+import errno
 import io
 import math
 import os
-import platform
 import re
 import sys
 import tempfile
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NoReturn, Optional, Union
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,8 @@ EXIT_CODES = (
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
-    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'folder': '--output', 'offset': '--gate-offset',
-    'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
+    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'files': 'IMAGES', 'folder': '--output',
+    'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -293,6 +293,22 @@ def open_folder(path: Union[str, Path]) -> Path:
     return folder
 
 
+def check_file(path: Union[str, Path], argument: str) -> None:
+    """Check that a file can be written, before the work rather than after it. It is left as it is.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()  # files are written beside their place, and renamed
+    except OSError as e:
+        raise OSError(
+            f'--{argument} must be a file in a folder to write to, {str(path)!r} is not: {e.strerror}.') from e
+
+
 def write_text(path: Union[str, Path], text: str) -> None:
     """Write a text file, whole or not at all."""
     from timm_aig.training.checkpoint import write_atomically
@@ -307,20 +323,3 @@ def write_csv(path: Union[str, Path], head: Iterable[Any], rows: Iterable[Iterab
     writer.writerow(head)
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def machine() -> Dict[str, str]:
-    """What times depend on: the CPU and the versions of the packages."""
-    import timm
-    import torch
-
-    import timm_aig
-
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    return dict(
-        cpu=cpu, cpu_capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__,
-        timm=timm.__version__, timm_aig=timm_aig.__version__)

@@ -1,5 +1,6 @@
 """The models, data sets and loaders that a script's arguments name."""
 import argparse
+import sys
 from typing import Any, Dict, List, NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ def open_model(args: argparse.Namespace, name: str, argument: str = 'model') -> 
     """The model that an argument names, in eval, with the channels of --input-size."""
     kwargs = {'in_chans': args.input_size[0]} if args.input_size else {}
     return create_model(name, args.pretrained, argument, **kwargs).eval()
+
+
+def warn_of_random_weights(args: argparse.Namespace, name: str, consequence: str) -> None:
+    """Say so on stderr if an argument names a model of timm's registry and no weights are loaded."""
+    if not args.pretrained and ':' not in name:
+        print(f'warning: {name} has random weights without --pretrained{consequence}.', file=sys.stderr)
 
 
 def open_split(args: argparse.Namespace, split: str, is_training: bool = False, **kwargs: Any) -> Any:

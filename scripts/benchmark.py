@@ -32,7 +32,6 @@ from _common import (
     create_parser,
     integer,
     keep_freed_memory,
-    machine,
     number,
     open_device,
     require,
@@ -85,6 +84,7 @@ import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, own_offsets
 from timm_aig.export.runtime import openvino_core
+from timm_aig.run import environment
 from timm_aig.training.data import read_images
 
 
@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
         require('export', 'onnxruntime', 'openvino')
     setting = dict(
         model=args.cascade or args.model, device=args.device, precision='float32', threads=torch.get_num_threads(),
-        **machine(), images=args.num_images, rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv))
+        **environment(), images=args.num_images, rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv))
     with torch.inference_mode():
         if args.cascade:
             results = measure_cascade(args)

@@ -20,6 +20,7 @@ from _common import (
     add_args,
     add_evaluation_args,
     blame,
+    check_file,
     create_parser,
     number,
     open_device,
@@ -142,11 +143,15 @@ def run(args: argparse.Namespace) -> None:
     device = open_device(args)
     if args.distributed:
         raise InputError('calibrate.py runs in one process, without torchrun.')
+    if not args.output and not args.hub_config:
+        print('Nothing will be written, only printed: --output is not given.', file=sys.stderr)
     if args.cascade:
         run_cascade(args, device)
         return
     model = open_model(args, args.model)
     hub_config = args.hub_config and read_hub_config(args.hub_config, model.pretrained_cfg['architecture'])
+    if args.hub_config:
+        check_file(args.hub_config, 'hub-config')
     if args.output:
         open_folder(args.output)
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from _common import ResultError, add_args, create_parser, integer, run_script, write_csv
+from _common import ResultError, add_args, check_file, create_parser, integer, run_script, write_csv
 
 EXAMPLES = """examples:
   scripts/prepare_glyphs.py glyphs
@@ -312,7 +312,9 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.table:
+    if args.table:
+        check_file(args.table, 'table')
+    else:
         train(args)
     table = summarize(args)
     if args.json:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from _common import ResultError, add_args, create_parser, integer, run_script
+from _common import ResultError, add_args, check_file, create_parser, integer, run_script
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
@@ -62,7 +62,7 @@ if __name__ == '__main__':
 
 import torch
 from _common import blame
-from _inputs import open_model
+from _inputs import open_model, warn_of_random_weights
 
 import timm_aig
 from timm_aig import InputError
@@ -144,6 +144,8 @@ def run(args: argparse.Namespace) -> None:
     path = args.output or Path(re.split('[/:]', args.model.rstrip('/'))[-1] + SUFFIXES[args.format])
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f'must be a file in a folder that exists, not {path}.', 'output')
+    check_file(path, 'output')
+    warn_of_random_weights(args, args.model, f', and replaces {path}' if path.exists() else '')
     try:
         result: Dict[str, Any] = {'export': write(args, model, images, path, args.mode)}
     except ExportError as e:

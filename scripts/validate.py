@@ -22,6 +22,7 @@ from _common import (
     add_args,
     add_evaluation_args,
     blame,
+    check_file,
     create_parser,
     number,
     open_device,
@@ -244,6 +245,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.plot:
         require('train', 'matplotlib')
+    for argument in ('plot', 'predictions'):
+        if getattr(args, argument):
+            check_file(getattr(args, argument), argument)
     opened = prepare_model(args, args.model, 'model')  # open all models before hours are spent on the first
     against = [prepare_model(args, args.against, 'against')] if args.against else []
     alternatives = [prepare_model(args, name, 'alternatives') for name in args.alternatives]

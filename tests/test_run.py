@@ -1,10 +1,14 @@
 """python -m timm_aig.run: scripts that do not import timm_aig run with its models."""
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import timm
+import torch
 
+import timm_aig
 from timm_aig.run import main
 
 # What timm's scripts do: argparse, imports from beside them, create_model by name, a process group under torchrun.
@@ -72,3 +76,12 @@ def test_a_missing_script_is_named_and_help_is_printed(args, code, message, caps
         main(args)
     captured = capsys.readouterr()
     assert exit.value.code == code and message in captured.out + captured.err
+
+
+def test_env_names_all_that_a_report_needs(capsys):
+    main(['--env'])
+    line = capsys.readouterr().out
+    assert line.count('\n') == 1
+    for package in (torch, timm, timm_aig):
+        assert f'{package.__name__} {package.__version__}' in line
+    assert f'python {platform.python_version()}' in line and line.startswith('cpu ')

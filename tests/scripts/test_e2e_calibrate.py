@@ -92,6 +92,20 @@ def test_a_folder_that_can_never_be_written_is_met_before_the_passes(calibrate, 
     assert code == 3 and err.splitlines()[-1].startswith("error: --output must be a folder to write to, '/proc/none'")
 
 
+def test_a_hub_config_that_can_never_be_written_is_met_before_the_passes(calibrate, adaptive_model, monkeypatch):
+    monkeypatch.setattr('timm_aig.calibrate_budget', None)
+    monkeypatch.setattr('pathlib.Path.read_text', lambda *args, **kwargs: '{"architecture": "cifar_resnet20_aig"}')
+    code, _, err = calibrate('--model', adaptive_model, '--hub-config', '/proc/none')
+    assert code == 3 and '--hub-config must be a file in a folder to write to' in err.splitlines()[-1]
+
+
+def test_a_run_that_writes_nothing_says_so_at_its_start(calibrate, adaptive_model, tmp_path):
+    args = ('--model', adaptive_model, '--budgets', .5, '--tolerance', .05)
+    code, out, err = calibrate(*args, '--json')
+    assert code == 0 and err.startswith('Nothing will be written') and json.loads(out)['table']
+    assert 'Nothing will be written' not in calibrate(*args, '--output', tmp_path)[2]
+
+
 def test_training_drops_the_table_of_the_weights_it_started_from(finetune, finetune_args, adaptive_model, tmp_path):
     rows = [dict(budget=.5, gate_offset=-1., macs_share=.5, images=9)]
     model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=rows)

@@ -61,5 +61,15 @@ def test_bad_input_is_named(run_script, tmp_path, monkeypatch, capsys, args, mat
     monkeypatch.chdir(tmp_path)
     assert run_script('export.py', *args) == 2
     err = capsys.readouterr().err
-    assert err.startswith('error: ') and match in err and 'Traceback' not in err
+    assert err.splitlines()[-1].startswith('error: ') and match in err and 'Traceback' not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_random_weights_are_named_and_what_they_replace(run_script, folder, tmp_path, capsys):
+    path = tmp_path / 'm.onnx'
+    args = ['--output', path, '--mode', 'masked', '--rounds', 0, '--num-images', 1]
+    assert run_script('export.py', '--model', folder, *args) == 0
+    assert 'random weights' not in capsys.readouterr().err
+    assert run_script('export.py', '--model', 'cifar_resnet20', '--input-size', 3, 8, 8, *args) == 0
+    warning = f'warning: cifar_resnet20 has random weights without --pretrained, and replaces {path}.'
+    assert warning in capsys.readouterr().err

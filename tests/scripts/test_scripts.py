@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from _common import ResultError, error_text, number, open_folder, run_script
+from _common import ResultError, check_file, error_text, number, open_folder, run_script
 
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError
@@ -46,7 +46,7 @@ def test_help_and_wrong_flags_need_no_slow_import(without_torch, name):
 @pytest.mark.parametrize('error,code', [
     (None, 0), (ResultError('no good.'), 1), (InputError('must be in (0, 1], not 2.', 'target_rate'), 2),
     (OSError('no space left.'), 3), (CheckpointError('no space left.'), 3), (KeyboardInterrupt(), 130),
-    (Stopped('stopped by SIGTERM.'), 143),
+    (Stopped('stopped by SIGTERM.', 15), 143),
 ])
 def test_each_way_to_end_has_its_exit_code(capsys, error, code):
     def run(args):
@@ -85,3 +85,24 @@ def test_an_output_folder_is_made_and_an_unwritable_one_is_an_os_error(tmp_path)
     for path in (tmp_path / 'file', tmp_path / 'file' / 'folder', '/proc/folder'):
         with pytest.raises(OSError, match='--output must be a folder to write to'):
             open_folder(path)
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is_and_another_is_an_os_error(tmp_path):
+    (tmp_path / 'file').write_text('old')
+    check_file(tmp_path / 'file', 'csv')
+    check_file(tmp_path / 'new', 'csv')
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['old']
+    for path in (tmp_path, tmp_path / 'file' / 'x', tmp_path / 'none' / 'x', '/proc/file'):
+        with pytest.raises(OSError, match='--csv must be a file in a folder to write to'):
+            check_file(path, 'csv')
+
+
+@pytest.mark.parametrize('name, args', [
+    ('validate.py', ['--model', 'cifar_resnet20', '--plot', '/nowhere/x']),
+    ('validate.py', ['--model', 'cifar_resnet20', '--predictions', '/nowhere/x']),
+    ('compare.py', ['glyphs', '--table', '/nowhere/x']),
+])
+def test_a_file_that_can_never_be_written_is_met_before_the_work(run_script, monkeypatch, capsys, name, args):
+    monkeypatch.setattr('timm.create_model', None)
+    assert run_script(name, *args) == 3
+    assert f'{args[-2]} must be a file in a folder to write to' in capsys.readouterr().err
