@@ -14,12 +14,12 @@ from typing import Any, Callable, Dict, List
 import torch
 from _cascade import open_cascade
 from _common import blame
+from _inputs import read_image_folder
 from timm.data import resolve_data_config
 
 import timm_aig
 from timm_aig import Cascade, InputError
 from timm_aig.export.cascade import export_cascade, load_exported_cascade
-from timm_aig.training.data import read_images
 
 __all__ = ['measure_cascade', 'print_cascade_times']
 
@@ -30,8 +30,7 @@ def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
         raise InputError('must be given: how sure a model is depends on the images.', 'images')
     cascade = open_cascade(args).to(args.device)
     config = resolve_data_config({'input_size': args.input_size}, model=cascade.models[0])
-    with blame('images', args.images, Exception):  # timm's and PIL's errors
-        images = read_images(args.images, config, args.num_images).to(args.device)
+    images = read_image_folder(args, config).to(args.device)
     if max(args.batch_size) > len(images):
         raise InputError(f'{max(args.batch_size)} needs as many images, there are {len(images)}.', 'batch_size')
     rounds = cascade.rounds(images)

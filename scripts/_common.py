@@ -231,6 +231,21 @@ def require(extra: str, *packages: str) -> None:
                              f"(in a checkout: pip install -e '.[{extra}]').") from e
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, if need be with its kind, and without the advice to unpickle what may be hostile."""
+    sentences = [s for s in re.split(r'(?<=\.)\s+', str(error)) if not re.search(r'weights_only\W.*False', s)]
+    text = ' '.join(sentences)
+    return text if text and not isinstance(error, LookupError) else f'{type(error).__name__}: {text}'.rstrip(': ')
+
+
+def require_file(path: Union[str, Path], argument: str) -> None:
+    """Raise InputError if there is no such file."""
+    from timm_aig import InputError
+
+    if not Path(path).is_file():
+        raise InputError(f'{path}: there is no such file.', argument)
+
+
 @contextmanager
 def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
     """Turn errors of a kind, or a tuple of kinds, into InputErrors about an argument, unless they name one."""
@@ -241,7 +256,7 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
     except kind as e:
         if getattr(e, 'argument', None) not in (None, 'model'):  # a model is named by several flags
             raise
-        raise InputError(f'{value}: {str(e) or type(e).__name__}', argument) from e
+        raise InputError(f'{value}: {reason(e)}', argument) from e
 
 
 def create_model(name: str, pretrained: bool = False, argument: str = 'model', **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The models, data sets and loaders that a script's arguments name."""
 import argparse
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from timm_aig.training.data import (
     hold_out,
     match_classes,
     open_dataset,
+    read_images,
     resolve_config,
     start_worker,
 )
@@ -34,6 +36,14 @@ def warn_of_random_weights(args: argparse.Namespace, name: str, consequence: str
     """Say so on stderr if an argument names a model of timm's registry and no weights are loaded."""
     if not args.pretrained and ':' not in name:
         print(f'warning: {name} has random weights without --pretrained{consequence}.', file=sys.stderr)
+
+
+def read_image_folder(args: argparse.Namespace, config: Dict[str, Any]) -> torch.Tensor:
+    """--num-images of --images, [N, C, H, W]."""
+    if not Path(args.images).exists():
+        raise InputError(f'{args.images}: there is no such folder.', 'images')
+    with blame('images', args.images, Exception):  # timm's and PIL's errors
+        return read_images(args.images, config, args.num_images)
 
 
 def open_split(args: argparse.Namespace, split: str, is_training: bool = False, **kwargs: Any) -> Any:

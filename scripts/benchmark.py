@@ -79,13 +79,13 @@ import timm
 import timm.task
 import torch
 from _cascade_times import measure_cascade, print_cascade_times
+from _inputs import read_image_folder
 
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, own_offsets
 from timm_aig.export.runtime import openvino_core
 from timm_aig.run import environment
-from timm_aig.training.data import read_images
 
 
 class Row(NamedTuple):
@@ -110,8 +110,7 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
     """Images [num_images, C, H, W]: those of --images, else noise (time does not depend on values)."""
     config = timm.data.resolve_data_config({'input_size': args.input_size}, model=model)
     if args.images:
-        with blame('images', args.images, Exception):  # timm's and PIL's errors
-            images = read_images(args.images, config, args.num_images)
+        images = read_image_folder(args, config)
     else:
         generator = torch.Generator().manual_seed(args.seed)
         images = torch.randn(args.num_images, *config['input_size'], generator=generator)

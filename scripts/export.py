@@ -61,14 +61,13 @@ if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
 import torch
-from _common import blame
-from _inputs import open_model, warn_of_random_weights
+from _inputs import open_model, read_image_folder, warn_of_random_weights
 
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, ExportError, own_offsets
 from timm_aig.export.runtime import openvino_core
-from timm_aig.training.data import read_images, resolve_config
+from timm_aig.training.data import resolve_config
 
 
 def load_images(args: argparse.Namespace, model: Any) -> torch.Tensor:
@@ -76,8 +75,7 @@ def load_images(args: argparse.Namespace, model: Any) -> torch.Tensor:
     config = resolve_config(model, {'input_size': args.input_size})
     if not args.images:
         return torch.randn(args.num_images, *config['input_size'], generator=torch.Generator().manual_seed(0))
-    with blame('images', args.images, Exception):  # timm's and PIL's own
-        return read_images(args.images, config, args.num_images)
+    return read_image_folder(args, config)
 
 
 def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path, mode: str) -> Dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from _common import blame, create_parser, number, run_script
+from _common import blame, create_parser, number, require_file, run_script
 
 EXAMPLES = """examples:
   scripts/import_convnet_aig.py runs/cifar/model_best.pth.tar output/cifar110
@@ -96,6 +96,7 @@ def architecture(state_dict: Dict[str, torch.Tensor]) -> Tuple[str, Dict[str, An
 
 
 def run(args: argparse.Namespace) -> None:
+    require_file(args.checkpoint, 'checkpoint')
     with blame('checkpoint', args.checkpoint, Exception):  # a file that is no checkpoint raises all kinds
         state_dict = load_state_dict(args.checkpoint)  # timm's: weights only, without the prefixes of wrappers
         if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):

@@ -24,7 +24,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         '--model', default=DEFAULT_MODEL,
         help='first model: a shipped one, hf-hub:user/name or local-dir:folder (default: %(default)s)')
     parser.add_argument('--port', type=int, help='port on 127.0.0.1 (default: the first free one from 7860)')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f'--port must be from 1 to 65535, not {args.port}.')
+    return args
 
 
 if __name__ == '__main__':
@@ -214,9 +217,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
         body_text_color_subdued='*neutral_600', block_info_text_color='*neutral_600',
         body_text_color_subdued_dark='*neutral_300', block_info_text_color_dark='*neutral_300')
-    make_page(first).queue(max_size=64).launch(
-        server_port=args.port, max_file_size=MAX_BYTES, theme=theme, css=CSS, footer_links=['settings'],
-        ssr_mode=False, show_error=False)
+    try:
+        make_page(first).queue(max_size=64).launch(
+            server_port=args.port, max_file_size=MAX_BYTES, theme=theme, css=CSS, footer_links=['settings'],
+            ssr_mode=False, show_error=False)
+    except OSError as e:
+        if 'empty port' not in str(e):
+            raise
+        # in use, or below 1024 and not allowed
+        print(f'error: --port: {str(e).partition(". ")[0]}.', file=sys.stderr)
+        return 2
     return 0
 
 

@@ -119,7 +119,7 @@ def test_times_are_of_each_stage_and_the_cascade_in_turns(call, run_script, imag
 
 @pytest.mark.parametrize('args, problem', [
     ([], '--images must be given'), (['--train'], '--cascade is timed without'),
-    (['--images', '/nowhere'], '--images /nowhere'),
+    (['--images', '/nowhere'], '--images /nowhere: there is no such folder.'),
     (['--batch-size', '99', '--images', '{images}'], '--batch-size 99'),
 ])
 def test_what_a_cascade_cannot_be_timed_on_is_named(run_script, images, static_model, capsys, args, problem):

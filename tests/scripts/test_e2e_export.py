@@ -49,7 +49,7 @@ def test_the_file_is_named_after_the_model(run_script, folder, tmp_path, monkeyp
 @pytest.mark.parametrize('args, match', [
     (['--model', 'resnet9000_aig'], '--model resnet9000_aig'),
     (['--model', 'cifar_resnet20'], '--model has no gated blocks'),
-    (['--model', 'cifar_resnet20_aig', '--images', '/nowhere'], '--images /nowhere'),
+    (['--model', 'cifar_resnet20_aig', '--images', '/nowhere'], '--images /nowhere: there is no such folder.'),
     (['--model', 'cifar_resnet20_aig', '--output', '/nowhere/m.onnx'], 'not /nowhere/m.onnx'),
     (['--model', 'cifar_resnet20_aig', '--output', '/tmp'], '--output must be a file'),
     (['--model', 'cifar_resnet20_aig', '--precision', 'bfloat16'], '--precision must be one of'),

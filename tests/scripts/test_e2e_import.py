@@ -146,19 +146,23 @@ class Evil:
 
 
 def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_path, capsys, run_script):
-    evil, other, empty, shape = (tmp_path / name for name in ('evil.pth.tar', 'other.pth', 'empty.pth', 'shape.pth'))
+    evil, other, empty, shape, junk = (
+        tmp_path / f'{name}.pth.tar' for name in ('evil', 'other', 'empty', 'shape', 'junk'))
     torch.save(dict(state_dict=Evil(str(tmp_path / 'executed'))), evil)
     torch.save(timm.create_model('resnet18').state_dict(), other)
     torch.save({}, empty)
+    junk.write_bytes(b'junk' * 30)
     model = original((3, 3, 3), False, 10)
     model.layer2[1].fc1 = nn.Conv2d(7, 16, 1)
     save(model, shape)
     for path, message in (
             (evil, 'weights_only=True blocked'), (other, "none of the networks of the authors' code"),
             (empty, 'holds no state dict'), (shape, 'size mismatch for layer2.1.gate.fc1.weight'),
-            (tmp_path / 'missing', 'CHECKPOINT ')):
+            (tmp_path / 'missing', f'CHECKPOINT {tmp_path / "missing"}: there is no such file.'),
+            (junk, 'KeyError: ')):
         assert run_script(SCRIPT, path, tmp_path / 'out') == 2
-        assert message in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert message in err and 'weights_only=False' not in err
     assert not (tmp_path / 'executed').exists() and not (tmp_path / 'out').exists()
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from _common import ResultError, check_file, error_text, number, open_folder, run_script
+from _common import ResultError, blame, check_file, error_text, number, open_folder, run_script
 
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError
@@ -66,6 +66,18 @@ def test_an_error_names_the_flag_on_one_line():
     assert error_text(InputError('must be in\n(0, 1].', 'target_rate')) == '--target-rate must be in (0, 1].'
     assert error_text(InputError('must be a folder.', 'path')) == '--output must be a folder.'
     assert error_text(InputError('Traceback ...\ntimm_aig.config.InputError: cannot read a.png')) == 'cannot read a.png'
+
+
+@pytest.mark.parametrize('error,text', [
+    (ValueError('a. b'), 'a. b'), (AssertionError(), 'AssertionError'), (KeyError(17), 'KeyError: 17'),
+    (ValueError('weights_only=True blocked it. If trusted, retry with weights_only=False.'),
+     'weights_only=True blocked it.'),
+    (ValueError('Re-running `torch.load` with `weights_only` set to `False` will succeed.'), 'ValueError'),
+])
+def test_what_an_error_says_is_never_empty_and_never_advises_unsafe_unpickling(error, text):
+    with pytest.raises(InputError) as caught, blame('model', 'x', Exception):
+        raise error
+    assert str(caught.value) == f'model x: {text}'
 
 
 @pytest.mark.parametrize('interval,inside,outside', [

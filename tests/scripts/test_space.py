@@ -2,6 +2,7 @@
 import copy
 import io
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -400,3 +401,13 @@ def test_help_comes_without_torch_and_gradio_and_a_wrong_model_is_one_line():
     done = subprocess.run(
         [sys.executable, str(APP), '--model', 'nonsense'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith('error: --model: must be ') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('port, problem', [
+    (None, '--port: Cannot find empty port'), (99999999, '--port must be from 1 to 65535, not 99999999'),
+    (0, '--port must be from 1 to 65535'),
+])
+def test_a_port_that_cannot_be_used_is_named(run_script, capsys, port, problem):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        code = run_script('space/app.py', '--port', server.getsockname()[1] if port is None else port)
+    assert code == 2 and problem in capsys.readouterr().err
