@@ -1,8 +1,10 @@
 """Times of a cascade beside those of its models: --cascade of benchmark.py.
 
-p50 and p99 are over the batches, of each the median of its rounds.
+The ratio is to the static parent of the last stage, or to the last stage if that is static. p50 and p99 are over the
+batches, of each the median of its rounds.
 """
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -19,7 +21,7 @@ from timm.data import resolve_data_config
 
 import timm_aig
 from timm_aig import Cascade, InputError
-from timm_aig.export.cascade import export_cascade, load_exported_cascade
+from timm_aig.export.cascade import CascadeRunner, export_cascade, load_exported_cascade
 
 __all__ = ['measure_cascade', 'print_cascade_times']
 
@@ -46,7 +48,7 @@ def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
         for batch in args.batch_size:
             seconds = time_runs(args, runtimes, images, batch)
             for runtime, times in seconds.items():
-                reference = times[f'stage {len(cascade.order)}']
+                reference = times['parent' if 'parent' in times else f'stage {len(cascade.order)}']
                 for name, rounds_of in times.items():
                     ratios = [sum(own) / sum(other) for own, other in zip(rounds_of, reference)]
                     single = sorted(statistics.median(turns) for turns in zip(*rounds_of))
@@ -64,11 +66,20 @@ def quantile(ordered: List[float], share: float) -> float:
 
 
 def torch_runs(cascade: Cascade) -> Dict[str, Callable[[torch.Tensor], Any]]:
-    """The stages and the cascade with optimized models, by name."""
+    """The stages, the cascade and the last stage's static parent with optimized models, by name."""
     models: Any = [optimized(model) for model in cascade.models]
     fast = Cascade(
         [(models[index], budget) for index, budget in zip(cascade.order, cascade.budgets)], cascade.thresholds).eval()
-    return {**{f'stage {stage + 1}': only_stage(fast, stage) for stage in range(len(fast.order))}, 'cascade': fast}
+    parent = static_parent(cascade)
+    return {
+        **({} if parent is None else {'parent': optimized(parent)}),
+        **{f'stage {stage + 1}': only_stage(fast, stage) for stage in range(len(fast.order))}, 'cascade': fast}
+
+
+def static_parent(cascade: Cascade) -> Any:
+    """Of the last stage's model, None if that has no gates."""
+    model = cascade.models[cascade.order[-1]]
+    return timm_aig.ungate_(copy.deepcopy(model)) if timm_aig.gated_blocks(model) else None
 
 
 def optimized(model: Any) -> Any:
@@ -90,14 +101,20 @@ def file_runs(
     """The stages and the cascade in another runtime, by name."""
     with blame('cascade', ' '.join(args.cascade)):
         export_cascade(cascade, folder, runtime, images.cpu())
-    runner = load_exported_cascade(folder, args.threads or torch.get_num_threads(), spinning=False)
+        parent = static_parent(cascade)
+        if parent is not None:
+            export_cascade(Cascade([parent, parent]), folder / 'parent', runtime, images.cpu())
+    threads = args.threads or torch.get_num_threads()
+    runner = load_exported_cascade(folder, threads, spinning=False)
+    static = {} if parent is None else {'parent': load_exported_cascade(folder / 'parent', threads, spinning=False)}
 
-    def only(stage: int) -> Callable[[torch.Tensor], Any]:
+    def only(runner: CascadeRunner, stage: int) -> Callable[[torch.Tensor], Any]:
         run, offset = runner.runs[stage], runner.offsets[stage]
         return lambda x: run({'x': x.numpy()} if offset is None else {'x': x.numpy(), 'gate_offset': offset})
 
-    stages = {f'stage {stage + 1}': only(stage) for stage in range(len(cascade.order))}
-    return {**stages, 'cascade': lambda x: runner(x.numpy())}
+    stages = {f'stage {stage + 1}': only(runner, stage) for stage in range(len(cascade.order))}
+    parents = {name: only(files, 0) for name, files in static.items()}
+    return {**parents, **stages, 'cascade': lambda x: runner(x.numpy())}
 
 
 @torch.inference_mode()

@@ -126,3 +126,12 @@ def test_what_a_cascade_cannot_be_timed_on_is_named(run_script, images, static_m
     args = [arg.format(images=images / 'validation') for arg in args]
     assert run_script('benchmark.py', '--cascade', static_model, static_model, *args) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_times_of_an_adaptive_last_stage_are_over_its_static_parent(
+        run_script, images, static_model, adaptive_model, capsys):
+    args = ['--cascade', static_model, adaptive_model, '--images', images / 'validation', '--num-images', 2,
+            '--rounds', 1, '--batch-size', 2, '--threads', 1, '--json']
+    assert run_script('benchmark.py', *args) == 0
+    ratios = {row['name']: row['ratio'] for row in json.loads(capsys.readouterr().out)['results']}
+    assert set(ratios) == {'parent', 'stage 1', 'stage 2', 'cascade'} and ratios['parent'] == 1

@@ -40,12 +40,12 @@ class InferenceGate(Gate):
     def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> List[int]:
         """Indices of the samples that run a block, from their inputs as returned by pool."""
         scores = self._scores(pooled, scale)
-        if gate_pass.offset is None:
-            threshold = -self.score - self.offset
-            answers = [score > threshold for score in scores]
+        if gate_pass.offset is not None and gate_pass.offset.ndim:  # one for each sample
+            answers = [score + self.score + offset > 0
+                       for score, offset in zip(scores, gate_pass.offset[gate_pass.rows].tolist())]
         else:
-            offsets = gate_pass.offset[gate_pass.rows] if gate_pass.offset.ndim else gate_pass.offset
-            answers = (torch.tensor(scores) + self.score + offsets.cpu() > 0).tolist()
+            threshold = -self.score - (self.offset if gate_pass.offset is None else gate_pass.offset.item())
+            answers = [score > threshold for score in scores]
         if gate_pass.sample:
             logits = torch.tensor(scores, device='cpu') + self.score
             answers = (torch.rand_like(logits) < logits.sigmoid()).tolist()
