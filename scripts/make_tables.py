@@ -69,6 +69,10 @@ TABLES = {
         'threshold': '{threshold}', 'images of the second, %': '{second_share}', 'MACs share': '{macs_share}',
         'top-1, %': '{top1}',
     }, {}),
+    'fmnist-cascade-speed': Table('fmnist_cascade_speed.csv', {
+        'runtime': '{runtime}', 'batch': '{batch_size}', 'ms / image': '{ms}', 'parent': '{parent_ms}',
+        'time': '{ratio} ({ratio_low}-{ratio_high})', 'slowest 1 %, ms': '{p99_ms}', 'parent ': '{parent_p99_ms}',
+    }, {}),
     'fmnist-speed': Table('fmnist_speed.csv', {
         'model': '`{model}`', 'batch': '{batch_size}', 'parent, ms / image': '{parent_ms}',
         'MACs share': '{macs_share}', 'time': '{ratio} ({ratio_low}-{ratio_high})',
