@@ -186,20 +186,20 @@ class AnyBudgetLoss(nn.Module):
         self.targets = (1 - self.annealed * (1 - self.least) * (1 - positions[:-1])).tolist()
         offsets = self.annealed * self.largest_offset * (2 * positions - 1)
         offsets[-1] = ALL_OPEN
-        return offsets[torch.arange(batch) * self.groups // batch]
+        return offsets.repeat_interleave(torch.tensor(group_sizes(batch, self.groups)))
 
     def forward(self, gates: torch.Tensor) -> torch.Tensor:
         """Scalar loss of gates [B, L] of the batch that draw_offsets was for."""
         shares = torch.stack([
             self.cost.executed(global_mean(part, self.process_group)[None]).squeeze(0) / self.cost.total
-            for part in split_groups(gates, self.groups)[:-1]])
+            for part in gates.split(group_sizes(len(gates), self.groups))[:-1]])
         return self.weight * ((shares - shares.new_tensor(self.targets)) ** 2).mean()
 
 
-def split_groups(x: torch.Tensor, groups: int) -> List[torch.Tensor]:
-    """The parts of a batch [B, ...] that have the same offset in draw_offsets."""
-    bounds = [-(-i * len(x) // groups) for i in range(groups + 1)]
-    return [x[start:stop] for start, stop in pairwise(bounds)]
+def group_sizes(batch: int, groups: int) -> List[int]:
+    """Number of images of a batch in each group of AnyBudgetLoss."""
+    bounds = [-(-i * batch // groups) for i in range(groups + 1)]
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _broadcast(positions: torch.Tensor, process_group: Optional[Any]) -> torch.Tensor:
