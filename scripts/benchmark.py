@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
@@ -84,7 +83,7 @@ from _inputs import read_image_folder
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, own_offsets
-from timm_aig.export.runtime import openvino_core
+from timm_aig.export.runtime import open_exported
 from timm_aig.run import environment
 
 
@@ -136,7 +135,6 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
     import onnxruntime
     import openvino
 
-    config = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         x = images[:batch].clone()
@@ -144,12 +142,11 @@ def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: t
             onnx, ir = Path(folder, f'{mode}.onnx'), Path(folder, f'{mode}.xml')
             timm_aig.export_onnx(model, onnx, mode=mode, images=x)
             timm_aig.export_openvino(model, ir, mode=mode, images=x)
-            session = timm_aig.load_onnx(onnx, threads, spinning=False)  # spinning threads would slow the other rows
-            compiled = openvino_core().compile_model(ir, 'CPU', config)
-            for runtime, run in (
-                (f'ONNX Runtime {onnxruntime.__version__}', partial(session.run, None)),
-                (f"OpenVINO {openvino.__version__.split('-')[0]}", compiled),
+            for runtime, path in (
+                (f'ONNX Runtime {onnxruntime.__version__}', onnx),
+                (f"OpenVINO {openvino.__version__.split('-')[0]}", ir),
             ):
+                run = open_exported(path, threads, spinning=False)  # spinning threads would slow the other rows
                 reference = f'parent, {runtime}'
                 if mode == 'masked':
                     rows.append(Row(reference, RuntimeModel(run), reference=reference))

@@ -66,7 +66,7 @@ from _inputs import open_model, read_image_folder, warn_of_random_weights
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, ExportError, own_offsets
-from timm_aig.export.runtime import openvino_core
+from timm_aig.export.runtime import open_exported
 from timm_aig.training.data import resolve_config
 
 
@@ -96,13 +96,9 @@ def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path
 
 def load(args: argparse.Namespace, path: Path) -> Callable[[Dict[str, Any]], Any]:
     """A function that runs a file on its inputs by name."""
-    threads = args.threads or torch.get_num_threads()
-    if args.format == 'onnx':
-        session = timm_aig.load_onnx(path, threads, spinning=False)  # else the sessions fight for the cores
-        return lambda feeds: session.run(None, feeds)
     hint = 'bf16' if args.precision == 'bfloat16' else 'f32'
-    return openvino_core().compile_model(
-        path, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': hint})
+    # spinning threads of one session would slow the other
+    return open_exported(path, args.threads or torch.get_num_threads(), spinning=False, hint=hint)
 
 
 def time_file(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path) -> List[Dict[str, Any]]:

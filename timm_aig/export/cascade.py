@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 import numpy as np
 
 from ..config import InputError
-from .runtime import load_onnx, openvino_core
+from .runtime import open_exported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class CascadeRunner:
 def export_cascade(
         cascade: 'Cascade', folder: Union[str, os.PathLike], runtime: str = 'onnx', images: Optional['Tensor'] = None,
 ) -> List[Dict[str, Any]]:
-    """Write stage_1, stage_2, ... by export_onnx or export_openvino, each model once, and cascade.json.
+    """Write model_1, model_2, ... by export_onnx or export_openvino, each model once, and cascade.json.
 
     Args:
         cascade: Cascade of timm ResNets, adaptive or static.
@@ -119,14 +119,5 @@ def load_exported_cascade(
         offsets = [stage['gate_offset'] and np.array(stage['gate_offset'], np.float32) for stage in stages]
     except (LookupError, OSError, TypeError, ValueError) as e:
         raise InputError(f'must hold the cascade.json of export_cascade, {folder} does not: {e}', 'folder') from e
-    runs = {name: _open(file, threads, spinning) for name, file in files.items()}
+    runs = {name: open_exported(file, threads, spinning) for name, file in files.items()}
     return CascadeRunner([runs[stage['file']] for stage in stages], thresholds, offsets)
-
-
-def _open(file: Path, threads: Optional[int], spinning: bool) -> Callable[[Dict[str, np.ndarray]], Any]:
-    if file.suffix == '.onnx':
-        session = load_onnx(file, threads, spinning)
-        return lambda feeds: session.run(None, feeds)
-    config = {'INFERENCE_PRECISION_HINT': 'f32', **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
-    compiled = openvino_core().compile_model(file, 'CPU', config)
-    return lambda feeds: list(compiled(feeds).values())

@@ -3,14 +3,14 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 import numpy as np
 
 from ..config import InputError
 from .check import FORCED, TOLERANCE
 
-__all__ = ['create_session', 'load_onnx', 'openvino_core']
+__all__ = ['create_session', 'load_onnx', 'open_exported', 'openvino_core']
 
 
 def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spinning: bool = True) -> Any:
@@ -108,3 +108,20 @@ def openvino_core() -> Any:
     except ImportError as e:
         raise ImportError(f"OpenVINO files need pip install 'timm_aig[export]' ({e}).") from e
     return openvino.Core()
+
+
+def open_exported(
+        path: Path, threads: Optional[int] = None, spinning: bool = True, hint: str = 'f32',
+) -> Callable[[Dict[str, np.ndarray]], Any]:
+    """Function from the inputs of an .onnx or .xml file, by name, to its outputs in order.
+
+    Args:
+        path, threads, spinning: See load_onnx.
+        hint: INFERENCE_PRECISION_HINT of OpenVINO, 'f32' or 'bf16'.
+    """
+    if path.suffix == '.onnx':
+        session = load_onnx(path, threads, spinning)
+        return lambda feeds: session.run(None, feeds)
+    config = {'INFERENCE_PRECISION_HINT': hint, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
+    compiled = openvino_core().compile_model(path, 'CPU', config)
+    return lambda feeds: list(compiled(feeds).values())
