@@ -17,10 +17,9 @@ def open_cascade(args: argparse.Namespace) -> Cascade:
     if len(args.cascade) == 1:
         with blame('cascade', args.cascade[0], Exception):  # timm, the Hub and the file formats raise all kinds
             return Cascade.from_pretrained(args.cascade[0]).eval()
-    models = [open_model(args, name, 'cascade') for name in dict.fromkeys(args.cascade)]
-    stages = [models[list(dict.fromkeys(args.cascade)).index(name)] for name in args.cascade]
+    models = {name: open_model(args, name, 'cascade') for name in dict.fromkeys(args.cascade)}
     with blame('cascade', ' '.join(args.cascade)):
-        return Cascade(stages).eval()
+        return Cascade([models[name] for name in args.cascade]).eval()
 
 
 def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]:
@@ -44,20 +43,7 @@ def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.
     """Loader of the images that all stages take. Raises as common_data_config does."""
     config = common_data_config(args, cascade)
     dataset = open_evaluation_split(args, cascade.models[0])
-    loader = create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=device.type == 'cuda')
-    return _OnDevice(loader, device)
-
-
-class _OnDevice:
-    """Batches of a loader on a device, in channels_last."""
-
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        self.loader = loader
-        self.device = device
-
-    def __iter__(self) -> Any:
-        for images, labels in self.loader:
-            yield images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
+    return create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=device.type == 'cuda')
 
 
 @torch.no_grad()
@@ -70,6 +56,7 @@ def cascade_rows(args: argparse.Namespace, cascade: Cascade, device: torch.devic
         cascade.set_thresholds(thresholds)
         right, stages, macs, seconds = [], [], [], 0.
         for images, labels in loader:
+            images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 rounds = cascade.rounds(images)

@@ -113,8 +113,7 @@ from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from tqdm import tqdm
 
 import timm_aig
-from timm_aig.cascade import confidence
-from timm_aig.training.thresholds import StageAnswers, best_points, compare_thresholds, run_thresholds
+from timm_aig.training.thresholds import StageAnswers, answer_images, best_points, compare_thresholds, run_thresholds
 
 # Train
 
@@ -207,24 +206,18 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
             split_args, dataset, data_config(split_args, model), use_prefetcher=False)))
     device = torch.device(args.device or 'cpu')
     model = model.to(device, memory_format=torch.channels_last)
+
+    def run(images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        logits, gates = timm_aig.forward_gates(model, images)
+        return logits, cost.executed(gates).double()
+
     measured = []
     for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
         if offset is not None:
             timm_aig.set_gate_offset(model, offset)
-        measured.append(Measured(offset, *(answer(model, cost, batches, device) for batches in parts)))
+        measured.append(Measured(offset, *(answer_images(run, batches, device) for batches in parts)))
     torch.save([(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured], path)
     return measured
-
-
-@torch.no_grad()
-def answer(model: Any, cost: timm_aig.Cost, batches: List[Any], device: torch.device) -> StageAnswers:
-    found = []
-    for images, labels in batches:
-        logits, gates = timm_aig.forward_gates(model, images.to(device, memory_format=torch.channels_last))
-        found.append(torch.stack([
-            confidence(logits).double().cpu(), (logits.argmax(1).cpu() == labels).double(),
-            cost.executed(gates).double().cpu()]))
-    return StageAnswers(*torch.cat(found, 1))
 
 
 class Row(NamedTuple):

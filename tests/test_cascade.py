@@ -160,6 +160,17 @@ def test_a_goal_out_of_reach_leaves_the_cascade_unchanged(pair):
         cascade.calibrate(labelled(pair, [0, 1, 0, 1]))
 
 
+def test_calibrate_leaves_out_images_without_a_label_and_refuses_what_has_none(pair):
+    cascade = Cascade(pair, .5)
+    points = cascade.calibrate([(X, torch.tensor([0, 1, -1, -1]))], accuracy=100.)
+    assert points[-1].images == 2
+    for loader, problem in (
+            ([X], 'loader must give labels'), ([], 'gives no images'), ([{'x': X}], 'must give batches'),
+            ([(X, torch.tensor([0, 1, 0, 9]))], 'a label 9')):
+        with pytest.raises(timm_aig.InputError, match=problem):
+            cascade.calibrate(loader, macs=2.)
+
+
 def test_bad_arguments_are_named(pair, adaptive):
     for bad, problem in (
             (dict(stages=pair[:1]), 'stages must be at least two'),

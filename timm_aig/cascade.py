@@ -5,13 +5,11 @@ https://arxiv.org/abs/2012.01988
 """
 import os
 from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from .budget import budget_offset, budget_table
 from .config import InputError
@@ -19,7 +17,7 @@ from .cost import Cost, compute_cost
 from .passes import forward_gates, use_gate_offset
 
 if TYPE_CHECKING:
-    from .training.thresholds import CascadePoint, StageAnswers
+    from .training.thresholds import CascadePoint
 
 __all__ = ['Cascade', 'Rounds', 'confidence']
 
@@ -131,6 +129,12 @@ class Cascade(nn.Module):
             macs.index_add_(0, rows, executed)
         return Rounds(logits, stages.long(), macs)
 
+    def calibrate(self, loader: Iterable[Any], **kwargs: Any) -> List['CascadePoint']:
+        """Choose the thresholds on held-out images, for `macs=` or `accuracy=`. See training/thresholds.py."""
+        from .training.thresholds import calibrate_cascade
+
+        return calibrate_cascade(self, loader, **kwargs)
+
     def save_pretrained(self, folder: Union[str, os.PathLike]) -> Path:
         """Save the models, each once, and the stages. See hub/cascade.py."""
         from .hub.cascade import save_cascade
@@ -159,7 +163,7 @@ class Cascade(nn.Module):
         logits = answers = x.new_empty(0)
         for stage, threshold in enumerate((*self.thresholds, None)):
             part = x if len(rows) == len(x) else x[rows]
-            answers, executed = self._run_stage(stage, part, costs)
+            answers, executed = self.run_stage(stage, part, costs)
             logits = answers if stage == 0 else logits.index_copy(0, rows, answers.to(logits.dtype))
             seen.append((rows, executed))
             if threshold is not None:
@@ -168,80 +172,13 @@ class Cascade(nn.Module):
                 break
         return logits, seen
 
-    def _run_stage(
+    def run_stage(
             self, stage: int, x: torch.Tensor, costs: Optional[List[Cost]],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Logits, and with costs the MACs of each image, float64 [B]."""
+        """Logits of a stage for all images [B, C, H, W], and with costs the MACs of each, float64 [B]."""
         model, offset = self.models[self.order[stage]], self.offsets[stage]
         with nullcontext() if offset is None else use_gate_offset(offset):
             if costs is None:
                 return model(x), x.new_empty(0)
             logits, gates = forward_gates(model, x)
         return logits, costs[stage].executed(gates).double()
-
-    @torch.no_grad()
-    def calibrate(
-            self,
-            loader: Iterable[Any],
-            *,
-            macs: Optional[float] = None,
-            accuracy: Optional[float] = None,
-            budgets: Optional[Sequence[Sequence[Optional[float]]]] = None,
-            progress: bool = False,
-    ) -> List['CascadePoint']:
-        """Choose the thresholds, and the budgets if several are given, on held-out images.
-
-        Every stage runs on every image once for each of its budgets. Accuracies and MACs of all combinations of
-        thresholds follow from these answers.
-
-        Args:
-            loader: Batches of images [B, C, H, W] and labels [B] that no model was trained on, on the models' device.
-            macs: Most mean MACs, over those of the largest static model. The most accurate cascade within them is set.
-            accuracy: Least accuracy, percent. The cascade with the fewest MACs that has it is set.
-            budgets: Budgets to try for each stage, (None,) for a stage without. Default: the present ones.
-            progress: Show a progress bar on stderr.
-
-        Returns:
-            The cascades that no other one beats in both, by ascending MACs.
-
-        Raises:
-            InputError: Neither or both of macs and accuracy, or no cascade is within it. The cascade is unchanged.
-        """
-        from .training.thresholds import best_points, compare_thresholds
-
-        if (macs is None) == (accuracy is None):
-            raise InputError('must be given, or accuracy, not both.', 'macs')
-        tried = [(budget,) for budget in self.budgets] if budgets is None else [tuple(some) for some in budgets]
-        before = self.budgets
-        answers: Dict[Tuple[int, Optional[float]], StageAnswers] = {}
-        try:
-            batches = list(loader)
-            for stage, some in enumerate(tried):
-                for budget in some:
-                    self.set_budgets([budget if i == stage else None for i in range(len(tried))])
-                    answers[stage, budget] = self._answers(stage, batches, progress)
-        finally:
-            self.set_budgets(before)
-        largest = max(cost.static for cost in self.costs(tuple(batches[0][0].shape[1:])))
-        best = best_points(point for combination in product(*tried) for point in compare_thresholds(
-            [answers[key] for key in enumerate(combination)], combination, largest))
-        within = [p for p in best if (p.macs_share <= macs if macs is not None else p.top1 >= (accuracy or 0.))]
-        if not within:
-            raise InputError(
-                f'is out of reach: the range is {best[0].macs_share:.4f}, {best[0].top1:.2f} % to '
-                f'{best[-1].macs_share:.4f}, {best[-1].top1:.2f} %.', 'accuracy' if macs is None else 'macs')
-        chosen = within[-1 if macs is not None else 0]
-        self.set_thresholds(chosen.thresholds)
-        self.set_budgets(chosen.budgets)
-        return best
-
-    def _answers(self, stage: int, batches: List[Any], progress: bool) -> 'StageAnswers':
-        """What a stage answers for all images."""
-        found = []
-        for images, labels in tqdm(batches, f'stage {stage + 1}', disable=not progress, leave=False):
-            costs = self.costs(tuple(images.shape[1:]))
-            logits, executed = self._run_stage(stage, images, costs)
-            found.append(torch.stack([confidence(logits).double(), (logits.argmax(1) == labels).double(), executed]))
-        from .training.thresholds import StageAnswers
-
-        return StageAnswers(*torch.cat(found, 1).cpu())

@@ -18,7 +18,7 @@ from ..passes import forward_gates
 from .accuracy_drop import AccuracyDrop, accuracy_drop
 from .evaluate import check_output, eval_mode, split_batch
 
-__all__ = ['BUDGETS', 'Calibration', 'calibrate_budget']
+__all__ = ['BUDGETS', 'Calibration', 'calibrate_budget', 'read_batches']
 
 BUDGETS = (.4, .5, .6, .7, .8, .9, 1.)
 DECIMALS = 6  # of an offset
@@ -90,7 +90,7 @@ def calibrate_budget(
             raise InputError(f'must be in (0, 1), not {value!r}.', name)
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
         raise InputError(f'must be from 0 to 100 points, not {max_accuracy_drop!r}.', 'max_accuracy_drop')
-    batches = _read(loader)
+    batches = read_batches(loader)
     if max_accuracy_drop is not None and batches[0][1] is None:
         raise InputError('needs a loader that gives labels.', 'max_accuracy_drop')
     cost = compute_cost(model, tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
@@ -107,8 +107,12 @@ def calibrate_budget(
     return Calibration(table, search.all_closed.share, search.passes, smallest)
 
 
-def _read(loader: Iterable[Any]) -> List[Batch]:
-    """The batches of a loader, without images that have a negative label."""
+def read_batches(loader: Iterable[Any]) -> List[Batch]:
+    """The batches of a loader on the CPU, without images that have a negative label.
+
+    Raises:
+        InputError: No images, images of several sizes, labels for some batches only, or what split_batch refuses.
+    """
     batches: List[Batch] = []
     for batch in loader:
         images, labels = split_batch(batch, 'loader')

@@ -1,11 +1,20 @@
-"""Thresholds of a cascade: what each choice gives on images for which the answers of all stages are known."""
+"""Thresholds of a cascade: what each choice gives on held-out images, and calibrate_cascade, which chooses."""
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from tqdm import tqdm
 
-__all__ = ['CascadePoint', 'StageAnswers', 'best_points', 'compare_thresholds', 'run_thresholds']
+from ..cascade import Cascade, confidence
+from ..config import InputError
+from .calibrate import Batch, read_batches
+from .evaluate import check_output
+
+__all__ = [
+    'CascadePoint', 'StageAnswers', 'answer_images', 'best_points', 'calibrate_cascade', 'compare_thresholds',
+    'run_thresholds']
 
 CANDIDATES = 10_000  # combinations of thresholds to compare
 
@@ -74,4 +83,92 @@ def best_points(points: Iterable[CascadePoint]) -> List[CascadePoint]:
     for point in sorted(points, key=lambda point: (point.macs_share, -point.top1)):
         if not best or point.top1 > best[-1].top1:
             best.append(point)
+    return best
+
+
+@torch.no_grad()
+def answer_images(
+        run: Callable[[torch.Tensor], Tuple[torch.Tensor, torch.Tensor]], batches: Sequence[Batch],
+        device: torch.device, title: Optional[str] = None,
+) -> StageAnswers:
+    """What a stage answers for all images.
+
+    Args:
+        run: Function from images [B, C, H, W] to logits [B, num_classes] and MACs [B].
+        batches: Images and labels [B].
+        device: Where the images run.
+        title: Text before a progress bar on stderr, None for no bar.
+
+    Raises:
+        InputError: A logit is nan, or a label has no class.
+    """
+    found = []
+    for images, labels in tqdm(batches, title, disable=title is None, leave=False):
+        logits, macs = run(images.to(device, memory_format=torch.channels_last))
+        logits = logits.cpu()
+        check_output(logits, labels)
+        found.append(torch.stack([confidence(logits).double(), (logits.argmax(1) == labels).double(), macs.cpu()]))
+    return StageAnswers(*torch.cat(found, 1))
+
+
+def calibrate_cascade(
+        cascade: Cascade,
+        loader: Iterable[Any],
+        *,
+        macs: Optional[float] = None,
+        accuracy: Optional[float] = None,
+        budgets: Optional[Sequence[Sequence[Optional[float]]]] = None,
+        progress: bool = False,
+) -> List[CascadePoint]:
+    """Choose the thresholds of a cascade, and the budgets if several are given, on held-out images.
+
+    Every stage runs on every image once for each of its budgets. Accuracies and MACs of all combinations of thresholds
+    follow from these answers. The images are kept in memory.
+
+    Args:
+        cascade: On the device to run on. Its thresholds and budgets change.
+        loader: Batches of images [B, C, H, W] and labels [B] that no model was trained on. Images with a negative label
+            are left out.
+        macs: Most mean MACs, over those of the largest static model. The most accurate cascade within them is set.
+        accuracy: Least accuracy, percent. The cascade with the fewest MACs that has it is set.
+        budgets: Budgets to try for each stage, (None,) for a stage without. Default: the present ones.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The cascades that no other one beats in both, by ascending MACs.
+
+    Raises:
+        InputError: Neither or both of macs and accuracy, images without labels, or no cascade is within it. The cascade
+            is unchanged.
+    """
+    if (macs is None) == (accuracy is None):
+        raise InputError('must be given, or accuracy, not both.', 'macs')
+    batches = read_batches(loader)
+    if batches[0][1] is None:
+        raise InputError('must give labels.', 'loader')
+    device = next(cascade.parameters()).device
+    costs = cascade.costs(tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
+    before = cascade.budgets
+    tried = [(budget,) for budget in before] if budgets is None else [tuple(some) for some in budgets]
+    answers: Dict[Tuple[int, Optional[float]], StageAnswers] = {}
+    try:
+        for stage, some in enumerate(tried):
+            for budget in some:
+                cascade.set_budgets([budget if i == stage else None for i in range(len(tried))])
+                answers[stage, budget] = answer_images(
+                    partial(cascade.run_stage, stage, costs=costs), batches, device,
+                    f'stage {stage + 1}' if progress else None)
+    finally:
+        cascade.set_budgets(before)
+    largest = max(cost.static for cost in costs)
+    best = best_points(point for combination in product(*tried) for point in compare_thresholds(
+        [answers[key] for key in enumerate(combination)], combination, largest))
+    within = [p for p in best if (p.macs_share <= macs if macs is not None else p.top1 >= (accuracy or 0.))]
+    if not within:
+        raise InputError(
+            f'is out of reach: the range is {best[0].macs_share:.4f}, {best[0].top1:.2f} % to '
+            f'{best[-1].macs_share:.4f}, {best[-1].top1:.2f} %.', 'accuracy' if macs is None else 'macs')
+    chosen = within[-1 if macs is not None else 0]
+    cascade.set_thresholds(chosen.thresholds)
+    cascade.set_budgets(chosen.budgets)
     return best
