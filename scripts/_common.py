@@ -102,7 +102,7 @@ ARGUMENTS = {
                      "(default: the model's)"),
     'batch_size': dict(flags=('-b',), type=integer(1), default=128, metavar='N',
                        help='images in a batch, of each process (default: %(default)s)'),
-    'workers': dict(flags=('-j',), type=integer(0), default=4, metavar='N',
+    'workers': dict(flags=('-j',), type=integer(0), default=min(4, os.cpu_count() or 1), metavar='N',
                     help='loader processes (default: %(default)s)'),
     'device': dict(metavar='NAME', help='default: cuda if there is one, else cpu'),
     'threads': dict(type=integer(1), metavar='N', help="CPU threads (default: torch's)"),

@@ -9,11 +9,12 @@ import torch.nn as nn
 from _common import blame, create_model
 from timm.data import create_loader
 from timm.data.transforms import str_to_interp_mode
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from timm_aig import InputError
 from timm_aig.training.data import (
+    HeldOut,
     check_same_classes,
     class_names,
     convert_images,
@@ -91,6 +92,28 @@ def open_training_splits(args: argparse.Namespace) -> Any:
     val = open_split(args, args.val_split, **common)
     check_same_classes(train, val)
     return train, val
+
+
+def fit_batch_size(args: argparse.Namespace, train: Any) -> None:
+    """Make args.batch_size a quarter of the training images of a process if they do not fill a batch."""
+    images = args.batch_size if isinstance(train, IterableDataset) else len(train) // args.world_size
+    if images < args.batch_size:
+        batch_size = max(2, images // 8 * 2)
+        print(f'--batch-size {args.batch_size} is more than the {images} training images of a process, {batch_size} is '
+              'used.', file=sys.stderr)
+        args.batch_size = batch_size
+
+
+def create_calibration_loader(args: argparse.Namespace, train: Any, data: TrainingData) -> Any:
+    """Loader of --calibrate training images, drawn at random, without augmentation."""
+    if isinstance(train, IterableDataset):
+        raise InputError('needs a data set with random access.', 'calibrate')
+    copy = open_split(args, args.train_split)
+    match_classes(copy, data.names, len(data.names))
+    indices = train.indices if isinstance(train, HeldOut) else range(len(train))
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(args.seed))[:args.calibrate]
+    part = HeldOut(copy, sorted(indices[i] for i in order.tolist()))
+    return create_evaluation_loader(args, part, data.config, use_prefetcher=False)
 
 
 def create_training_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Module) -> TrainingData:

@@ -122,6 +122,12 @@ def create_training_parser(description: Optional[str], examples: str) -> Parser:
     arg('--decay-rate', type=number('(0, inf)'), default=0.1, metavar='F', help='by this factor (default: %(default)s)')
     arg('--min-lr', type=number('[0, inf)'), default=0., metavar='LR', help='last learning rate (default: %(default)s)')
     arg('--clip-grad', type=number('(0, inf)'), metavar='NORM', help='largest norm of a gradient (default: no limit)')
+    arg('--keep', choices=['best', 'last'], default='best',
+        help='epoch to save: the most accurate on the validation images that keeps to --target-rate, or the last '
+             '(default: %(default)s)')
+    arg('--calibrate', type=integer(0), default=0, metavar='N',
+        help='then find the gate offset that gives --target-rate, or those of several budgets with --gate-loss '
+             'budgets, on N training images (default: 0, do not)')
     arg('--model-ema', **FLAG, help='keep a moving average of the weights, and save it')
     arg('--model-ema-decay', type=number('[0, 1]'), default=0.9998, metavar='X', help='default: %(default)s')
 
@@ -179,6 +185,8 @@ def parse_training_args(
         parser.error(f'--lr has no default for --opt {args.opt}, only for {" and ".join(OPTIMIZERS)}.')
     if args.batch_size % 2 and (args.mixup or args.cutmix):
         parser.error(f'--batch-size must be even for mixup, not {args.batch_size}.')
+    if args.calibrate and (args.static or args.gate_loss == 'rate'):
+        parser.error('--calibrate is for adaptive models and --gate-loss macs or budgets.')
     if args.gate_loss == 'rate':
         args.anneal = 0.  # has no effect, and the recipe must say so
     args.command = command

@@ -1,6 +1,5 @@
 """What finetune.py writes: the model, results.json, pictures and the table."""
 import argparse
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -18,15 +17,10 @@ from timm_aig.training.checkpoint import CheckpointError
 TARGET_TOLERANCE = 0.02
 
 
-def read_summary(folder: Path) -> List[Dict[str, Any]]:
-    path = folder / 'summary.csv'
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def save(args: argparse.Namespace, model: nn.Module, data: TrainingData, results: Dict[str, Any], folder: Path) -> None:
+def save(
+        args: argparse.Namespace, model: nn.Module, data: TrainingData, results: Dict[str, Any],
+        rows: List[Dict[str, Any]], folder: Path,
+) -> None:
     """The model, results.json and the pictures."""
     for left in folder.glob('.saving-*'):
         shutil.rmtree(left)  # left by save_pretrained in a process that was killed
@@ -37,13 +31,12 @@ def save(args: argparse.Namespace, model: nn.Module, data: TrainingData, results
     write_text(folder / 'results.json', json.dumps(results, indent=2) + '\n')
     if args.static:
         return
-    rows = read_summary(folder)
     names = list(timm_aig.gated_blocks(model))
     rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in names] for row in rows])
     title = f'{results["architecture"]} on {args.dataset}, {results["metrics"]["macs_share"]:.0%} of the MACs'
     plot_rates_over_epochs(rates, names, folder / 'rates_over_epochs.png', title)
     points = [('after each epoch', float(row['eval_macs_share']), float(row['eval_top1']))
-              for row in rows[:-1] if row['eval_top1']]
+              for row in rows if row['eval_top1'] != '' and int(row['epoch']) != results['epoch']]
     points.append(('adaptive', results['metrics']['macs_share'], results['metrics']['top1']))
     parent = results.get('parent_metrics')
     others = [('static parent', 1., parent['top1'])] if parent else []
@@ -60,15 +53,25 @@ def print_table(results: Dict[str, Any]) -> None:
     print(f'{results["images"]} images of {results["dataset"]}, {results["split"]}; seed {results["seed"]}')
 
 
+def target_metric(args: argparse.Namespace) -> Optional[str]:
+    """The metric that --target-rate is about, None for a static model or several targets."""
+    if args.static or args.gate_loss == 'budgets' or (args.gate_loss == 'rate' and args.schedule):
+        return None
+    return 'macs_share' if args.gate_loss == 'macs' else 'execution_rate'
+
+
+def is_within_target(args: argparse.Namespace, metrics: Dict[str, float]) -> bool:
+    name = target_metric(args)
+    return name is None or metrics[name] <= args.target_rate + TARGET_TOLERANCE
+
+
 def missed_target(args: argparse.Namespace, results: Dict[str, Any], folder: Path) -> Optional[str]:
     """What to do about a target that was asked for and did not come out, None if it did."""
-    if args.static or args.gate_loss == 'budgets' or (args.gate_loss == 'rate' and args.schedule):
-        return None  # several targets
-    name, what = ('macs_share', 'MACs') if args.gate_loss == 'macs' else ('execution_rate', 'gated blocks')
-    got = results['metrics'][name]
-    if abs(got - args.target_rate) <= TARGET_TOLERANCE:
+    name = target_metric(args)
+    if name is None or abs(results['metrics'][name] - args.target_rate) <= TARGET_TOLERANCE:
         return None
-    return (f'--target-rate {args.target_rate:g} was asked for, but {got:.1%} of the {what} came out. More --epochs or '
-            f'a larger --gate-loss-weight get closer. For this model as it is, "scripts/calibrate.py --model '
-            f'local-dir:{folder} --budgets {args.target_rate:g} --output FOLDER" on held-out images finds the gate '
-            f'offset that gives it.')
+    what = 'MACs' if name == 'macs_share' else 'gated blocks'
+    return (f'--target-rate {args.target_rate:g} was asked for, but {results["metrics"][name]:.1%} of the {what} came '
+            f'out. More --epochs or a larger --gate-loss-weight get closer. So does the gate offset that --calibrate N '
+            f'finds on N training images, or for this model as it is "scripts/calibrate.py --model local-dir:{folder} '
+            f'--budgets {args.target_rate:g} --output FOLDER" on held-out images.')

@@ -52,10 +52,11 @@ class Task(NamedTuple):
 
 TASKS = {
     'glyphs': Task(
-        '--num-classes 2000 --input-size 1 20 20 --mean 0.5 --std 0.3 --crop-padding 2 --hflip 0',
+        '--num-classes 2000 --input-size 1 20 20 --mean 0.5 --std 0.3 --crop-padding 2 --hflip 0 --keep last',
         '--split validation', '--split test', epochs=5, small=16),
     'fmnist': Task(
-        '--dataset torch/fashion_mnist --holdout 5000 --input-size 1 28 28 --mean 0.286 --std 0.353 --crop-padding 2',
+        '--dataset torch/fashion_mnist --holdout 5000 --input-size 1 28 28 --mean 0.286 --std 0.353 --crop-padding 2 '
+        '--keep last',
         '--dataset torch/fashion_mnist --split train --holdout 5000',
         '--dataset torch/fashion_mnist --split validation', epochs=12, small=22),
 }

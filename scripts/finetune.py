@@ -27,7 +27,6 @@ from _common import (
     require,
     run_script,
     sleep_when_idle,
-    write_csv,
 )
 from _recipes import parse_training_args, recipe_of
 
@@ -57,28 +56,36 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from _inputs import TrainingData, create_training_loaders, open_training_splits
+from _epochs import Epochs
+from _inputs import (
+    TrainingData,
+    create_calibration_loader,
+    create_training_loaders,
+    fit_batch_size,
+    open_training_splits,
+)
 from _models import check_normalization, create_models, parent_name
-from _results import missed_target, print_table, read_summary, save
+from _results import missed_target, print_table, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, LogitDistillationTask
-from timm.utils import random_seed, unwrap_model
+from timm.utils import random_seed
 from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig import InputError
+from timm_aig.training.calibrate import BUDGETS
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
 from timm_aig.training.data import class_names, count_unreadable, match_classes
-from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
 from timm_aig.training.update import UpdateConfig
 
 # What may differ when a training resumes: where things are, and what only matters in an emergency.
 MAY_CHANGE = (
-    'crop_pct', 'initial_checkpoint', 'model', 'nonfinite', 'pretrained', 'teacher', 'unreadable', 'val_split')
+    'calibrate', 'crop_pct', 'initial_checkpoint', 'keep', 'model', 'nonfinite', 'pretrained', 'teacher', 'unreadable',
+    'val_split')
 
 
 # Setup
@@ -175,8 +182,11 @@ def create_trainer(
         'gates': list(timm_aig.gated_blocks(model)), 'input_size': list(data.config['input_size']),
         'updates': updates * epochs, 'world_size': args.world_size,
     }
+    losses = [] if args.static and teacher is None else ['task_loss']
+    losses += [] if teacher is None else ['kd_loss']
+    losses += [] if args.static else ['rate_loss']
     return Trainer(
-        task, data.train, optimizer, epochs, scheduler, gate_schedule, cost if not args.static else None,
+        task, data.train, optimizer, epochs, scheduler, gate_schedule, cost if not args.static else None, losses,
         amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None, mixup=mixup,
         update=UpdateConfig(args.grad_accum_steps, args.clip_grad, nonfinite=args.nonfinite),
         checkpoints=Checkpoints(folder / 'checkpoints', identity), checkpoint_interval=args.checkpoint_interval,
@@ -184,7 +194,7 @@ def create_trainer(
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    model = re.sub(r'[^\w.]+', '-', args.model)
+    model = re.sub(r'[^\w.]+', '-', args.model.rpartition(':')[2].rstrip('/').rpartition('/')[2])
     name = f'{model}-static' if args.static else f'{model}-{args.recipe}-{args.target_rate}'
     return Path(args.output, args.experiment or name)
 
@@ -201,58 +211,15 @@ def open_output(args: argparse.Namespace) -> Path:
     return folder
 
 
-# Train
-
-def log_epoch(
-        args: Any, trainer: Trainer, data: TrainingData, cost: timm_aig.Cost, folder: Path, evaluations: List[Any],
-) -> Any:
-    """The function to call after each epoch: it adds to `evaluations`, summary.csv and TensorBoard."""
-    writer = None
-    if args.tensorboard and args.rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=trainer.epoch)
-    summary = [row for row in read_summary(folder) if int(row['epoch']) < trainer.epoch]  # later epochs are repeated
-
-    def after_epoch(epoch: int, results: Dict[str, float]) -> None:
-        evaluated: Dict[str, float] = {}
-        is_last = epoch + 1 == trainer.epochs
-        if is_last or (epoch + 1) % args.val_interval == 0:
-            model = trainer.task.get_eval_model(ema=trainer.task.has_ema())
-            amp_dtype = None if is_last else trainer.amp_dtype  # what is published is in float32
-            evaluations.append(validate(args, model, data, trainer, amp_dtype))
-            evaluated = evaluations[-1].metrics(cost)
-        if args.rank != 0:
-            return
-        lr = trainer.optimizer.param_groups[0]['lr']
-        summary.append({
-            'epoch': epoch, **{f'train_{name}': value for name, value in results.items()},
-            **{f'eval_{name}': evaluated.get(name, '') for name in METRICS}, 'lr': lr})
-        write_csv(folder / 'summary.csv', summary[0], [row.values() for row in summary])
-        values = {**results, **{f'eval {name}': value for name, value in evaluated.items()}, 'lr': lr}
-        if writer is not None:
-            for name, value in values.items():
-                writer.add_scalar(name.replace('rate_', 'gates/') if name.startswith('rate_') else name, value, epoch)
-            writer.flush()
-        shown = (f'{name} {value:.4g}' for name, value in values.items() if not name.startswith('rate_'))
-        print(f'epoch {epoch + 1}/{trainer.epochs}: {", ".join(shown)}', file=sys.stderr)
-
-    return after_epoch
-
-
-def validate(args: Any, model: nn.Module, data: TrainingData, trainer: Trainer, amp_dtype: Any = None) -> Evaluation:
-    with blame('val_split', args.val_split):
-        return evaluate(model, data.val, trainer.device, amp_dtype)
-
-
 # Save
 
 def results_of(
         args: argparse.Namespace, trainer: Trainer, model: nn.Module, parent: Any, data: TrainingData,
-        cost: timm_aig.Cost, evaluation: Evaluation,
+        cost: timm_aig.Cost, epochs: Epochs, epoch: int,
 ) -> Dict[str, Any]:
     """Content of results.json."""
-    device = trainer.device
+    device, evaluation = trainer.device, epochs.evaluation
+    assert evaluation is not None
     results = {
         'architecture': model.pretrained_cfg['architecture'],
         'parent': parent_name(args.model, model),
@@ -262,6 +229,7 @@ def results_of(
         'metrics': evaluation.metrics(cost),
         'macs': cost.static,
         'block_rates': dict(zip(timm_aig.gated_blocks(model), evaluation.block_rates.tolist())),
+        'epoch': epoch,
         'skipped_steps': trainer.skipped,
         'unreadable': {
             'train': count_unreadable(data.train.dataset, device), 'val': count_unreadable(data.val.dataset, device)},
@@ -277,7 +245,7 @@ def results_of(
     }
     if parent is not None:
         parent_cost = timm_aig.compute_cost(parent, data.config['input_size'])
-        results['parent_metrics'] = validate(args, parent.to(device), data, trainer).metrics(parent_cost)
+        results['parent_metrics'] = epochs.evaluate(model=parent.to(device)).metrics(parent_cost)
     return results
 
 
@@ -294,6 +262,7 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     require('train', *(['tensorboard'] if args.tensorboard else []), *([] if args.static else ['matplotlib']))
     random_seed(args.seed, 0)  # every process makes the same model
     train_set, val_set = datasets or open_training_splits(args)
+    fit_batch_size(args, train_set)
     if args.distributed and args.rank == 0 and isinstance(val_set, IterableDataset):
         print(f'--dataset {args.dataset} cannot be sharded exactly: several processes may validate on some images '
               'twice and miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
@@ -311,19 +280,40 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         with blame('resume', args.resume, CheckpointError):
             trainer.resume()
     # train
-    evaluations: List[Evaluation] = []
+    epochs = Epochs(args, trainer, data, cost, folder)
     try:
-        trainer.fit(log_epoch(args, trainer, data, cost, folder, evaluations))
+        trainer.fit(epochs)
         if trainer.skipped == trainer.step:
             raise NonFiniteError(f'loss or gradient was not finite in any of the {trainer.step} steps')
     except NonFiniteError as e:
         raise ResultError(f'{e}. A lower --lr may help; finetune.py --nonfinite skip skips such steps.') from e
-    model = unwrap_model(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
+    epoch = epochs.load_kept()
+    if args.calibrate:
+        calibrate(args, epochs.model, train_set, data, cost)
+        epochs.evaluation = epochs.evaluate()
     # save
-    results = results_of(args, trainer, model, parent, data, cost, evaluations[-1])
+    results = results_of(args, trainer, epochs.model, parent, data, cost, epochs, epoch)
     if args.rank == 0:
-        save(args, model, data, results, folder)
+        save(args, epochs.model, data, results, epochs.rows, folder)
+        for old in trainer.checkpoints.files()[1:]:
+            old.unlink()
     return results
+
+
+def calibrate(
+        args: argparse.Namespace, model: nn.Module, train_set: Any, data: TrainingData, cost: timm_aig.Cost,
+) -> None:
+    """Set the gate offset that gives --target-rate, or find those of several budgets."""
+    least = cost.share(torch.zeros(1, len(cost.blocks))).item()
+    budgets = [args.target_rate] if args.gate_loss == 'macs' else [budget for budget in BUDGETS if budget > least]
+    try:
+        timm_aig.calibrate_budget(
+            model, create_calibration_loader(args, train_set, data), budgets, progress=args.rank == 0)
+    except InputError as e:  # a few images give a few shares only; the model is saved as it is
+        print(f'--calibrate {args.calibrate} found no gate offset: {e}', file=sys.stderr)
+    else:
+        if args.gate_loss == 'macs':
+            timm_aig.set_budget(model, args.target_rate)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -336,7 +326,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:
         print_table(results)
-        print(f'Wrote {output_folder(args)}.')
+        print(f'Wrote epoch {results["epoch"] + 1} of {args.epochs} to {output_folder(args)}. Only --resume needs its '
+              'checkpoints folder.')
     missed = missed_target(args, results, output_folder(args))
     if args.rank == 0 and missed:
         print(missed, file=sys.stderr)

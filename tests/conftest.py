@@ -118,7 +118,8 @@ def finetune_args(images):
 def static_model(finetune, finetune_args, tmp_path_factory):
     """local-dir: name of a static cifar_resnet20 trained on them."""
     output = tmp_path_factory.mktemp('static')
-    args = [*finetune_args, '--static', '--model', 'cifar_resnet20', '--output', str(output), '--experiment', 'x']
+    args = [*finetune_args, '--static', '--model', 'cifar_resnet20', '--keep', 'last', '--output', str(output),
+            '--experiment', 'x']
     assert finetune.main(args) == 0
     return f'local-dir:{output}/x'
 

@@ -39,7 +39,7 @@ def test_the_loss_is_the_sum_of_classification_and_gate_loss(model):
     rate_loss = compute_loss(reference, gates, 0.7)
     expected = nn.functional.cross_entropy(logits, TARGET) + rate_loss
 
-    assert set(result) == {'loss', 'output', 'rate_loss', 'execution_rate', 'block_rates'}
+    assert set(result) == {'loss', 'output', 'task_loss', 'rate_loss', 'execution_rate', 'block_rates'}
     assert torch.equal(result['output'], logits)
     torch.testing.assert_close(result['loss'], expected)
     torch.testing.assert_close(result['rate_loss'], rate_loss.detach())

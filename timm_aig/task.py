@@ -118,21 +118,24 @@ class AIGTask(ClassificationTask):
             target: Labels [B], or soft targets [B, num_classes].
 
         Returns:
-            Dictionary of 'loss' (total), 'output' (logits [B, num_classes]), 'rate_loss' (loss on the gates, part of
-            the total), 'block_rates' (execution rate of each gated block, [L] in [0, 1]) and 'execution_rate' (their
-            mean).
+            Dictionary of 'loss' (total), 'output' (logits [B, num_classes]), 'task_loss' (classification) and, with a
+            teacher, 'kd_loss' (distillation), both before weighting, 'rate_loss' (loss on the gates, part of the
+            total), 'block_rates' (execution rate of each gated block, [L] in [0, 1]) and 'execution_rate' (their mean).
         """
         loss: Any = self.gate_loss
         with use_gate_offset(loss.draw_offsets(len(input))) if isinstance(loss, AnyBudgetLoss) else nullcontext():
             output, gates = self.trainable_module(input)
         rate_loss = self.gate_loss(gates)
-        loss = self.criterion(output, target)
+        loss = task_loss = self.criterion(output, target)
+        parts = {'task_loss': task_loss.detach(), 'rate_loss': rate_loss.detach()}
         if self.teacher is not None:
-            loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distillation_loss(input, output)
+            kd_loss = self.distillation_loss(input, output)
+            loss = (1 - self.distill_weight) * task_loss + self.distill_weight * kd_loss
+            parts['kd_loss'] = kd_loss.detach()
         return {
             'loss': loss + rate_loss,
             'output': output,
-            'rate_loss': rate_loss.detach(),
+            **parts,
             'execution_rate': gates.detach().mean(),
             'block_rates': gates.detach().mean(0),
         }

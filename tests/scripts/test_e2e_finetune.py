@@ -11,10 +11,12 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import _epochs
 import pytest
 import timm
 import torch
@@ -188,13 +190,16 @@ def test_a_signal_to_all_its_processes_saves_exits_with_its_code_and_is_resumed(
 def test_a_torn_checkpoint_is_passed_over_with_a_message(training, uninterrupted, fork_main, wait, tmp_path):
     which = 'distill, average'
     whole = uninterrupted(which)
-    shutil.copytree(whole, tmp_path / 'torn')
-    last = sorted((tmp_path / 'torn' / 'checkpoints').iterdir())[-1]
+    process = fork_main(training(which, 'torn'))
+    wait_for(3, tmp_path / 'torn' / 'checkpoints', process)
+    os.killpg(process, signal.SIGKILL)
+    wait(process)
+    before, last = sorted((tmp_path / 'torn' / 'checkpoints').glob('*.pt'))
     last.write_bytes(last.read_bytes()[:-100])
-    (tmp_path / 'torn' / 'model.safetensors').unlink()
     assert wait(fork_main(training(which, 'torn'))) == 0
     error = (tmp_path / 'stderr').read_text()
-    assert f'{last} is damaged' in error and 'using the one before' in error and 'after step 11' in error
+    assert f'{last} is damaged' in error and 'using the one before' in error
+    assert f'after step {int(before.stem[-8:])}' in error
     assert_same_training(tmp_path / 'torn', whole)
 
 
@@ -265,9 +270,7 @@ def refused(run, tmp_path):
     (['--data-dir', '/nowhere'], '--data-dir must be a folder'),
     (['--train-split', 'test'], "--data-dir must have a subfolder for split 'test'"),
     (['--num-classes', '5'], 'Pass --num-classes 3'),
-    (['--batch-size', '50'], '--batch-size 50 is more than the 48 training images'),
     (['--holdout', '47'], '--holdout must leave'),
-    (['--holdout', '42', '--batch-size', '8'], '--batch-size 8 is more than the 6 training images'),
     (['--target-rate', '0.001'], '--target-rate must be in'),
     (['--teacher', 'no_such_model'], '--teacher no_such_model'),
     (['--teacher', 'cifar_resnet32'], '--teacher'),
@@ -486,6 +489,64 @@ def test_it_ends_in_a_folder_that_timm_loads_with_figures_and_pictures(run, imag
     assert model.pretrained_cfg['input_size'] == (3, 8, 8) and model.pretrained_cfg['label_names'] == [
         'ape', 'bee', 'cat']
     assert list(results['block_rates']) == list(timm_aig.gated_blocks(model))
+
+
+def test_of_the_epochs_within_the_target_the_most_accurate_is_saved(run, monkeypatch, tmp_path):
+    evaluate, states = _epochs.evaluate, []
+    answers = iter([(30., .6), (90., .9), (60., .5), (50., .6), (60., .6), (60., .5)])
+
+    def answer(model, *args):  # top1 and MACs share of each epoch, then of the kept one and of the parent
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        top1, share = next(answers)
+        evaluation = replace(evaluate(model, *args), top1=top1)
+        metrics = {**evaluation.metrics(timm_aig.compute_cost(model, (3, 8, 8))), 'macs_share': share}
+        object.__setattr__(evaluation, 'metrics', lambda cost: metrics)
+        return evaluation
+
+    monkeypatch.setattr(_epochs, 'evaluate', answer)
+    code, err = run('--epochs', 4, '--target-rate', .6)
+    assert code == 0, err
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['epoch'] == 2
+    saved = timm.create_model(f'local-dir:{tmp_path}/run', pretrained=True).state_dict()
+    assert all(torch.equal(value, states[2][name]) for name, value in saved.items())
+    assert not all(torch.equal(value, states[3][name]) for name, value in saved.items())
+    assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == [
+        'best-0002.safetensors', 'checkpoint-00000024.pt']
+
+
+def test_the_last_epoch_is_saved_where_it_is_asked_for(run, monkeypatch, tmp_path):
+    evaluate, answers = _epochs.evaluate, iter([90., 60., 60.])
+    monkeypatch.setattr(_epochs, 'evaluate', lambda *args: replace(evaluate(*args), top1=next(answers)))
+    assert run('--keep', 'last')[0] == 0
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['epoch'] == 1
+    assert [path.suffix for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['.pt']
+
+
+def test_losses_are_logged_apart_with_speed_and_time_to_go(run, tmp_path):
+    code, err = run()
+    assert code == 0
+    for row in rows(tmp_path / 'run'):
+        task, kd, rate, loss = (float(row[f'train_{name}']) for name in ('task_loss', 'kd_loss', 'rate_loss', 'loss'))
+        assert loss == pytest.approx(.5 * task + .5 * kd + rate, rel=1e-5)
+    assert re.search(r'epoch 1/2: .*images/s, \d+ s so far, about \d+ s to go\n', err)
+
+
+def test_calibrate_gives_the_target_on_training_images(run, tmp_path):
+    code, _ = run('--epochs', 1, '--target-rate', .6, '--lr', 1e-9, '--calibrate', 40)
+    model = timm.create_model(f'local-dir:{tmp_path}/run', pretrained=True)
+    assert code == 0
+    point, = timm_aig.budget_table(model)
+    assert point.budget == .6 and abs(point.macs_share - .6) < .01 and point.images == 40
+    for block in timm_aig.gated_blocks(model).values():
+        assert float(block.gate.offset) == pytest.approx(point.gate_offset)
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    assert abs(results['metrics']['macs_share'] - .6) < .2  # of other images
+
+
+def test_a_batch_that_small_data_does_not_fill_is_made_smaller(run, tmp_path):
+    code, err = run('--epochs', 1, '--batch-size', 128)
+    assert code == 0 and '--batch-size 128 is more than the 48 training images of a process, 12 is used.' in err
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['recipe']['batch_size'] == 12
 
 
 @pytest.mark.parametrize('loss, what', [('macs', 'MACs'), ('rate', 'gated blocks')])

@@ -13,7 +13,7 @@ import torch
 
 __all__ = ['CheckpointError', 'Checkpoints', 'rng_state', 'set_rng_state', 'write_atomically']
 
-FORMAT = 'timm_aig-training-2'
+FORMAT = 'timm_aig-training-3'
 
 
 class CheckpointError(RuntimeError):

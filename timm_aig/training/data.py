@@ -17,7 +17,7 @@ from torchvision.transforms import Compose
 from ..config import InputError
 
 __all__ = [
-    'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
+    'HeldOut', 'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
     'hold_out', 'match_classes', 'open_dataset', 'read_images', 'readable_images', 'resolve_config', 'start_worker',
 ]
 

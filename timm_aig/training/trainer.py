@@ -5,7 +5,7 @@ import sys
 import threading
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,7 @@ class Trainer:
             scheduler: Any = None,
             gate_schedule: Optional[GateSchedule] = None,
             cost: Optional[Cost] = None,
+            losses: Sequence[str] = (),
             amp_dtype: Optional[torch.dtype] = None,
             mixup: Optional[Mixup] = None,
             update: UpdateConfig = UpdateConfig(),  # noqa: B008, it is frozen
@@ -77,6 +78,7 @@ class Trainer:
             scheduler: timm scheduler, stepped after each update; None keeps the learning rate.
             gate_schedule: Stepped before each batch.
             cost: MACs of the adaptive model; adds 'macs_share' to the results.
+            losses: Further entries of what the task's forward returns, scalars to add to the results.
             amp_dtype: Autocast dtype; float16 also scales the loss. None trains without autocast.
             mixup: Applied to images and labels.
             update: Accumulation, clipping and non-finite updates.
@@ -92,6 +94,7 @@ class Trainer:
         self.scheduler = scheduler
         self.gate_schedule = gate_schedule
         self.cost = cost
+        self.losses = ['loss', *losses]
         self.amp_dtype = amp_dtype
         self.mixup = mixup
         self.checkpoints = checkpoints
@@ -112,9 +115,9 @@ class Trainer:
         self.position = 0  # finished batches of the running epoch
         self.step = 0  # finished updates, including skipped ones
         self.skipped = 0  # updates skipped because they were not finite
-        # this process's sums over the epoch: batches, loss, top1, rate of each gated block; without skipped updates
+        # this process's sums over the epoch, without skipped updates: batches, top1, losses, rate of each gated block
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
-        self.sums = torch.zeros(3 + len(self.block_names), dtype=dtype, device=self.device)
+        self.sums = torch.zeros(2 + len(self.losses) + len(self.block_names), dtype=dtype, device=self.device)
         self._rng: Optional[Dict[str, Any]] = None  # generator states to resume with inside an epoch
         self._signal = 0  # number of the signal that was received
 
@@ -149,8 +152,8 @@ class Trainer:
         """Mean results of the epoch so far, over all processes. Each process must call it.
 
         Returns:
-            'loss', 'top1' in percent and, for an adaptive model, 'execution_rate', 'macs_share' and 'rate_<block>' in
-            [0, 1]. Empty if no update is done or all were skipped.
+            The losses, 'top1' in percent and, for an adaptive model, 'execution_rate', 'macs_share' and 'rate_<block>'
+            in [0, 1]. Empty if no update is done or all were skipped.
         """
         sums = self.sums.clone()
         if self.distributed:
@@ -158,8 +161,9 @@ class Trainer:
         batches, *totals = sums.tolist()
         if not batches:
             return {}
-        loss, top1, *rates = (total / batches for total in totals)
-        results = {'loss': loss, 'top1': top1}
+        top1, *means = (total / batches for total in totals)
+        rates = means[len(self.losses):]
+        results = {**dict(zip(self.losses, means)), 'top1': top1}
         if rates:
             results['execution_rate'] = sum(rates) / len(rates)
             if self.cost is not None:
@@ -211,7 +215,8 @@ class Trainer:
             self._finish_update(torch.stack(rows).sum(0), torch.cat(targets))
             rows, targets = [], []
             if self.step % LOG_INTERVAL == 0:
-                shown = {name: value for name, value in self.results().items() if not name.startswith('rate_')}
+                blocks = {f'rate_{name}' for name in self.block_names}
+                shown = {name: value for name, value in self.results().items() if name not in blocks}
                 bar.set_postfix(shown, refresh=False)
             if self.position < count:
                 self._save_if(bool(self.checkpoint_interval) and self.step % self.checkpoint_interval == 0)
@@ -240,11 +245,12 @@ class Trainer:
             self.updater.backward(result['loss'], min(self.accum_steps, len(self.loader) - first))
         top1 = 100 * (result['output'].argmax(1) == labels).float().mean()
         rates = [result['block_rates']] if self.block_names else []
-        return torch.hstack([torch.ones_like(top1), result['loss'].detach(), top1, *rates]).to(self.sums)
+        losses = [result[name].detach() for name in self.losses]
+        return torch.hstack([torch.ones_like(top1), top1, *losses, *rates]).to(self.sums)
 
     def _finish_update(self, sums: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the weights and count the results, or deal with an update that is not finite."""
-        problem = self.updater.finish(self.step + 1, labels, loss=sums[1], rates=sums[3:])
+        problem = self.updater.finish(self.step + 1, labels, loss=sums[2], rates=sums[2 + len(self.losses):])
         where = f'epoch {self.epoch + 1}, step {self.step}'
         if problem is None:
             self.sums += sums
