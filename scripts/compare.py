@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from _common import ResultError, add_args, check_file, create_parser, integer, run_script, write_csv
 
@@ -79,12 +79,21 @@ def trainings(task: Task) -> Dict[str, str]:
     return runs
 
 
-CASCADES = (
+STATIC_CASCADES = (
     ('static-r8', 'static-r14'), ('static-r8', 'static-r20'), ('static-r8', 'static-r32'),
-    ('distilled-r8', 'distilled-r14'), ('distilled-r8', 'distilled-r20'), ('distilled-r8', 'static-r32'),
-    ('static-r8', 'any-r20'), ('distilled-r8', 'any-r20'), ('any-r20', 'any-r20'),
-    ('static-r8', 'any-r32'), ('distilled-r8', 'any-r32'), ('any-r32', 'any-r32'),
+    ('static-r14', 'static-r32'), ('distilled-r8', 'distilled-r14'), ('distilled-r8', 'distilled-r20'),
+    ('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'),
 )
+ADAPTIVE_CASCADES = (
+    ('static-r8', 'any-r20'), ('distilled-r8', 'any-r20'), ('any-r20', 'any-r20'), ('any-r20', 'static-r32'),
+    ('static-r8', 'any-r32'), ('distilled-r8', 'any-r32'), ('distilled-r14', 'any-r32'), ('any-r32', 'any-r32'),
+)
+# Of each group the pair with the best answers on the held-out images, at each share of the MACs.
+CASCADES = {
+    'static-r8 + static-r32': STATIC_CASCADES[2:3], 'any-r20 + any-r20': ADAPTIVE_CASCADES[2:3],
+    'any-r32 + any-r32': ADAPTIVE_CASCADES[-1:], 'static nets': STATIC_CASCADES,
+    'static or adaptive nets': STATIC_CASCADES + ADAPTIVE_CASCADES,
+}
 OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
 SHARES = [share / 100 for share in range(30, 105, 5)]  # mean MACs of the cascades of the table
 
@@ -228,6 +237,7 @@ class Row(NamedTuple):
     macs: float
     top1: float
     macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
+    used: str = ''  # models and offsets of a cascade
 
 
 def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
@@ -257,27 +267,36 @@ def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
     if 'static-r32' not in measured:
         return rows
     largest = measured['static-r32'][0].test.macs[0].item()
-    for first, second in CASCADES:
-        if first in measured and second in measured:
-            rows += cascade_rows(f'{first} + {second}', measured[first], measured[second], largest, severity)
+    for name, pairs in CASCADES.items():
+        rows += cascade_rows(f'cascade, {name}', pairs, measured, largest, severity)
     return rows
 
 
 def cascade_rows(
-        name: str, first: List[Measured], second: List[Measured], largest: float, severity: Any,
+        name: str, pairs: Sequence[Tuple[str, str]], measured: Dict[str, List[Measured]], largest: float, severity: Any,
 ) -> List[Row]:
-    """A row for each of SHARES: offsets and threshold are the best on the held-out images, applied to the test."""
-    pairs = {(a.offset, b.offset): (a, b) for a in first for b in second
-             if a.held_out.macs.mean() < b.held_out.macs.mean()}
-    points = best_points(point for offsets, (a, b) in pairs.items()
-                         for point in compare_thresholds([a.held_out, b.held_out], offsets, largest))
+    """Cascades that are the best on the held-out images: for each of SHARES, and as accurate as each static net there.
+
+    Pair of models, gate offsets and threshold are chosen on these images, then applied to the test images.
+    """
+    stages = {
+        (first, a.offset, second, b.offset): (a, b) for first, second in pairs if {first, second} <= measured.keys()
+        for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
+    points: List[Any] = best_points(
+        point for key, (a, b) in stages.items()
+        for point in compare_thresholds([a.held_out, b.held_out], key, largest))  # type: ignore[arg-type]
+    chosen = {f'{share:g} of the MACs': [p for p in points if p.macs_share <= share][-1:] for share in SHARES}
+    for net in ('static-r20', 'static-r32'):
+        if net in measured:
+            top1 = 100 * measured[net][0].held_out.right.mean().item()
+            chosen[f'as {net}'] = [p for p in points if p.top1 >= top1][:1]
     rows = []
-    for share in SHARES:
-        within = [point for point in points if point.macs_share <= share]
-        if within:
-            pair = pairs[within[-1].budgets]
-            right, macs = run_thresholds([m.test for m in pair], within[-1].thresholds)
-            rows.append(create_row(name, f'{share:g} of the MACs', right, macs, severity))
+    for setting, point in ((setting, point) for setting, some in chosen.items() for point in some):
+        right, macs = run_thresholds([m.test for m in stages[point.budgets]], point.thresholds)
+        first, first_offset, second, second_offset = point.budgets
+        used = ' + '.join(model if offset is None else f'{model} at {offset:g}'
+                          for model, offset in ((first, first_offset), (second, second_offset)))
+        rows.append(create_row(name, setting, right, macs, severity)._replace(used=used))
     return rows
 
 
@@ -300,6 +319,7 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 3),
             'top1_std': round(statistics.stdev(accuracies), 3) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
+            'used': '; '.join(dict.fromkeys(row.used for row in found)),
             'macs_by_severity': ' '.join(f'{share:.3f}' for share in quarters),
             'seeds': ', '.join(map(str, seeds)), 'epochs': TASKS[args.task].epochs})
     return table

@@ -106,9 +106,10 @@ def test_the_table_has_what_validate_measures(start, trained, run_script, images
         row = rows[name, 'offset -1' if args else '']
         assert float(row['top1']) == pytest.approx(expected['top1'], abs=1e-3)
         assert float(row['macs']) == pytest.approx(expected['macs'] / 1e6, abs=1e-3)
-    cascade = [row for (name, _), row in rows.items() if name == 'static-r8 + static-r32']
-    shares = [float(row['setting'].split()[0]) for row in cascade]
-    assert shares == sorted(shares) and shares
+    cascade = [row for (name, _), row in rows.items() if name == 'cascade, static-r8 + static-r32']
+    shares = [float(row['setting'].split()[0]) for row in cascade if row['setting'].endswith('of the MACs')]
+    assert shares == sorted(shares) and shares and {row['used'] for row in cascade} == {'static-r8 + static-r32'}
+    assert 'any-r20 at' in rows['cascade, static or adaptive nets', '1 of the MACs']['used']  # it has the best answers
     assert rows['static-r32', '']['macs_over_resnet32'] == '1.0'
 
 
