@@ -38,13 +38,14 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
         timm_aig.set_gate_offset(model, 0.)
     elif not args.static:
         if not is_model(f'{model.pretrained_cfg["architecture"]}_aig'):
-            raise InputError(f'must be a ResNet of timm or timm_aig, not {args.model!r}.', 'model')
+            raise InputError(f'must be a model of a family that timm_aig can gate, not {args.model!r}.', 'model')
         timm_aig.gate_(model, timm_aig.AIGConfig(**given_gate_args(args)))
     if not args.static:
         config = timm_aig.AIGConfig(**{k: v for k, v in model._model_args.items() if k in AIG_ARGS})
         if config.target_rates and args.gate_loss == 'rate':
             raise InputError(f'rate: {args.model} has target_rates of its own, one for each block.', 'gate_loss')
-        if config.gate_norm == 'bn' and args.batch_size == 1:
+        norms = {type(block.gate.bn) for block in timm_aig.gated_blocks(model).values()}
+        if nn.BatchNorm1d in norms and args.batch_size == 1:
             raise InputError('must be at least 2 for gates with a batch norm; --gate-norm none has none.', 'batch_size')
         for name in AIG_ARGS:
             setattr(args, name, getattr(config, name))

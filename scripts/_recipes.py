@@ -80,7 +80,8 @@ def create_training_parser(description: Optional[str], examples: str) -> Parser:
         help='share of the MACs (--gate-loss macs) or of the images of each block (rate) to aim at (default: 0.6)')
     arg('--schedule', choices=['paper'], help="let the paper's blocks always run (default: gate every block)")
     arg('--gate-channels', type=integer(1), metavar='N', help='hidden width of a gate (default: 16)')
-    arg('--gate-norm', choices=['bn', 'none'], help='norm of its hidden layer (default: bn)')
+    arg('--gate-norm', choices=['bn', 'ln', 'none'],
+        help="norm of its hidden layer (default: ln for ConvNeXt and vision transformers, else bn)")
 
     arg = parser.add_argument_group('training of the gates').add_argument
     arg('--gate-loss', choices=['budgets', 'macs', 'rate'],

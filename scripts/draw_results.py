@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw hub_configs/fmnist_accuracy_macs.png from the tables in hub_configs/results."""
+"""Draw hub_configs/*_accuracy_macs.png from the tables in hub_configs/results."""
 import argparse
 import csv
 import sys
@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Tuple
 from _common import create_parser, run_script
 
 EXAMPLES = """examples:
-  scripts/draw_results.py              after a change of hub_configs/results/fmnist*.csv"""
+  scripts/draw_results.py              after a change of hub_configs/results/fmnist*.csv or glyphs.csv"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -25,7 +25,19 @@ from timm_aig.analysis.figures import plot_accuracy_macs
 ROOT = Path(__file__).resolve().parents[1] / 'hub_configs'
 RESNET_32 = ('cifar_resnet32', 'cifar_resnet32_aig', 'cifar_resnet20')  # ResNet-110 costs 3.7 times as much
 ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
-TITLE = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
+FMNIST = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
+
+# Rows of glyphs.csv that are joined by a line, by the start of their names.
+GLYPHS = '2,000 damaged characters at 20 px, 5,000 test images. MACs over those of the static ResNet-32.'
+CURVES = {
+    'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
+    'cascade, static or adaptive nets': 'cascade with adaptive nets',
+}
+RIVALS = {
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'distilled from ResNet-32',
+    'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
+    'distill-r32': 'ResNet-32, recipe distill', 'paper-r32': 'ResNet-32, recipe of the paper',
+}
 
 Point = Tuple[str, float, float]
 
@@ -53,7 +65,23 @@ def architecture(model: str) -> str:
     return model.removeprefix('cifar_').replace('resnet', 'ResNet-').replace('_aig', '-AIG')
 
 
-def run(args: argparse.Namespace) -> None:
+def curves_of(rows: List[Dict[str, str]], names: Dict[str, str]) -> List[Point]:
+    """The points of some rows of a comparison, in the order of their MACs."""
+    found: List[Point] = []
+    for start, name in names.items():
+        same = {(float(row['macs_over_resnet32']), float(row['top1'])) for row in rows
+                if row['model'].startswith(start) and not row['setting'].startswith('as ')}
+        found += [(name, *point) for point in sorted(same)]
+    return found
+
+
+def draw_glyphs() -> None:
+    rows = read('glyphs.csv')
+    plot_accuracy_macs(
+        curves_of(rows, CURVES), curves_of(rows, RIVALS), ROOT / 'glyphs_accuracy_macs.png', GLYPHS)
+
+
+def draw_fmnist() -> None:
     rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
     curves = [
         (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
@@ -64,7 +92,12 @@ def run(args: argparse.Namespace) -> None:
     ranges: Dict[str, Tuple[float, float]] = {}
     adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']], ranges)
     static = trainings([row for row in rows if not row['model'].endswith('_aig')], ranges)
-    plot_accuracy_macs([*curves, *cascades, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', TITLE, ranges)
+    plot_accuracy_macs([*curves, *cascades, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', FMNIST, ranges)
+
+
+def run(args: argparse.Namespace) -> None:
+    draw_fmnist()
+    draw_glyphs()
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -24,15 +24,19 @@ pytest_plugins = ['loopback']
 torch.set_num_threads(1)  # the nets are small: threads cost more than they bring, ten times more on a busy machine
 
 # Archs whose blocks differ. The others run with the marker all_archs.
-SUITE_ARCHS = ('resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20')
-DEFAULT_ARCHS = (*SUITE_ARCHS, 'seresnet18', 'resnet50_gn')
+RESNETS = ('resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20')
+DEFAULT_ARCHS = (*RESNETS, 'seresnet18', 'resnet50_gn')
+SUITE_ARCHS = (*RESNETS, 'resnetv2_18', 'resnetv2_18d', 'regnetx_002', 'regnety_002', 'convnext_atto',
+               'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224')
 
 
 def pytest_generate_tests(metafunc):
-    """A test with the argument `parent`, or `suite_parent` for timm's suite, runs for each static arch."""
-    for argument, archs in (('parent', DEFAULT_ARCHS), ('suite_parent', SUITE_ARCHS)):
+    """A test with the argument `parent` runs for each static ResNet, with `suite_parent` for each static arch."""
+    resnets = timm.list_models(module=('resnet', 'cifar_resnet'))
+    parents = [name.removesuffix('_aig') for name in timm.list_models('*_aig')]
+    for argument, archs, every in (('parent', DEFAULT_ARCHS, resnets), ('suite_parent', SUITE_ARCHS, parents)):
         if argument in metafunc.fixturenames:
-            others = sorted(set(timm.list_models(module=('resnet', 'cifar_resnet'))) - set(archs))
+            others = sorted(set(every) - set(archs))
             metafunc.parametrize(
                 argument, [*archs, *(pytest.param(arch, marks=pytest.mark.all_archs) for arch in others)])
 

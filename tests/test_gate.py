@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from timm.models.resnet import BasicBlock
 
 import timm_aig
 from timm_aig import Gate, InputError
@@ -108,7 +109,7 @@ def test_the_offset_acts_in_eval_only_even_without_noise():
 def test_sampling_in_eval_draws_even_if_training_does_not():
     gate = constant_gate(0., 0.).eval()
     gate.noise = False
-    model = timm_aig.gate_(nn.Sequential(nn.Sequential(timm_aig.blocks.BasicBlock(1, 1))), timm_aig.AIGConfig())
+    model = timm_aig.gate_(nn.Sequential(nn.Sequential(BasicBlock(1, 1))), timm_aig.AIGConfig())
     model[0][0].gate = gate
     with torch.no_grad():
         drawn = timm_aig.forward_gates(model.eval(), torch.zeros(10_000, 1, 1, 1), sample=True)[1]
@@ -231,7 +232,7 @@ def test_the_offset_does_not_change_what_is_drawn():
 
 def test_forward_gates_can_draw_in_eval(train_gates):
     model = train_gates(timm_aig.gate_(nn.Sequential(nn.Sequential(
-        timm_aig.blocks.BasicBlock(4, 4))), timm_aig.AIGConfig())).eval()
+        BasicBlock(4, 4))), timm_aig.AIGConfig())).eval()
     for block in timm_aig.gated_blocks(model).values():
         nn.init.zeros_(block.gate.fc2.weight)
         block.gate.fc2.bias.data = torch.tensor([0., 1.])

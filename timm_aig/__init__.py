@@ -1,10 +1,10 @@
-"""timm_aig: adaptive inference graphs for timm's ResNets. Importing it registers every <arch>_aig with timm."""
+"""timm_aig: adaptive inference graphs for timm's models. Importing it registers every <arch>_aig with timm."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
 
 __version__ = '0.2.0'
 
-from .blocks import GatedBasicBlock, GatedBottleneck, gated_blocks, set_execution, set_gate_offset
+from .blocks import gated_blocks, set_execution, set_gate_offset
 from .budget import BudgetPoint, budget_table, set_budget
 from .cascade import Cascade
 from .config import AIGConfig, InputError
@@ -13,7 +13,7 @@ from .cost import Cost, compute_cost, summary
 from .gate import Gate
 from .inference import optimize_for_inference
 from .loss import AnyBudgetLoss, ComputeTargetLoss, TargetRateLoss
-from .models.resnet_aig import list_trained  # registers the entry points
+from .models import GatedBasicBlock, GatedBottleneck, list_trained  # registers the entry points
 from .passes import force_gates, forward_gates, record_gates, use_gate_offset
 
 if TYPE_CHECKING:

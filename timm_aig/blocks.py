@@ -1,45 +1,55 @@
-"""Gated residual blocks: timm's BasicBlock and Bottleneck, run only for the samples whose gate is open."""
+"""Gated residual blocks: run only for the samples whose gate is open. Families of models derive theirs in models/."""
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
 
 from .config import InputError
 from .gate import Gate, gate_pass, runs_eagerly
 
-__all__ = ['GatedBasicBlock', 'GatedBottleneck', 'gated_blocks', 'set_execution', 'set_gate_offset']
+__all__ = ['GatedBlock', 'GatedBranch', 'gate_class', 'gated_blocks', 'gates', 'set_execution', 'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
 SLICE_NUMEL = 2 ** 17  # elements per sample from which, on a CPU, gathering costs more than running slices in place
 
 
+# Class of a residual block -> its gated class. Of a branch, a residual branch without the sum: class of the block that
+# holds it, its name there, and its own class.
+GATED: Dict[Any, Any] = {}
+
+
 class GatedBlock(nn.Module):
-    """Base of both gated blocks: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
+    """Base of the gated blocks: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
+
+    A family derives from it and from its own block, and registers that with `@gates(Block)`.
 
     Modifications:
-        * takes the submodules of the timm block it is built from, and so its keys
+        * takes the submodules of the block it is built from, and so its keys
         * `gate` answers for each sample whether the residual branch runs
         * masked execution computes the branch for every sample and multiplies it by z. It is used for training,
           tracing, scripting, compiling and on the meta device
         * sparse execution computes the branch of open samples only. It is used in eval without grad
     """
 
-    if TYPE_CHECKING:
-        block_cls: Type[nn.Module]
+    block_cls: Type[nn.Module]  # what it is built from
+    shortcut_name = 'downsample'  # child that closed samples run too, if there is one
+    act_name: Optional[str] = None  # child that is the activation after the sum, None without
+    bottleneck = False  # three convolutions; the paper's schedules depend on it
+    gate_norm = 'bn'  # of the gate's hidden layer, unless the config has another
 
-        def __getattr__(self, name: str) -> Any: ...  # the timm block's attributes
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...  # the block's attributes
 
     def __init__(self, block: nn.Module, gate: Gate, target_rate: float, relu_input: bool = False) -> None:
         """
         Args:
-            block: The timm block to take over.
+            block: The block to take over.
             gate: Gate for the block's input.
             target_rate: Share of samples that should run the block, in (0, 1).
-            relu_input: The input always is the output of a ReLU and the block ends in one, so a closed block with an
-                identity shortcut returns its input unchanged.
+            relu_input: The activation after the sum does not change the input, since there is none or both end in a
+                ReLU: a closed block with an identity shortcut returns its input.
         """
         nn.Module.__init__(self)
         vars(self).update(vars(block), _modules=block._modules.copy())
@@ -49,12 +59,29 @@ class GatedBlock(nn.Module):
         self.execution = 'auto'
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual branch: the timm block's forward up to the shortcut. This is what a closed gate skips."""
+        """Residual branch: the block's forward up to the shortcut. This is what a closed gate skips."""
         raise NotImplementedError
+
+    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual branch; x itself for an identity shortcut."""
+        return x if self.downsample is None else self.downsample(x)
 
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
         """Activation after the sum of shortcut and residual."""
-        raise NotImplementedError
+        return x
+
+    @staticmethod
+    def layers(block: Any) -> Optional[List[Any]]:
+        """Layers whose sequence is the residual branch in eval, for optimize_for_inference; None if it is no sequence.
+
+        Such a block has a child or attribute `downsample`, a Module or None, for its shortcut.
+        """
+        return None
+
+    @staticmethod
+    def gate_channels(block: Any) -> Optional[int]:
+        """Channels of the block's input, None for a block that cannot be gated."""
+        return next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels  # of conv1, or inside of it
 
     @torch.jit.ignore
     def ungated(self) -> nn.Module:
@@ -73,7 +100,7 @@ class GatedBlock(nn.Module):
             if self._runs_sparse(x):
                 return run_open_rows(self, x, open_rows(z))  # closed samples are skipped here
         y = self.residual(x)
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = self.shortcut_of(x)
         if not torch.jit.is_scripting():
             if runs_eagerly(x):
                 return self.last_act(_AddMasked.apply(shortcut.to(y.dtype), y, z.to(y.dtype)))
@@ -91,6 +118,62 @@ class GatedBlock(nn.Module):
         y = self.residual(x)
         y += shortcut
         return self.last_act(y)
+
+
+class GatedBranch(GatedBlock):
+    """Base of a gated residual branch, a module to whose output its caller adds the shortcut: `y = z(x) * residual(x)`.
+
+    The attention and the MLP of a transformer block are such branches, with tokens [B, N, C] for input and output.
+    """
+
+    gate_norm = 'ln'
+
+    def residual(
+            self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> torch.Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def gate_channels(block: Any) -> Optional[int]:
+        return next(m for m in block.modules() if isinstance(m, nn.Linear)).in_features
+
+    def forward(
+            self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> torch.Tensor:
+        z = self.gate(x.transpose(1, 2).unsqueeze(-1))  # the gate pools [B, C, N, 1]
+        if not torch.jit.is_scripting():
+            z = gate_pass.note(self, z)
+            if attn_mask is None and self._runs_sparse(x):  # a mask may be one for each sample
+                return self._run_open_rows(x, z, is_causal)
+        y = self.residual(x, attn_mask, is_causal)
+        return y * z.to(y.dtype).view(-1, 1, 1)
+
+    @torch.jit.ignore
+    def _run_open_rows(self, x: torch.Tensor, z: torch.Tensor, is_causal: bool) -> torch.Tensor:
+        rows = open_rows(z)
+        if len(rows) == len(x):
+            return self.residual(x, None, is_causal)
+        y = torch.zeros_like(x)
+        if not rows:
+            return y
+        index = torch.tensor(rows, device=x.device)
+        out = self.residual(x.index_select(0, index), None, is_causal)  # closed samples are skipped here
+        return y.to(out.dtype).index_copy(0, index, out)
+
+
+def gates(block_cls: type, holder: Optional[type] = None, name: str = '') -> Callable[[Any], Any]:
+    """Class decorator: a GatedBlock for the blocks of a class, or a GatedBranch for a child of the blocks `holder`."""
+    def register(cls: Any) -> Any:
+        cls.block_cls = block_cls
+        GATED[block_cls if holder is None else (holder, name, block_cls)] = cls
+        return cls
+
+    return register
+
+
+def gate_class(parent: nn.Module, name: str) -> Any:
+    """The gated class for a child of a module, None if it is no residual block or branch that can be gated."""
+    child = parent._modules[name]
+    cls = GATED.get(type(child)) or GATED.get((type(parent), name, type(child)))
+    return cls if cls is None or cls.gate_channels(child) is not None else None
 
 
 class _AddMasked(torch.autograd.Function):
@@ -123,7 +206,7 @@ def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool 
     """Sparse execution of a block: the residual branch of the open samples, and no other.
 
     Args:
-        block: Has `downsample` (or None), `relu_input`, `last_act(y)` and `add_residual(x, shortcut, overwrite)`.
+        block: Has `shortcut_of(x)`, `relu_input`, `last_act(y)` and `add_residual(x, shortcut, overwrite)`.
         x: Block inputs [B, C, H, W].
         rows: Indices of the open samples, ascending.
         owned: Nothing else holds x, so the output may overwrite it.
@@ -131,7 +214,7 @@ def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool 
     Returns:
         Block outputs [B, C', H', W'] in the memory format of x, or x itself if no sample changes.
     """
-    shortcut = x if block.downsample is None else block.downsample(x)
+    shortcut = block.shortcut_of(x)
     owned = owned or shortcut is not x
     if len(x) == len(rows) > 0:
         return block.add_residual(x, shortcut, owned)
@@ -177,53 +260,6 @@ def _put_rows(y: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch
         y.permute(0, 2, 3, 1).index_copy_(0, index, rows.permute(0, 2, 3, 1))
         return y
     return y.index_copy_(0, index, rows)
-
-
-class GatedBasicBlock(GatedBlock, BasicBlock):
-    """timm's BasicBlock with a gate."""
-    block_cls = BasicBlock
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.drop_block(x)
-        x = self.act1(x)
-        x = self.aa(x)
-        x = self.conv2(x)
-        x = self.bn2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
-
-    def last_act(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act2(x)
-
-
-class GatedBottleneck(GatedBlock, Bottleneck):
-    """timm's Bottleneck with a gate."""
-    block_cls = Bottleneck
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        x = self.aa(x)
-        x = self.conv3(x)
-        x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
-
-    def last_act(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act3(x)
 
 
 def gated_blocks(model: nn.Module) -> Dict[str, Any]:

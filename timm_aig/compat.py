@@ -54,6 +54,18 @@ except ImportError:
         return take_indices, max(take_indices)
 
 
+try:
+    # Converts weights in the format of RegNet's authors. Without it: these do not load, timm's do.
+    from timm.models.regnet import _filter_fn as _convert_regnet
+except ImportError:
+    _convert_regnet = dict
+
+
+def regnet_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """filter_fn of RegNets."""
+    return _convert_regnet(state_dict)
+
+
 def model_args(model: nn.Module) -> Dict[str, Any]:
     """Keyword arguments that timm.create_model recorded for exports. Without the record: none."""
     return dict(getattr(model, '_model_args', {}))

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 __all__ = ['AIGConfig', 'InputError']
 
-GATE_NORMS = ('bn', 'none')
+GATE_NORMS = ('bn', 'ln', 'none')
 SCHEDULES = ('paper',)
 
 
@@ -53,7 +53,8 @@ class AIGConfig:
         target_rates: One rate for each block of the network in order, instead of target_rate and schedule. A block
             with rate 1 always runs and has no gate.
         gate_channels: Hidden width of a gate.
-        gate_norm: Norm of a gate's hidden layer, 'bn' or 'none'.
+        gate_norm: Norm of a gate's hidden layer, 'bn' (paper), 'ln' (layer norm) or 'none'. None takes the family's
+            own: 'ln' for ConvNeXt and vision transformers, 'bn' for the others.
         version: Version of this format.
 
     Raises:
@@ -63,7 +64,7 @@ class AIGConfig:
     schedule: Optional[str] = None
     target_rates: Optional[Tuple[float, ...]] = None
     gate_channels: int = 16
-    gate_norm: str = 'bn'
+    gate_norm: Optional[str] = None
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -78,8 +79,8 @@ class AIGConfig:
             object.__setattr__(self, 'target_rates', tuple(self.target_rates))
         if not _is_int(self.gate_channels) or self.gate_channels < 1:
             raise InputError(f'must be a whole number above 0, not {self.gate_channels!r}.', 'gate_channels')
-        if self.gate_norm not in GATE_NORMS:
-            raise InputError(f'must be one of {", ".join(GATE_NORMS)}, not {self.gate_norm!r}.', 'gate_norm')
+        if self.gate_norm is not None and self.gate_norm not in GATE_NORMS:
+            raise InputError(f'must be None or one of {", ".join(GATE_NORMS)}, not {self.gate_norm!r}.', 'gate_norm')
         if self.version != 1:
             raise InputError(f'must be 1, not {self.version!r}: a newer timm_aig wrote this config.', 'version')
 

@@ -1,24 +1,25 @@
-"""Convert timm ResNets and their checkpoints to adaptive ones and back: gate_, ungate_, checkpoint_filter_fn."""
+"""Convert timm models and their checkpoints to adaptive ones and back: gate_, ungate_, checkpoint_filter_fn."""
 import copy
 import logging
+import re
 from itertools import groupby
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import is_model
-from timm.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import GatedBasicBlock, GatedBlock, GatedBottleneck, gated_blocks, require_gated_blocks
+from .blocks import GATED, GatedBlock, gate_class, gated_blocks, require_gated_blocks
 from .compat import model_args, set_model_args
 from .config import AIG_ARGS, AIGConfig, InputError
 from .gate import Gate
 
-__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn', 'copy_module', 'plain_copy']
+__all__ = ['gate_', 'ungate_', 'checkpoint_filter_fn', 'copy_module', 'plain_copy', 'residual_blocks']
 
 _logger = logging.getLogger(__name__)
 
-GATED: Dict[type, Type[GatedBlock]] = {cls.block_cls: cls for cls in (GatedBasicBlock, GatedBottleneck)}
+# Tensors of a gate in a state dict.
+GATE_KEY = re.compile(r'(.+)\.gate\.(?:fc1|bn|fc2|offset)(?:\.|$)')
 
 
 class _Site(NamedTuple):
@@ -29,17 +30,27 @@ class _Site(NamedTuple):
     block: Any
 
 
-def _find_blocks(model: nn.Module, types: Tuple[type, ...]) -> List[_Site]:
+def _find_blocks(model: nn.Module, is_wanted: Callable[[nn.Module, str], Any]) -> List[_Site]:
     sites = [
         _Site(stage, parent, child, block)
         for stage, parent in model.named_modules()
         for child, block in parent._modules.items()  # named_children() would leave out the second name of a block
-        if type(block) in types
+        if is_wanted(parent, child)
     ]
     compiled = [site.stage for site in sites if site.child == '_orig_mod']
     if compiled:  # would go on to run the block that it was made from
         raise InputError(f'has a compiled block, {compiled[0]}: convert the model first, then compile.', 'model')
     return sites
+
+
+def _is_gated(parent: nn.Module, child: str) -> bool:
+    return type(parent._modules[child]) in GATED.values()
+
+
+def residual_blocks(model: nn.Module) -> Dict[str, Any]:
+    """Blocks of a model in order, gated or not, by module name."""
+    sites = _find_blocks(model, lambda parent, child: _is_gated(parent, child) or gate_class(parent, child))
+    return {f'{site.stage}.{site.child}'.lstrip('.'): site.block for site in sites}
 
 
 def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
@@ -49,33 +60,36 @@ def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
     rates: Tuple[float, ...] = ()
     for _, network in groupby(sites, key=lambda site: site.stage.rpartition('.')[0]):
         stages = [list(stage) for _, stage in groupby(network, key=lambda site: site.stage)]
-        rates += config.block_rates([len(stage) for stage in stages], type(stages[0][0].block) is Bottleneck)
+        rates += config.block_rates([len(stage) for stage in stages], _class_of(stages[0][0]).bottleneck)
     return rates
 
 
+def _class_of(site: _Site) -> Any:
+    return gate_class(site.parent, site.child)
+
+
 def _relu_input(site: _Site) -> bool:
-    """Whether this block and the one before it in the same nn.Sequential both end in a ReLU."""
+    """Whether a block has no last activation, or it and the one before it in the same nn.Sequential end in a ReLU."""
+    if _class_of(site).act_name is None:
+        return True
     if not isinstance(site.parent, nn.Sequential):
         return False
-    index = list(site.parent._modules).index(site.child)
-    blocks = list(site.parent._modules.values())[max(index - 1, 0):index + 1]
-    return len(blocks) == 2 and all(type(_last_act(b)) is nn.ReLU for b in blocks)
-
-
-def _last_act(block: nn.Module) -> Optional[nn.Module]:
-    if isinstance(block, Bottleneck):
-        return block.act3
-    return block.act2 if isinstance(block, BasicBlock) else None
+    names = list(site.parent._modules)
+    before = names[:names.index(site.child) + 1][-2:]
+    return len(before) == 2 and all(
+        (cls := gate_class(site.parent, name)) and cls.act_name
+        and type(getattr(site.parent._modules[name], cls.act_name)) is nn.ReLU for name in before)
 
 
 def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -> nn.Module:
-    """Make every timm ResNet block of a model adaptive, in place.
+    """Make every residual block of a model adaptive, in place.
 
     The gates start open: until they are trained, the model in eval computes the same as before, bit for bit.
 
     Args:
-        model: Any module that contains timm's BasicBlock or Bottleneck, such as a timm ResNet, a features_only
-            backbone or a detector with one.
+        model: Any module that contains blocks of a supported family, such as a timm model, a features_only backbone or
+            a detector with one. Families: timm's resnet, resnetv2, regnet, convnext and vision_transformer, of whose
+            blocks attention and MLP have a gate each, and torchvision's ResNets.
         config: Which blocks to gate and their target rates. Default: AIGConfig().
         **fields: AIGConfig's fields, instead of config: `gate_(model, target_rate=0.5)`.
 
@@ -83,7 +97,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
         The same model.
 
     Raises:
-        InputError: The model has no ResNet blocks or has gates already, or the config does not fit it. The model is
+        InputError: The model has no supported blocks or has gates already, or the config does not fit it. The model is
             unchanged then.
     """
     if config is not None and fields:
@@ -91,31 +105,31 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     config = AIGConfig(**fields) if config is None else config
     if not isinstance(config, AIGConfig):
         raise InputError(f'must be an AIGConfig, not {type(config).__name__}.', 'config')
-    if _find_blocks(model, tuple(GATED.values())) or isinstance(model, GatedBlock):
+    if _find_blocks(model, _is_gated) or isinstance(model, GatedBlock):
         raise InputError('is gated already, ungate_ it first to change its gates.', 'model')
     if type(model) in GATED:
         raise InputError(f'({type(model).__name__}) is a block itself, gate_ the module that holds it.', 'model')
-    sites = _find_blocks(model, tuple(GATED))
+    sites = _find_blocks(model, gate_class)
     if not sites:
+        modules = sorted({(key if isinstance(key, type) else key[0]).__module__ for key in GATED})
         raise InputError(
-            f'({type(model).__name__}) has no supported blocks. Supported are BasicBlock and Bottleneck of '
-            f'timm.models.resnet, in the models of timm.list_models(module=("resnet", "cifar_resnet")) and in modules '
-            f'built from them.', 'model')
+            f'({type(model).__name__}) has no supported blocks. Supported are the residual blocks of '
+            f'{", ".join(modules)}, in their models and in modules built from them.', 'model')
 
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, _rates(sites, config)):
         if rate < 1 and site.block not in replacements:
-            conv: Any = next(m for m in site.block.modules() if isinstance(m, nn.Conv2d))  # conv1 or inside of it
+            gated, weight = _class_of(site), next(site.block.parameters())
             gate = Gate(
-                conv.in_channels,
+                gated.gate_channels(site.block),
                 config.gate_channels,
-                config.gate_norm,
-                device=conv.weight.device,
-                dtype=conv.weight.dtype,
+                config.gate_norm or gated.gate_norm,
+                device=weight.device,
+                dtype=weight.dtype,
             )
             gate.train(site.block.training)
             relu_input = all(_relu_input(s) for s in sites if s.block is site.block)
-            replacements[site.block] = GATED[type(site.block)](site.block, gate, rate, relu_input)
+            replacements[site.block] = gated(site.block, gate, rate, relu_input)
     for site in sites:
         if site.block in replacements:
             setattr(site.parent, site.child, replacements[site.block])
@@ -133,7 +147,7 @@ def ungate_(model: nn.Module) -> nn.Module:
         InputError: The model has no gated blocks or is optimized for inference.
     """
     require_gated_blocks(model)
-    sites = _find_blocks(model, tuple(GATED.values()))
+    sites = _find_blocks(model, _is_gated)
     if not sites:
         raise InputError('is optimized for inference, ungate_ the original and optimize that.', 'model')
     blocks = {site.block: site.block.ungated() for site in sites}  # by block, as in gate_
@@ -195,7 +209,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
     Args:
         state_dict: Checkpoint.
-        model: ResNet made by timm.create_model.
+        model: Model made by timm.create_model.
 
     Returns:
         The checkpoint with the gates of the model.
@@ -204,7 +218,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         RuntimeError: The checkpoint's gates are not the model's (other blocks, another width or norm), or weights
             other than the classifier's are missing.
     """
-    missing = [k for k in model.state_dict() if k not in state_dict and not _may_be_missing(k)]
+    classifiers = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
+    heads = tuple(f'{name}.' for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    # gates, the classifier, and a counter that checkpoints of old torch versions do not have
+    missing = [k for k in model.state_dict() if k not in state_dict and not (
+        _gated_block(k) or k.startswith(heads) or k.endswith('.num_batches_tracked'))]
     if missing:  # timm does not check this if the number of classes differs, and would leave random weights
         raise RuntimeError(f'The checkpoint does not fit: it lacks {len(missing)} tensors, {", ".join(missing[:3])}...')
     own = {k: v for k, v in model.state_dict().items() if _gated_block(k)}
@@ -239,13 +257,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 def _gated_block(key: str) -> str:
     """Block of a state dict key of a gate, '' for other keys: 'layer1.0.gate.fc1.bias' -> 'layer1.0'."""
-    block, gate, _ = key.partition('.gate.')
-    return block if gate and block.startswith('layer') else ''
-
-
-def _may_be_missing(key: str) -> bool:
-    """Gates, the classifier, and a counter that checkpoints of old torch versions do not have."""
-    return bool(_gated_block(key)) or key.startswith('fc.') or key.endswith('.num_batches_tracked')
+    match = GATE_KEY.match(key)
+    return match[1] if match else ''
 
 
 def _names(blocks: Set[str]) -> str:

@@ -2,17 +2,16 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in PyTorch's notes on extending it
 from torch.utils.flop_counter import flop_registry
 
-from .blocks import gated_blocks
+from .blocks import GATED, gated_blocks
 from .config import InputError
-from .convert import copy_module
+from .convert import copy_module, residual_blocks
 
 __all__ = ['Cost', 'compute_cost', 'own_input_size', 'summary']
 
@@ -69,7 +68,7 @@ def compute_cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = 
         InputError: An input_size that the model does not take, none for a model without a pretrained_cfg, or a model
             that needs data to run, as an optimized one does.
     """
-    return _cost(_count_macs(model, input_size), list(gated_blocks(model)))
+    return _cost(_count_macs(model, input_size), gated_blocks(model))
 
 
 def summary(
@@ -80,7 +79,7 @@ def summary(
     """Table of a model's blocks and their MACs, to print.
 
     Args:
-        model: Adaptive or static model with timm ResNet blocks.
+        model: Adaptive or static model of a supported family.
         input_size: Image size (C, H, W). Default: own_input_size(model).
         rates: Measured execution rates [L] of the L gated blocks, in [0, 1], or gates [N, L] of N images.
 
@@ -91,16 +90,18 @@ def summary(
     Raises:
         InputError: `rates` does not fit the model, or as in compute_cost.
     """
-    gated = list(gated_blocks(model))
+    gated_by_name = gated_blocks(model)
+    gated = list(gated_by_name)
     if rates is not None:
         rates = _mean_rates(rates, len(gated))
     macs = _count_macs(model, input_size)
-    cost = _cost(macs, gated)
-    blocks = {name: m for name, m in model.named_modules() if name in gated or isinstance(m, (BasicBlock, Bottleneck))}
+    cost = _cost(macs, gated_by_name)
+    blocks = {**residual_blocks(model), **gated_by_name}
+    blocks = {name: blocks[name] for name, _ in model.named_modules() if name in blocks}
     rest = cost.total
     rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
     for name, block in blocks.items():
-        own = _branch(macs, name)
+        own = _branch(macs, name, block)
         rest -= own
         target = measured = ''
         if name in gated:
@@ -153,14 +154,15 @@ def _align(rows: Sequence[Tuple[str, ...]]) -> List[str]:
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
-def _cost(macs: Callable[..., int], gated: Sequence[str]) -> Cost:
-    blocks = tuple(_branch(macs, name) for name in gated)
+def _cost(macs: Callable[..., int], gated: Dict[str, Any]) -> Cost:
+    blocks = tuple(_branch(macs, name, block) for name, block in gated.items())
     return Cost(fixed=macs() - sum(blocks), blocks=blocks, gates=sum(macs(f'{name}.gate') for name in gated))
 
 
-def _branch(macs: Callable[..., int], name: str) -> int:
+def _branch(macs: Callable[..., int], name: str, block: Any) -> int:
     """MACs of the residual branch of a block."""
-    return macs(name) - macs(f'{name}.gate') - macs(f'{name}.downsample')
+    shortcut = getattr(GATED.get(type(block), block), 'shortcut_name', 'downsample')
+    return macs(name) - macs(f'{name}.gate') - macs(f'{name}.{shortcut}')
 
 
 class _MacCounter(TorchDispatchMode):

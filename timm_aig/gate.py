@@ -127,12 +127,13 @@ class Gate(nn.Module):
         Args:
             in_channels: Channels of the block's input.
             hidden_channels: Width of the hidden layer.
-            norm: Norm of the hidden layer: 'bn' (paper), or 'none', which trains with a batch of 1.
+            norm: Norm of the hidden layer: 'bn' (paper), or 'ln', layer norm, or 'none', which train with a batch of 1.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Linear(in_channels, hidden_channels, **dd)
-        self.bn = nn.BatchNorm1d(hidden_channels, **dd) if norm == 'bn' else nn.Identity()
+        norms: Dict[str, Any] = {'bn': nn.BatchNorm1d, 'ln': nn.LayerNorm}
+        self.bn = norms[norm](hidden_channels, **dd) if norm in norms else nn.Identity()
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
         self.noise = True  # False: training takes the larger logit instead of drawing
         self.register_buffer('offset', torch.zeros((), **dd))  # added to the open logit in eval

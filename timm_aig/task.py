@@ -5,12 +5,12 @@ from typing import Any, Callable, Dict, Optional, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, Bottleneck
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from .blocks import require_gated_blocks
 from .config import InputError
+from .convert import residual_blocks
 from .cost import compute_cost, own_input_size
 from .loss import AnyBudgetLoss, ComputeTargetLoss
 from .passes import forward_gates, use_gate_offset
@@ -157,7 +157,7 @@ class AIGTask(ClassificationTask):
 
 
 def _default_gate_loss(model: nn.Module) -> nn.Module:
-    rates = [getattr(m, 'target_rate', 1.) for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    rates = [getattr(block, 'target_rate', 1.) for block in residual_blocks(model).values()]
     try:
         return ComputeTargetLoss(compute_cost(model, own_input_size(model)), sum(rates) / len(rates), weight=10.)
     except ValueError as e:

@@ -27,10 +27,10 @@ from images import read_image
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.models import load_model_config_from_hf
-from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_aig
 from timm_aig.budget import budget_offset, budget_table
+from timm_aig.convert import residual_blocks
 from timm_aig.models.hub_configs import load_hub_configs
 from timm_aig.training.data import MODES
 
@@ -113,7 +113,7 @@ class Network:
             raise ModelError(f'{name} takes images of {" x ".join(map(str, self.input_size))}; '
                              f'this page makes 1 or 3 channels and at most {MAX_SIDE} pixels a side.')
         self.transform = create_transform(**config)
-        self.blocks = [name for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))]
+        self.blocks = list(residual_blocks(model))
         self.gated = list(timm_aig.gated_blocks(model))
         self.slider = Slider.of(model)
         self.cost = timm_aig.compute_cost(model, self.input_size)

@@ -60,7 +60,7 @@ def test_a_name_with_a_revision_loads_it_and_a_missing_branch_is_created(hub, cl
 def test_weights_are_of_the_commit_of_the_config_even_if_the_branch_moves_in_between(client, expected, tmp_path):
     client.get(push('alice/moves', 0))
     answer = client.run(f'''
-import timm_aig.models.resnet_aig as module
+import timm_aig.models.entry_points as module
 build = module.build_model_with_cfg
 def build_late(*args, **kwargs):
     module.build_model_with_cfg = build

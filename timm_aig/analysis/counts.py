@@ -7,9 +7,9 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..blocks import require_gated_blocks
+from ..convert import residual_blocks
 
 __all__ = [
     'ClassGates', 'PathStatistics', 'block_kinds', 'class_rates', 'cluster_classes', 'extreme_images',
@@ -75,10 +75,10 @@ def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: 
 def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
     """Names of the gated blocks among the 'first' and 'last' blocks of the network, and of those 'downsampling'."""
     gated = require_gated_blocks(model)
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))}
+    blocks = residual_blocks(model)
     names = list(blocks)
-    kinds = {
-        'first': names[:1], 'downsampling': [name for name, b in blocks.items() if b.stride != 1], 'last': names[-1:]}
+    downsampling = [name for name, block in blocks.items() if getattr(block, 'stride', 1) != 1]
+    kinds = {'first': names[:1], 'downsampling': downsampling, 'last': names[-1:]}
     return {kind: [name for name in names if name in gated] for kind, names in kinds.items()}
 
 

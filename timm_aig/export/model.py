@@ -8,9 +8,9 @@ from timm.data import resolve_input_data_config
 from timm.models.resnet import ResNet
 from timm.utils import unwrap_model
 
-from ..blocks import gated_blocks
+from ..blocks import GATED, gated_blocks
 from ..config import InputError
-from ..convert import GATED, plain_copy
+from ..convert import plain_copy
 from ..inference import InferenceBlock, InferenceModel, optimize_for_inference
 from ..inference.gate import can_fold
 

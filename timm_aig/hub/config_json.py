@@ -6,19 +6,22 @@ from typing import Any, Dict, Optional
 
 from huggingface_hub import try_to_load_from_cache
 from timm.models import PretrainedCfg
-from timm.models.resnet import ResNet
 
 from ..config import AIG_ARGS, InputError
 
-__all__ = ['check_model_args', 'check_pretrained_cfg', 'checked_source', 'config_file']
+__all__ = ['allow_model_args', 'check_model_args', 'check_pretrained_cfg', 'checked_source', 'config_file']
 
 LARGEST = 65536  # channels, classes, pixels, ...: a larger number would exhaust the memory
 LARGEST_DEPTH = 1024  # blocks of a stage
 LONGEST = 1024  # entries of a list
 SIZES = ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'num_classes', 'label_offset')
 MODEL_ARGS = {*AIG_ARGS, 'gate_offset', 'gate_budgets', 'channels'}
-MODEL_ARGS |= {*list(inspect.signature(ResNet.__init__).parameters)[1:]}
-MODEL_ARGS -= {'block', 'device', 'dtype'}  # not JSON
+
+
+def allow_model_args(model_cls: type) -> None:
+    """Let model_args have the arguments of a class of models."""
+    names = {*list(inspect.signature(model_cls).parameters)}
+    MODEL_ARGS.update(names - {'block', 'device', 'dtype', 'kwargs'})  # not JSON
 
 
 def checked_source(pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -81,7 +84,7 @@ def check_model_args(model_args: Any, where: Any) -> None:
     """Check the names and sizes of model_args that were read from a file. The model checks the rest.
 
     Args:
-        model_args: Keyword arguments of the entry point: fields of AIGConfig and arguments of timm's ResNet.
+        model_args: Keyword arguments of the entry point: fields of AIGConfig and arguments of the parent.
         where: Name of the file, for errors.
 
     Raises:

@@ -3,9 +3,8 @@ from typing import Any, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models.resnet import Bottleneck
 
-from ..blocks import open_rows, run_open_rows
+from ..blocks import GATED, open_rows, run_open_rows
 from ..gate import gate_pass
 from .fused import FusedConv, fold
 from .gate import InferenceGate, can_fold, pool
@@ -14,7 +13,7 @@ __all__ = ['InferenceBlock', 'InferenceStage']
 
 
 class InferenceBlock(nn.Module):
-    """A timm residual block, gated or not, for eval.
+    """A residual block, gated or not, of a family that gives its layers, for eval.
 
     Modifications:
         * batch norms and ReLUs are folded into convolutions
@@ -25,13 +24,9 @@ class InferenceBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        branch = [block.conv1, block.bn1, block.act1, block.aa, block.conv2, block.bn2, block.se]
-        self.last_act: nn.Module = block.act2
-        if isinstance(block, Bottleneck):
-            branch = [block.conv1, block.bn1, block.act1, block.conv2, block.bn2, block.act2, block.aa,
-                      block.conv3, block.bn3, block.se]
-            self.last_act = block.act3
-        steps = fold(*branch)
+        family = GATED.get(type(block), type(block))
+        self.last_act: nn.Module = getattr(block, family.act_name)
+        steps = fold(*family.layers(block))
         fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)
         self.last_conv: Any = steps.pop() if fused else None
         self.branch = nn.Sequential(*steps)
@@ -52,6 +47,9 @@ class InferenceBlock(nn.Module):
             return open_rows(gate_pass.note(self, self.gate(x))), pooled
         pooled = pool(x) if pooled is None else pooled
         return self.gate.open_rows(self, *pooled), pooled
+
+    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.downsample is None else self.downsample(x)
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """act(residual(x) + shortcut), see run_open_rows."""

@@ -18,9 +18,10 @@ import torch.nn as nn
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models.resnet import ResNet
 
+from ..blocks import GATED, gated_blocks
 from ..compat import has_forward_hooks
 from ..config import InputError
-from ..convert import GATED, plain_copy
+from ..convert import plain_copy, residual_blocks
 from ..gate import gate_pass
 from .blocks import InferenceBlock, InferenceStage
 from .fused import fold
@@ -136,9 +137,12 @@ def optimize_for_inference(
     model = plain_copy(model).requires_grad_(False)
     if any(p.is_meta for p in model.parameters()):
         raise InputError('has weights without values, on the meta device: load them first.', 'model')
-    blocks = {m: InferenceBlock(m) for m in model.modules() if type(m) in (*GATED, *GATED.values())}
-    if not blocks:
-        raise InputError(f'({type(model).__name__}) has no timm ResNet blocks (BasicBlock, Bottleneck).', 'model')
+    found = residual_blocks(model).values()
+    if not found:
+        raise InputError(f'({type(model).__name__}) has no residual blocks that timm_aig knows, see gate_.', 'model')
+    blocks = {block: InferenceBlock(block) for block in found if GATED.get(type(block), type(block)).layers(block)}
+    for block in gated_blocks(model).values():
+        block.execution = 'sparse'  # of those that stay as they are
     hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

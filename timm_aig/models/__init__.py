@@ -1,2 +1,6 @@
-"""Model zoo: <arch>_aig for every ResNet of timm, the paper's CIFAR ResNets, and the trained checkpoints."""
-from . import cifar_resnet, resnet_aig  # noqa: F401, registers the entry points
+"""Model zoo: the gated blocks of each family, <arch>_aig for its models in timm's registry, the trained checkpoints."""
+from . import convnext_aig, regnet_aig, resnetv2_aig, torchvision_blocks, vision_transformer_aig  # noqa: F401, register
+from .entry_points import list_trained
+from .resnet_aig import GatedBasicBlock, GatedBottleneck
+
+__all__ = ['GatedBasicBlock', 'GatedBottleneck', 'list_trained']

@@ -1,0 +1,192 @@
+"""Adaptive models in timm's registry: <arch>_aig for every arch of a family's modules.
+
+Each is the parent arch converted with gate_. AIGConfig's fields are keyword arguments of the entry points. So are
+gate_offset, for set_gate_offset, and gate_budgets, the table of set_budget.
+
+Tags of the parent ('resnet50_aig.tv2_in1k') load the parent's weights and leave the gates open. The other tags are the
+files of hub_configs. Without a tag, pretrained=True loads the parent's default tag. If the parent has no weights, it
+loads the hub_config that is marked "default".
+"""
+import sys
+from collections import deque
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    list_models,
+    model_entrypoint,
+    register_model,
+)
+
+from ..blocks import set_gate_offset
+from ..budget import BudgetPoint, read_budget_table, set_budget_table
+from ..config import AIG_ARGS, AIGConfig, InputError
+from ..convert import checkpoint_filter_fn, gate_
+from ..hub.config_json import allow_model_args, checked_source, config_file
+from .hub_configs import load_hub_configs
+
+__all__ = ['Family', 'list_trained', 'register_family']
+
+_HUB_CONFIGS = load_hub_configs()
+_DEFAULT_TAGS = {c['architecture']: c['tag'] for c in _HUB_CONFIGS.values() if c.get('default')}
+
+
+DOCSTRING = """Constructs {} with gates.
+
+Args:
+    pretrained: Load the weights of the tag, or the parent's default weights with open gates if there is no tag.
+    **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
+        gate_budgets, and the arguments of the parent.
+"""
+
+
+class Family(NamedTuple):
+    """Parents that share a module of timm, and what building them takes.
+
+    modules: Names of the modules that define the parents.
+    model_cls: Class of the models; a config.json may have its arguments.
+    filter_fn: Converts checkpoints of other formats, as timm's filter_fn.
+    feature_cfg: How features_only takes features, as the parents' own, by parent.
+    """
+    modules: Tuple[str, ...]
+    model_cls: type
+    filter_fn: Optional[Callable[..., Any]] = None
+    feature_cfg: Callable[[str], Dict[str, Any]] = lambda parent: {}
+
+
+def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
+    """Pretrained cfgs by '<arch>_aig': those of the parent, and of hub_configs. The parent's default is the default."""
+    configs: Dict[str, Dict[str, PretrainedCfg]] = {}
+    for config in _HUB_CONFIGS.values():  # lists of JSON become tuples, as timm has them
+        cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
+        configs.setdefault(config['architecture'], {})[config['tag']] = PretrainedCfg(**cfg)
+    cfgs = {}
+    for parent in parents:
+        # timm copies what it registers; its functions, which copy too, would take three times as long as all the rest
+        cfg = sys.modules[model_entrypoint(parent).__module__].default_cfgs[parent]
+        theirs = {  # 'timm/' stands for the repository of that name
+            tag: replace(c, hf_hub_id=f'timm/{parent}.{tag}' if tag else f'timm/{parent}')
+            if c.hf_hub_id == 'timm/' else c for tag, c in cfg.cfgs.items()}
+        own = configs.get(f'{parent}_aig', {})
+        cfgs[f'{parent}_aig'] = DefaultCfg(deque([*cfg.tags, *own]), {**theirs, **own}, cfg.is_pretrained)
+    return cfgs
+
+
+def list_trained() -> List[str]:
+    """Names of the pretrained models with trained gates, for timm.create_model(name, pretrained=True).
+
+    The other names of timm.list_models('*_aig', pretrained=True) load the static parent's weights. Their gates are
+    open for every image.
+    """
+    return [name for name in list_models('*_aig*', pretrained=True) if name in _HUB_CONFIGS]
+
+
+def _adaptive_model(
+        parent: str,
+        aig_args: Dict[str, Any],
+        gate_budgets: Sequence[BudgetPoint],
+        **kwargs,
+) -> nn.Module:
+    model = gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
+    if gate_budgets:
+        set_budget_table(model, gate_budgets)
+    return model
+
+
+def _with_default_tag(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments with the default tag of hub_configs, if they say neither a tag nor where other weights are."""
+    overlay = PretrainedCfg(**(kwargs.get('pretrained_cfg_overlay') or {}))
+    if variant not in _DEFAULT_TAGS or kwargs.get('pretrained_cfg') or overlay.has_weights:
+        return kwargs
+    return dict(kwargs, pretrained_cfg=_DEFAULT_TAGS[variant])
+
+
+def _hub_config(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    tag = kwargs.get('pretrained_cfg')
+    return _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
+
+
+def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """AIGConfig fields and other arguments. Fields that are not given come from the tag's hub config, if any."""
+    aig_args = {k: v for k, v in _hub_config(variant, kwargs).get('aig', {}).items() if k in AIG_ARGS}
+    aig_args.update((k, kwargs[k]) for k in AIG_ARGS if k in kwargs)
+    return aig_args, {k: v for k, v in kwargs.items() if k not in AIG_ARGS}
+
+
+def _create_model_aig(
+        family: Family,
+        variant: str,
+        pretrained: bool = False,
+        gate_offset: Optional[float] = None,
+        gate_budgets: Optional[Sequence[Dict[str, Any]]] = None,
+        **kwargs,
+) -> nn.Module:
+    parent = variant.removesuffix('_aig')
+    kwargs = checked_source(pretrained, _with_default_tag(variant, kwargs) if pretrained else kwargs)
+    hub_config = _hub_config(variant, kwargs) if pretrained else {}
+    aig_args, kwargs = _split_args(variant, kwargs)
+    if gate_budgets is None and hub_config and AIGConfig(**aig_args) == AIGConfig.from_dict(hub_config['aig']):
+        gate_budgets = hub_config.get('gate_budgets')  # the budgets are those of the tag's gates
+    table = read_budget_table(() if gate_budgets is None else gate_budgets)
+    try:
+        model = build_model_with_cfg(
+            partial(_adaptive_model, parent, aig_args, table),
+            variant,
+            pretrained,
+            pretrained_filter_fn=partial(_filter_checkpoint, family),
+            feature_cfg=family.feature_cfg(parent),
+            **kwargs,
+        )
+        if gate_offset is not None:  # replaces that of the weights
+            set_gate_offset(model, gate_offset)
+        return model
+    except SafetensorError as e:
+        raise RuntimeError(f'The weights of {variant} are not a valid safetensors file: {e}') from e
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:
+        if config_file(kwargs) is None:
+            raise
+        raise InputError(
+            f'{config_file(kwargs)} describes no {variant}, or an argument does not fit it: '
+            f'{type(e).__name__} {e}') from e
+
+
+def _filter_checkpoint(
+        family: Family, state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    if family.filter_fn is not None:
+        state_dict = family.filter_fn(state_dict, model)
+    return checkpoint_filter_fn(state_dict, model)
+
+
+def entry_point(family: Family, parent: str) -> Callable[..., nn.Module]:
+    """The entry point of a parent's adaptive model."""
+    variant = f'{parent}_aig'
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create_model_aig(family, variant, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = DOCSTRING.format(parent)
+    return create
+
+
+def register_family(module: Any, family: Family) -> None:
+    """Register <arch>_aig for every arch of a family.
+
+    Args:
+        module: Module that gets the entry points and, as timm expects it there, `default_cfgs`.
+        family: The family.
+    """
+    allow_model_args(family.model_cls)
+    parents = list_models(module=family.modules)
+    module.default_cfgs = {**getattr(module, 'default_cfgs', {}), **default_cfgs_of(parents)}
+    for parent in parents:
+        function = entry_point(family, parent)
+        function.__module__ = module.__name__
+        setattr(module, function.__name__, register_model(function))

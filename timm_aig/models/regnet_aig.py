@@ -1,0 +1,59 @@
+"""RegNets (X, Y, Z, V): the gated block, and <arch>_aig for every arch of timm.models.regnet."""
+import sys
+from typing import Any, Optional
+
+import torch
+from timm.models.regnet import Bottleneck, PreBottleneck, RegNet
+
+from ..blocks import GatedBlock, gates
+from ..compat import regnet_filter_fn
+from .entry_points import Family, register_family
+
+__all__ = ['GatedRegNetBlock', 'GatedRegNetPreBlock']  # register_family adds each entry point
+
+
+@gates(Bottleneck)
+class GatedRegNetBlock(GatedBlock, Bottleneck):
+    """timm's RegNet Bottleneck with a gate. Without a shortcut it has none."""
+    act_name = 'act3'
+    bottleneck = True
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = self.conv2(x)
+        x = self.se(x)
+        x = self.conv3(x)
+        return self.drop_path(x)
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act3(x)
+
+    @staticmethod
+    def gate_channels(block: Any) -> Optional[int]:
+        return None if block.downsample is None else block.conv1.conv.in_channels
+
+
+@gates(PreBottleneck)
+class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
+    """timm's pre-activation RegNet block with a gate. Without a shortcut it has none."""
+    bottleneck = True
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(x)
+        x = self.conv1(x)
+        x = self.norm2(x)
+        x = self.conv2(x)
+        x = self.se(x)
+        x = self.norm3(x)
+        x = self.conv3(x)
+        return self.drop_path(x)
+
+    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
+        return self.downsample(self.norm1(x))
+
+    @staticmethod
+    def gate_channels(block: Any) -> Optional[int]:
+        return None if block.downsample is None else block.conv1.in_channels
+
+
+register_family(sys.modules[__name__], Family(('regnet',), RegNet, regnet_filter_fn))

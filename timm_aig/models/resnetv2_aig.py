@@ -1,0 +1,59 @@
+"""ResNetV2 (pre-activation, BiT): the gated blocks, and <arch>_aig for every arch of timm.models.resnetv2."""
+import sys
+
+import torch
+from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
+
+from ..blocks import GatedBlock, gates
+from .entry_points import Family, register_family
+
+__all__ = ['GatedPreActBasic', 'GatedPreActBottleneck', 'GatedResNetV2Bottleneck']  # and each entry point
+
+
+class GatedPreActBlock(GatedBlock):
+    """Base of the gated pre-activation blocks, whose shortcut starts behind the first norm if it is a convolution."""
+
+    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.downsample is None else self.downsample(self.norm1(x))
+
+
+@gates(PreActBasic)
+class GatedPreActBasic(GatedPreActBlock, PreActBasic):
+    """timm's PreActBasic with a gate."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(self.norm1(x))
+        x = self.conv2(self.norm2(x))
+        return self.drop_path(x)
+
+
+@gates(PreActBottleneck)
+class GatedPreActBottleneck(GatedPreActBlock, PreActBottleneck):
+    """timm's PreActBottleneck with a gate."""
+    bottleneck = True
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(self.norm1(x))
+        x = self.conv2(self.norm2(x))
+        x = self.conv3(self.norm3(x))
+        return self.drop_path(x)
+
+
+@gates(Bottleneck)
+class GatedResNetV2Bottleneck(GatedBlock, Bottleneck):
+    """timm's Bottleneck of ResNetV2, with its activation after the sum, with a gate."""
+    act_name = 'act3'
+    bottleneck = True
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(self.conv1(x))
+        x = self.norm2(self.conv2(x))
+        x = self.norm3(self.conv3(x))
+        return self.drop_path(x)
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act3(x)
+
+
+register_family(sys.modules[__name__], Family(
+    ('resnetv2',), ResNetV2, feature_cfg=lambda parent: dict(flatten_sequential=True)))

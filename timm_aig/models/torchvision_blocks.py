@@ -1,0 +1,45 @@
+"""torchvision's ResNets: their gated blocks, for gate_. Without torchvision's registry, there are no entry points."""
+from typing import Any, List
+
+import torch
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from ..blocks import GatedBlock, gates
+
+__all__ = ['GatedTorchvisionBasicBlock', 'GatedTorchvisionBottleneck']
+
+
+@gates(BasicBlock)
+class GatedTorchvisionBasicBlock(GatedBlock, BasicBlock):
+    """torchvision's BasicBlock with a gate."""
+    act_name = 'relu'
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x)
+
+    @staticmethod
+    def layers(block: Any) -> List[Any]:
+        return [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
+
+
+@gates(Bottleneck)
+class GatedTorchvisionBottleneck(GatedBlock, Bottleneck):
+    """torchvision's Bottleneck with a gate."""
+    act_name = 'relu'
+    bottleneck = True
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x)
+
+    @staticmethod
+    def layers(block: Any) -> List[Any]:
+        return [block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu, block.conv3, block.bn3]
