@@ -545,7 +545,7 @@ def test_training_optimizing_twice_and_bad_arguments_are_errors(models):
         timm_aig.optimize_for_inference(model, micro_batch=0)
     with pytest.raises(InputError, match=r'calibration is not taken any more: .* export_onnx'):
         timm_aig.optimize_for_inference(model, calibration=[images(2)])
-    with pytest.raises(InputError, match='has no timm ResNet blocks'):
+    with pytest.raises(InputError, match='has no residual blocks that timm_aig knows'):
         timm_aig.optimize_for_inference(torch.nn.Linear(2, 2))
 
 

@@ -118,3 +118,18 @@ def test_a_file_that_can_never_be_written_is_met_before_the_work(run_script, mon
     monkeypatch.setattr('timm.create_model', None)
     assert run_script(name, *args) == 3
     assert f'{args[-2]} must be a file in a folder to write to' in capsys.readouterr().err
+
+
+def test_the_slurm_job_starts_finetune_on_every_gpu_of_every_node_with_its_arguments(tmp_path):
+    for name, line in (('scontrol', 'echo node7'), ('srun', 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f'#!/bin/bash\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_NODELIST': 'node[7-8]', 'SLURM_JOB_NUM_NODES': '2',
+           'SLURM_GPUS_ON_NODE': '8', 'SLURM_JOB_ID': '42'}
+    done = subprocess.run(
+        ['bash', SCRIPTS / 'finetune.sbatch', '--model', 'resnet50', '--data-dir', 'a b'], env=env, text=True,
+        capture_output=True, check=True)
+    line = ' '.join(done.stdout.splitlines())
+    assert line.startswith('torchrun --nnodes 2 --nproc-per-node 8 ') and '--rdzv-endpoint node7:29500' in line
+    assert line.endswith('scripts/finetune.py --workers 7 --checkpoint-interval 1000 --resume auto '
+                         '--model resnet50 --data-dir a b')
