@@ -10,7 +10,6 @@ All trainings of a task have the same number of epochs; those of a parent count.
 from its last checkpoint, and one that is done is not repeated. The test images are used for the table only.
 """
 import argparse
-import csv
 import itertools
 import json
 import math
@@ -20,82 +19,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from _common import ResultError, add_args, check_file, create_parser, integer, run_script, write_csv
+from _rivals import TASKS, trainings
 
 EXAMPLES = """examples:
   scripts/prepare_glyphs.py glyphs
   scripts/compare.py glyphs --data-dir glyphs --jobs 2              train, or go on with it; then the table
   scripts/compare.py glyphs --data-dir glyphs --only 'static' --seeds 0
-  scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    the table of what is trained so far"""
-
-TEACHER = '--teacher local-dir:{output}/static-r32-s{seed}'
-PARENT = '--model local-dir:{output}/half-r32-s{seed}'
-NETS = {'r8': 'cifar_resnet8', 'r14': 'cifar_resnet14', 'r20': 'cifar_resnet20', 'r32': 'cifar_resnet32'}
-
-
-class Task(NamedTuple):
-    """Data and length of the trainings of a comparison.
-
-    data: Arguments of finetune.py for the data.
-    held_out, test: Arguments of validate.py for the images that choose thresholds, and for those of the table.
-    epochs: Of a training; a parent has half of them, its gates the rest.
-    small: Lower resolution for the largest net, pixels.
-    """
-    data: str
-    held_out: str
-    test: str
-    epochs: int
-    small: int
-
-
-TASKS = {
-    'glyphs': Task(
-        '--num-classes 2000 --input-size 1 20 20 --mean 0.5 --std 0.3 --crop-padding 2 --hflip 0 --keep last',
-        '--split validation', '--split test', epochs=5, small=16),
-    'fmnist': Task(
-        '--dataset torch/fashion_mnist --holdout 5000 --input-size 1 28 28 --mean 0.286 --std 0.353 --crop-padding 2 '
-        '--keep last',
-        '--dataset torch/fashion_mnist --split train --holdout 5000',
-        '--dataset torch/fashion_mnist --split validation', epochs=12, small=22),
-}
-
-
-def trainings(task: Task) -> Dict[str, str]:
-    """Arguments of finetune.py by name, each after those it needs."""
-    long, first = f'--epochs {task.epochs}', task.epochs // 2
-    rest = f'--epochs {task.epochs - first} --target-rate 0.5'
-    runs = {f'static-{name}': f'--static --model {model} {long}' for name, model in reversed(NETS.items())}
-    for name, model in NETS.items():
-        if name != 'r32':
-            runs[f'distilled-{name}'] = f'--static --model {model} {long} --distill-weight 0.5 {TEACHER}'
-    runs['small-r32'] = f'--static --model {NETS["r32"]} {long} --input-size 1 {task.small} {task.small}'
-    runs['any-r20'] = f'--recipe any --model {NETS["r20"]} {long} {TEACHER}'
-    runs['any-r32'] = f'--recipe any --model {NETS["r32"]} {long} {TEACHER}'
-    runs['half-r32'] = f'--static --model {NETS["r32"]} --epochs {first}'
-    runs['distill-r32'] = f'--recipe distill {PARENT} {rest}'
-    runs['paper-r32'] = f'--recipe paper {PARENT} {rest}'
-    return runs
-
-
-STATIC_CASCADES = (
-    ('static-r8', 'static-r14'), ('static-r8', 'static-r20'), ('static-r8', 'static-r32'),
-    ('static-r14', 'static-r32'), ('distilled-r8', 'distilled-r14'), ('distilled-r8', 'distilled-r20'),
-    ('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'),
-)
-ADAPTIVE_CASCADES = (
-    ('static-r8', 'any-r20'), ('distilled-r8', 'any-r20'), ('any-r20', 'any-r20'), ('any-r20', 'static-r32'),
-    ('static-r8', 'any-r32'), ('distilled-r8', 'any-r32'), ('distilled-r14', 'any-r32'), ('any-r32', 'any-r32'),
-)
-# Of each group the pair with the best answers on the held-out images, at each share of the MACs.
-CASCADES = {
-    'static-r8 + static-r32': STATIC_CASCADES[2:3], 'any-r20 + any-r20': ADAPTIVE_CASCADES[2:3],
-    'any-r32 + any-r32': ADAPTIVE_CASCADES[-1:], 'static nets': STATIC_CASCADES,
-    'static or adaptive nets': STATIC_CASCADES + ADAPTIVE_CASCADES,
-}
-OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
-SHARES = [share / 100 for share in range(30, 105, 5)]  # mean MACs of the cascades of the table
+  scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    the table of what is trained so far
+  scripts/compare.py glyphs --data-dir glyphs --times times.csv     and the time of its rows, of the first seed"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -108,6 +42,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--only', metavar='TEXT', nargs='+', help='only trainings whose names contain one of these')
     arg('--jobs', type=integer(1), default=1, metavar='N', help='trainings at a time (default: %(default)s)')
     arg('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
+    arg('--times', metavar='FILE', help='train nothing, write a CSV file of times in ONNX Runtime')
     add_args(parser, 'workers', default=0)
     add_args(parser, 'device', 'json')
     return parser.parse_args(argv)
@@ -116,14 +51,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
-import timm
-import torch
-import validate
-from _inputs import create_evaluation_loader, data_config, open_evaluation_split
+from _answers import Row, rows_of_seed, time_rows
 from tqdm import tqdm
-
-import timm_aig
-from timm_aig.training.thresholds import StageAnswers, answer_images, best_points, compare_thresholds, run_thresholds
 
 # Train
 
@@ -191,113 +120,8 @@ def is_done(folder: Path, name: str) -> bool:
 
 # Sum up
 
-class Measured(NamedTuple):
-    """Answers of a model at a gate offset (None for a static one)."""
-    offset: Optional[float]
-    held_out: StageAnswers
-    test: StageAnswers
-
-
-def measure(args: argparse.Namespace, name: str) -> List[Measured]:
-    """Answers of a trained model, at each of OFFSETS if it is adaptive. They are kept in a file beside it."""
-    path = Path(args.output, name, 'answers.pt')
-    if path.is_file():
-        return [Measured(offset, StageAnswers(*held_out), StageAnswers(*test))
-                for offset, held_out, test in torch.load(path, weights_only=True)]
-    model = timm.create_model(f'local-dir:{path.parent}', pretrained=True).eval()
-    cost = timm_aig.compute_cost(model)
-    parts = []
-    for split in (TASKS[args.task].held_out, TASKS[args.task].test):
-        argv = ['--model', name, '--data-dir', args.data_dir, '--workers', str(args.workers), *shlex.split(split)]
-        split_args = validate.parse_args([*argv, *(['--device', args.device] if args.device else [])])
-        split_args.input_size = split_args.crop_pct = None
-        dataset = open_evaluation_split(split_args, model)
-        parts.append(list(create_evaluation_loader(
-            split_args, dataset, data_config(split_args, model), use_prefetcher=False)))
-    device = torch.device(args.device or 'cpu')
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def run(images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        logits, gates = timm_aig.forward_gates(model, images)
-        return logits, cost.executed(gates).double()
-
-    measured = []
-    for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
-        if offset is not None:
-            timm_aig.set_gate_offset(model, offset)
-        measured.append(Measured(offset, *(answer_images(run, batches, device) for batches in parts)))
-    torch.save([(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured], path)
-    return measured
-
-
-class Row(NamedTuple):
-    """Results of one seed on the test images."""
-    name: str
-    setting: str
-    macs: float
-    top1: float
-    macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
-    used: str = ''  # models and offsets of a cascade
-
-
-def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
-    """Of the test images in the order of their loader, from prepare_glyphs.py; None for other data."""
-    path = Path(args.data_dir, 'glyphs.csv')
-    if not path.is_file():
-        return None
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = sorted((row['image'], float(row['severity'])) for row in csv.DictReader(file))
-    return torch.tensor([severity for image, severity in rows if image.startswith('test/')], dtype=torch.float64)
-
-
-def create_row(name: str, setting: str, right: torch.Tensor, macs: torch.Tensor, severity: Any) -> Row:
-    quarters = () if severity is None else tuple(part.mean().item() for part in macs[severity.argsort()].chunk(4))
-    return Row(name, setting, macs.mean().item(), 100 * right.mean().item(), quarters)
-
-
-def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
-    """Accuracy and MACs on the test images."""
-    folder = Path(args.output)
-    names = [name for name in trainings(TASKS[args.task]) if is_done(folder, f'{name}-s{seed}')]
-    measured = {name: measure(args, f'{name}-s{seed}') for name in tqdm(names, f'seed {seed}', unit='model')}
-    severity = severities(args)
-    rows = [
-        create_row(name, '' if m.offset is None else f'offset {m.offset:g}', m.test.right, m.test.macs, severity)
-        for name, some in measured.items() for m in some]
-    if 'static-r32' not in measured:
-        return rows
-    largest = measured['static-r32'][0].test.macs[0].item()
-    for name, pairs in CASCADES.items():
-        rows += cascade_rows(f'cascade, {name}', pairs, measured, largest, severity)
-    return rows
-
-
-def cascade_rows(
-        name: str, pairs: Sequence[Tuple[str, str]], measured: Dict[str, List[Measured]], largest: float, severity: Any,
-) -> List[Row]:
-    """Cascades that are the best on the held-out images: for each of SHARES, and as accurate as each static net there.
-
-    Pair of models, gate offsets and threshold are chosen on these images, then applied to the test images.
-    """
-    stages = {
-        (first, a.offset, second, b.offset): (a, b) for first, second in pairs if {first, second} <= measured.keys()
-        for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
-    points: List[Any] = best_points(
-        point for key, (a, b) in stages.items()
-        for point in compare_thresholds([a.held_out, b.held_out], key, largest))  # type: ignore[arg-type]
-    chosen = {f'{share:g} of the MACs': [p for p in points if p.macs_share <= share][-1:] for share in SHARES}
-    for net in ('static-r20', 'static-r32'):
-        if net in measured:
-            top1 = 100 * measured[net][0].held_out.right.mean().item()
-            chosen[f'as {net}'] = [p for p in points if p.top1 >= top1][:1]
-    rows = []
-    for setting, point in ((setting, point) for setting, some in chosen.items() for point in some):
-        right, macs = run_thresholds([m.test for m in stages[point.budgets]], point.thresholds)
-        first, first_offset, second, second_offset = point.budgets
-        used = ' + '.join(model if offset is None else f'{model} at {offset:g}'
-                          for model, offset in ((first, first_offset), (second, second_offset)))
-        rows.append(create_row(name, setting, right, macs, severity)._replace(used=used))
-    return rows
+TIMED_OFFSETS = ('offset -6', 'offset -3', 'offset -1', 'offset 1', 'offset 3', 'offset 10000')
+TIMED_SHARES = ('0.35 of the MACs', '0.4 of the MACs', '0.5 of the MACs', '0.6 of the MACs', '0.8 of the MACs')
 
 
 def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -319,26 +143,34 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 3),
             'top1_std': round(statistics.stdev(accuracies), 3) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
-            'used': '; '.join(dict.fromkeys(row.used for row in found)),
+            'used': '; '.join(dict.fromkeys(row.used for row in found)) if ' + ' in found[0].used else '',
             'macs_by_severity': ' '.join(f'{share:.3f}' for share in quarters),
             'seeds': ', '.join(map(str, seeds)), 'epochs': TASKS[args.task].epochs})
     return table
 
 
+def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Times of static nets, of adaptive ones at some offsets and of cascades at some shares of the MACs."""
+    rows = rows_of_seed(args, args.seeds[0])
+    shown = [row for row in rows if row.name.startswith('static-') or row.setting in TIMED_OFFSETS + TIMED_SHARES]
+    return time_rows(args, args.seeds[0], shown)
+
+
 def run(args: argparse.Namespace) -> None:
-    if args.table:
-        check_file(args.table, 'table')
-    else:
+    for name in ('table', 'times'):
+        if getattr(args, name):
+            check_file(getattr(args, name), name)
+    if not args.table and not args.times:
         train(args)
-    table = summarize(args)
+    table = times(args) if args.times else summarize(args)
     if args.json:
         print(json.dumps(table, indent=2))
     else:
         for row in table:
-            print(f'{row["model"]:32} {row["setting"]:18} {row["macs_over_resnet32"]:6} {row["top1"]:6.2f} '
-                  f'{row["macs_by_severity"]}')
-    if args.table and table:
-        write_csv(args.table, table[0], [row.values() for row in table])
+            name, value = ('batch_size', 'ratio') if args.times else ('macs_over_resnet32', 'macs_by_severity')
+            print(f'{row["model"]:36} {row["setting"]:18} {row[name]:7} {row["top1"]:6.2f} {row[value]}')
+    if (args.table or args.times) and table:
+        write_csv(args.times or args.table, table[0], [row.values() for row in table])
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -3,6 +3,8 @@ import csv
 import json
 import sys
 
+import _answers
+import _rivals
 import compare
 import pytest
 import timm
@@ -25,14 +27,16 @@ def start(images, tmp_path):
 def trained(tmp_path, monkeypatch):
     """Puts models into the output folder as if finetune.py had trained them."""
     small = '--num-classes 3 --input-size 3 8 8'
-    monkeypatch.setitem(compare.TASKS, 'glyphs', compare.Task(small, '--split train', '--split validation', 2, 6))
-    monkeypatch.setattr(compare, 'OFFSETS', (-1., 0., 1e4))
+    monkeypatch.setitem(_rivals.TASKS, 'glyphs', _rivals.Task(small, '--split train', '--split validation', 2, 6))
+    monkeypatch.setattr(_answers, 'OFFSETS', (-1., 0., 1e4))
+    monkeypatch.setattr(_answers, 'TIMED', 9)
+    monkeypatch.setattr(_answers, 'ROUNDS', 2)
 
     def _trained(*names):
         for name in names:
             torch.manual_seed(len(name))
             kind, net = name.split('-')
-            model = timm.create_model(compare.NETS[net] + ('_aig' if kind == 'any' else ''), num_classes=3)
+            model = timm.create_model(_rivals.NETS[net] + ('_aig' if kind == 'any' else ''), num_classes=3)
             model.pretrained_cfg['input_size'] = (3, 8, 8)
             for block in timm_aig.gated_blocks(model).values():
                 torch.nn.init.normal_(block.gate.fc2.weight, std=3.)
@@ -139,3 +143,17 @@ def test_macs_are_split_by_the_severity_of_the_image(start, trained, images, tmp
     static = answers and torch.load(tmp_path / 'out' / 'static-r32-s0' / 'answers.pt', weights_only=True)[0][2][2][0]
     expected = ' '.join(f'{part.mean() / static:.3f}' for part in macs.chunk(4))
     assert table['any-r20', 'offset -1']['macs_by_severity'] == expected
+
+
+def test_times_are_of_the_models_and_cascades_of_the_table(start, trained, tmp_path, capsys):
+    trained('static-r8', 'static-r32', 'any-r20')
+    assert start('--times', tmp_path / 'times.csv') == 0
+    with open(tmp_path / 'times.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    names = [row['model'] for row in rows if row['batch_size'] == '1']
+    assert names[:2] == ['static-r32', 'static-r8'] and names.count('any-r20') == 2
+    assert 'cascade, static or adaptive nets' in names and len(rows) == 2 * len(names)
+    for row in rows:
+        assert float(row['ratio_low']) <= float(row['ratio']) <= float(row['ratio_high'])
+        assert float(row['p50_ms']) <= float(row['p99_ms']) and float(row['ms']) > 0
+    assert {row['ratio'] for row in rows if row['model'] == 'static-r32'} == {'1.0'}

@@ -1,0 +1,185 @@
+"""Accuracy, MACs and time of what compare.py compares: models, and cascades of two."""
+import argparse
+import csv
+import shlex
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+import torch
+import validate
+from _inputs import create_evaluation_loader, data_config, open_evaluation_split
+from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
+from tqdm import tqdm
+
+import timm_aig
+from timm_aig.export.cascade import CascadeRunner
+from timm_aig.export.runtime import open_exported
+from timm_aig.training.thresholds import StageAnswers, answer_images, best_points, compare_thresholds, run_thresholds
+
+TIMED, ROUNDS = 256, 7  # images and rounds of a timing
+
+
+class Measured(NamedTuple):
+    """Answers of a model at a gate offset (None for a static one)."""
+    offset: Optional[float]
+    held_out: StageAnswers
+    test: StageAnswers
+
+
+def measure(args: argparse.Namespace, name: str) -> List[Measured]:
+    """Answers of a trained model, at each of OFFSETS if it is adaptive. They are kept in a file beside it."""
+    path = Path(args.output, name, 'answers.pt')
+    if path.is_file():
+        return [Measured(offset, StageAnswers(*held_out), StageAnswers(*test))
+                for offset, held_out, test in torch.load(path, weights_only=True)]
+    model = timm.create_model(f'local-dir:{path.parent}', pretrained=True).eval()
+    cost = timm_aig.compute_cost(model)
+    task = TASKS[args.task]
+    parts = [list(open_images(args, name, model, split)) for split in (task.held_out, task.test)]
+    device = torch.device(args.device or 'cpu')
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def run(images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        logits, gates = timm_aig.forward_gates(model, images)
+        return logits, cost.executed(gates).double()
+
+    measured = []
+    for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
+        if offset is not None:
+            timm_aig.set_gate_offset(model, offset)
+        measured.append(Measured(offset, *(answer_images(run, batches, device) for batches in parts)))
+    torch.save([(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured], path)
+    return measured
+
+
+def open_images(args: argparse.Namespace, name: str, model: Any, split: str) -> Any:
+    """Loader of the images of a split, which is given as arguments of validate.py."""
+    argv = ['--model', name, '--data-dir', args.data_dir, '--workers', str(args.workers), *shlex.split(split)]
+    split_args = validate.parse_args([*argv, *(['--device', args.device] if args.device else [])])
+    split_args.input_size = split_args.crop_pct = None
+    dataset = open_evaluation_split(split_args, model)
+    return create_evaluation_loader(split_args, dataset, data_config(split_args, model), use_prefetcher=False)
+
+
+class Row(NamedTuple):
+    """Results of one seed on the test images."""
+    name: str
+    setting: str
+    macs: float
+    top1: float
+    stages: Tuple[Tuple[str, Optional[float]], ...]  # models and gate offsets
+    thresholds: Tuple[float, ...] = ()  # between them
+    macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
+
+    @property
+    def used(self) -> str:
+        return ' + '.join(name if offset is None else f'{name} at {offset:g}' for name, offset in self.stages)
+
+
+def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
+    """Of the test images in the order of their loader, from prepare_glyphs.py; None for other data."""
+    path = Path(args.data_dir, 'glyphs.csv')
+    if not path.is_file():
+        return None
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = sorted((row['image'], float(row['severity'])) for row in csv.DictReader(file))
+    return torch.tensor([severity for image, severity in rows if image.startswith('test/')], dtype=torch.float64)
+
+
+def create_row(
+        name: str, setting: str, stages: Any, thresholds: Tuple[float, ...], right: torch.Tensor, macs: torch.Tensor,
+        severity: Optional[torch.Tensor],
+) -> Row:
+    quarters = () if severity is None else tuple(part.mean().item() for part in macs[severity.argsort()].chunk(4))
+    return Row(name, setting, macs.mean().item(), 100 * right.mean().item(), stages, thresholds, quarters)
+
+
+def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
+    """Accuracy and MACs on the test images."""
+    folder = Path(args.output)
+    names = [name for name in trainings(TASKS[args.task]) if (folder / f'{name}-s{seed}' / 'results.json').is_file()]
+    measured = {name: measure(args, f'{name}-s{seed}') for name in tqdm(names, f'seed {seed}', unit='model')}
+    severity = severities(args)
+    rows = [
+        create_row(name, '' if m.offset is None else f'offset {m.offset:g}', ((name, m.offset),), (), m.test.right,
+                   m.test.macs, severity)
+        for name, some in measured.items() for m in some]
+    if 'static-r32' not in measured:
+        return rows
+    largest = measured['static-r32'][0].test.macs[0].item()
+    for name, pairs in CASCADES.items():
+        rows += cascade_rows(f'cascade, {name}', pairs, measured, largest, severity)
+    return rows
+
+
+def cascade_rows(
+        name: str, pairs: Sequence[Tuple[str, str]], measured: Dict[str, List[Measured]], largest: float, severity: Any,
+) -> List[Row]:
+    """Cascades that are the best on the held-out images: for each of SHARES, and as accurate as each static net there.
+
+    Pair of models, gate offsets and threshold are chosen on these images, then applied to the test images.
+    """
+    stages = {
+        (first, a.offset, second, b.offset): (a, b) for first, second in pairs if {first, second} <= measured.keys()
+        for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
+    points: List[Any] = best_points(
+        point for key, (a, b) in stages.items()
+        for point in compare_thresholds([a.held_out, b.held_out], key, largest))  # type: ignore[arg-type]
+    chosen = {f'{share:g} of the MACs': [p for p in points if p.macs_share <= share][-1:] for share in SHARES}
+    for net in ('static-r20', 'static-r32'):
+        if net in measured:
+            top1 = 100 * measured[net][0].held_out.right.mean().item()
+            chosen[f'as {net}'] = [p for p in points if p.top1 >= top1][:1]
+    rows = []
+    for setting, point in ((setting, point) for setting, some in chosen.items() for point in some):
+        right, macs = run_thresholds([m.test for m in stages[point.budgets]], point.thresholds)
+        first, first_offset, second, second_offset = point.budgets
+        rows.append(create_row(
+            name, setting, ((first, first_offset), (second, second_offset)), point.thresholds, right, macs, severity))
+    return rows
+
+
+@torch.inference_mode()
+def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[Dict[str, Any]]:
+    """Time of rows of a seed in ONNX Runtime, one thread, over that of the static ResNet-32. The rows take turns."""
+    names = {name for row in rows for name, _ in row.stages}
+    runs: Dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        for name in tqdm(sorted(names), 'exporting', unit='model'):
+            model = timm.create_model(f'local-dir:{args.output}/{name}-s{seed}', pretrained=True).eval()
+            images = torch.cat([batch for batch, _ in open_images(args, name, model, TASKS[args.task].test)])
+            images = images[::len(images) // TIMED][:TIMED]  # spread over the classes
+            file = Path(folder, f'{name}.onnx')
+            blocks = len(timm_aig.gated_blocks(model))
+            timm_aig.export_onnx(model, file, 'sparse' if blocks else 'masked', images=images[:4])
+            runs[name] = open_exported(file, threads=1, spinning=False), blocks
+    runners = [CascadeRunner(
+        [runs[name][0] for name, _ in row.stages], row.thresholds,
+        [None if offset is None else np.full(runs[name][1], offset, np.float32) for name, offset in row.stages])
+        for row in rows]
+    found = []
+    for batch in (1, 32):
+        batches = [part.numpy() for part in images.split(batch)]
+        seconds = np.zeros((ROUNDS + 1, len(rows), len(batches)))  # the first round warms up
+        for turn in tqdm(range(ROUNDS + 1), f'batch {batch}', unit='round'):
+            for i, x in enumerate(batches):
+                for j, runner in enumerate(runners):
+                    start = time.perf_counter()
+                    runner(x)
+                    seconds[turn, j, i] = time.perf_counter() - start
+        totals, single = seconds[1:].sum(2), np.median(seconds[1:], 0)
+        reference = totals[:, [row.name for row in rows].index('static-r32')]
+        for j, row in enumerate(rows):
+            ratios = totals[:, j] / reference
+            found.append({
+                'task': args.task, 'model': row.name, 'setting': row.setting, 'used': row.used, 'top1': row.top1,
+                'batch_size': batch, 'ms': round(1e3 * np.median(totals[:, j]) / len(images), 4),
+                'ratio': round(np.median(ratios), 3), 'ratio_low': round(ratios.min(), 3),
+                'ratio_high': round(ratios.max(), 3), 'p50_ms': round(1e3 * np.quantile(single[j], .5), 3),
+                'p99_ms': round(1e3 * np.quantile(single[j], .99), 3), 'images': len(images), 'rounds': ROUNDS,
+                'seed': seed})
+    return found
