@@ -79,13 +79,13 @@ class GatedBlock(nn.Module):
         return None
 
     @staticmethod
-    def gate_channels(block: Any) -> Optional[int]:
+    def in_channels(block: Any) -> Optional[int]:
         """Channels of the block's input, None for a block that cannot be gated."""
         return next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels  # of conv1, or inside of it
 
     @torch.jit.ignore
     def ungated(self) -> nn.Module:
-        """timm block with this block's submodules but no gate."""
+        """The block that this was built from, with the same submodules but no gate."""
         state = {k: v for k, v in vars(self).items() if k not in ('target_rate', 'relu_input', 'execution')}
         state['_modules'] = {k: v for k, v in self._modules.items() if k != 'gate'}
         block = self.block_cls.__new__(self.block_cls)
@@ -133,7 +133,7 @@ class GatedBranch(GatedBlock):
         raise NotImplementedError
 
     @staticmethod
-    def gate_channels(block: Any) -> Optional[int]:
+    def in_channels(block: Any) -> Optional[int]:
         return next(m for m in block.modules() if isinstance(m, nn.Linear)).in_features
 
     def forward(
@@ -173,7 +173,7 @@ def gate_class(parent: nn.Module, name: str) -> Any:
     """The gated class for a child of a module, None if it is no residual block or branch that can be gated."""
     child = parent._modules[name]
     cls = GATED.get(type(child)) or GATED.get((type(parent), name, type(child)))
-    return cls if cls is None or cls.gate_channels(child) is not None else None
+    return cls if cls is None or cls.in_channels(child) is not None else None
 
 
 class _AddMasked(torch.autograd.Function):

@@ -121,7 +121,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
         if rate < 1 and site.block not in replacements:
             gated, weight = _class_of(site), next(site.block.parameters())
             gate = Gate(
-                gated.gate_channels(site.block),
+                gated.in_channels(site.block),
                 config.gate_channels,
                 config.gate_norm or gated.gate_norm,
                 device=weight.device,

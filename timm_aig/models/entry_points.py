@@ -37,7 +37,6 @@ __all__ = ['Family', 'list_trained', 'register_family']
 _HUB_CONFIGS = load_hub_configs()
 _DEFAULT_TAGS = {c['architecture']: c['tag'] for c in _HUB_CONFIGS.values() if c.get('default')}
 
-
 DOCSTRING = """Constructs {} with gates.
 
 Args:
@@ -48,9 +47,9 @@ Args:
 
 
 class Family(NamedTuple):
-    """Parents that share a module of timm, and what building them takes.
+    """Parents that share a class of models, and what building them takes.
 
-    modules: Names of the modules that define the parents.
+    modules: Names of timm's modules that define the parents.
     model_cls: Class of the models; a config.json may have its arguments.
     filter_fn: Converts checkpoints of other formats, as timm's filter_fn.
     feature_cfg: How features_only takes features, as the parents' own, by parent.

@@ -29,7 +29,7 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
         return self.act3(x)
 
     @staticmethod
-    def gate_channels(block: Any) -> Optional[int]:
+    def in_channels(block: Any) -> Optional[int]:
         return None if block.downsample is None else block.conv1.conv.in_channels
 
 
@@ -52,7 +52,7 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
         return self.downsample(self.norm1(x))
 
     @staticmethod
-    def gate_channels(block: Any) -> Optional[int]:
+    def in_channels(block: Any) -> Optional[int]:
         return None if block.downsample is None else block.conv1.in_channels
 
 

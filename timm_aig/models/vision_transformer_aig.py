@@ -43,7 +43,7 @@ class GatedAttention(GatedBranch, Attention):
         return self.proj_drop(self.proj(x))
 
     @staticmethod
-    def gate_channels(block: Any) -> Optional[int]:
+    def in_channels(block: Any) -> Optional[int]:
         return None if block.gate is not None else block.qkv.in_features
 
     @torch.jit.ignore
