@@ -13,6 +13,7 @@ import torch
 import validate
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
+from timm.utils import natural_key
 from tqdm import tqdm
 
 import timm_aig
@@ -86,8 +87,8 @@ def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
     if not path.is_file():
         return None
     with open(path, newline='', encoding='utf-8') as file:
-        rows = sorted((row['image'], float(row['severity'])) for row in csv.DictReader(file))
-    return torch.tensor([severity for image, severity in rows if image.startswith('test/')], dtype=torch.float64)
+        rows = {row['image']: float(row['severity']) for row in csv.DictReader(file) if row['image'].startswith('test/')}
+    return torch.tensor([rows[image] for image in sorted(rows, key=natural_key)], dtype=torch.float64)  # as timm sorts
 
 
 def create_row(

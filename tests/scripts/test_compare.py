@@ -2,6 +2,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import _answers
 import _rivals
@@ -9,6 +10,7 @@ import compare
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_aig
 
@@ -143,6 +145,19 @@ def test_macs_are_split_by_the_severity_of_the_image(start, trained, images, tmp
     static = answers and torch.load(tmp_path / 'out' / 'static-r32-s0' / 'answers.pt', weights_only=True)[0][2][2][0]
     expected = ' '.join(f'{part.mean() / static:.3f}' for part in macs.chunk(4))
     assert table['any-r20', 'offset -1']['macs_by_severity'] == expected
+
+
+def test_severities_come_in_the_order_in_which_timm_reads_the_images(start, tmp_path):
+    folders = ['U+4E9', 'U+4E10', 'U+4E1A']
+    for i, folder in enumerate(folders):
+        (tmp_path / 'test' / folder).mkdir(parents=True)
+        Image.new('L', (8, 8)).save(tmp_path / 'test' / folder / f'{i}.png')
+    rows = [f'test/{folder}/{i}.png,{i}' for i, folder in enumerate(folders)]
+    (tmp_path / 'glyphs.csv').write_text('\n'.join(['image,severity', *rows]))
+    dataset = timm.data.create_dataset('', root=str(tmp_path), split='test')
+    expected = [float(Path(dataset.filename(i)).stem) for i in range(3)]
+    args = compare.parse_args(['glyphs', '--data-dir', str(tmp_path)])
+    assert _answers.severities(args).tolist() == expected != sorted(expected)
 
 
 def test_times_are_of_the_models_and_cascades_of_the_table(start, trained, tmp_path, capsys):
