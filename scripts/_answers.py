@@ -87,8 +87,9 @@ def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
     if not path.is_file():
         return None
     with open(path, newline='', encoding='utf-8') as file:
-        rows = {row['image']: float(row['severity']) for row in csv.DictReader(file) if row['image'].startswith('test/')}
-    return torch.tensor([rows[image] for image in sorted(rows, key=natural_key)], dtype=torch.float64)  # as timm sorts
+        all_rows = {row['image']: float(row['severity']) for row in csv.DictReader(file)}
+    images = sorted((image for image in all_rows if image.startswith('test/')), key=natural_key)  # as timm sorts
+    return torch.tensor([all_rows[image] for image in images], dtype=torch.float64)
 
 
 def create_row(
