@@ -28,7 +28,7 @@ ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
 FMNIST = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
 
 # Rows of glyphs.csv that are joined by a line, by the start of their names.
-GLYPHS = '2,000 damaged characters at 20 px, 5,000 test images. MACs over those of the static ResNet-32.'
+GLYPHS = '2,000 damaged characters at 20 px, 10,000 test images, one seed. MACs over those of the static ResNet-32.'
 CURVES = {
     'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
     'cascade, static or adaptive nets': 'cascade with adaptive nets',

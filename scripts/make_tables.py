@@ -9,7 +9,7 @@ import csv
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 
 from _common import create_parser
 
@@ -29,11 +29,11 @@ class Table(NamedTuple):
     file: CSV file in hub_configs/results.
     columns: Heading -> format string over the CSV's columns. A part in [] is left out if a value in it is empty. A
         cell is empty if a value outside of [] is.
-    where: Column -> value of the rows to show, '*' for any value but an empty one.
+    where: Column -> value, or values, of the rows to show, '*' for any value but an empty one.
     """
     file: str
     columns: Dict[str, str]
-    where: Dict[str, str]
+    where: Dict[str, Union[str, Sequence[str]]]
 
 
 _ACCURACY = {
@@ -46,7 +46,21 @@ _SPEED = {
 }
 _CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
 
+_GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]'}
+_SEVERITY = {'MACs / ResNet-32, from the least to the most damaged quarter': '{macs_by_severity}'}
+
 TABLES = {
+    'glyphs-static': Table('glyphs.csv', {'network': '`{model}`', **_GLYPHS}, {
+        'setting': '', 'model': (
+            'static-r8', 'static-r14', 'static-r20', 'static-r32', 'distilled-r8', 'distilled-r14', 'distilled-r20',
+            'small-r32')}),
+    'glyphs-any': Table('glyphs.csv', {'network': '`{model}`', 'setting': '{setting}', **_GLYPHS, **_SEVERITY}, {
+        'model': ('any-r20', 'any-r32')}),
+    'glyphs-cascades': Table('glyphs.csv', {
+        'nets': '{model}', 'chosen for': '{setting}', 'chosen': '{used}', **_GLYPHS, **_SEVERITY}, {
+        'model': ('cascade, static nets', 'cascade, static or adaptive nets'),
+        'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
+                    'as static-r20', 'as static-r32')}),
     'models': Table('fmnist.csv', {
         'model': '`{model}.{tag}`', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
         'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
@@ -111,7 +125,8 @@ def make_table(table: Table, results: Path) -> str:
     """The Markdown of a table."""
     with open(results / table.file, newline='', encoding='utf-8') as file:
         rows = [row for row in csv.DictReader(file) if all(
-            row[name] != '' if value == '*' else row[name] == value for name, value in table.where.items())]
+            row[name] != '' if value == '*' else row[name] in ([value] if isinstance(value, str) else value)
+            for name, value in table.where.items())]
     lines: List[List[str]] = [list(table.columns), ['---'] * len(table.columns)]
     lines += [[cell(template, row) for template in table.columns.values()] for row in rows]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
