@@ -1,6 +1,7 @@
 """save_pretrained: timm and transformers load the same model from the folder."""
 import copy
 import json
+import logging
 
 import pytest
 import timm
@@ -50,6 +51,13 @@ def test_what_is_saved_loads_with_the_same_outputs_gates_and_config(arch, kwargs
     assert {n: b.target_rate for n, b in gated_blocks(other).items()} == {
         n: b.target_rate for n, b in gated_blocks(model).items()}
     assert other.pretrained_cfg['architecture'] == arch.partition('.')[0]
+
+
+def test_the_log_names_no_temporary_folder(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        save_pretrained(timm.create_model('cifar_resnet8_aig'), tmp_path)
+    assert 'saving-' not in caplog.text
+    assert logging.getLogger('timm').level == logging.NOTSET
 
 
 @pytest.mark.parametrize('config', [AIGConfig(), AIGConfig(0.25, schedule='paper', gate_channels=8, gate_norm='none')])

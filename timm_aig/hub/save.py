@@ -1,6 +1,7 @@
 """save_pretrained: a folder from which timm and transformers load the same model."""
 import copy
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -122,6 +123,9 @@ def _write_config(model: nn.Module, folder: Path, model_config: Optional[Dict[st
 def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     """Check that timm rebuilds the same model from the folder."""
     dtype = {} if torch.get_default_dtype() == torch.float32 else {'dtype': torch.float32}
+    logger = logging.getLogger('timm')
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # it would name the temporary folder
     try:
         with torch.random.fork_rng(devices=[]), torch.device('cpu'):  # leaves the caller's random numbers alone
             reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True, **dtype).eval()
@@ -129,6 +133,8 @@ def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         unfit = any(text in str(e) for text in ('Unexpected key', 'it lacks'))
         merge = ' If they are of adapters or pruning, merge these first.' if unfit else ''
         raise InputError(f'timm cannot rebuild this model ({type(model).__name__}): {e}{merge}') from e
+    finally:
+        logger.setLevel(level)
     saved: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()
     for block in gated_blocks(saved).values():
         block.execution = 'auto'  # not saved
