@@ -42,3 +42,9 @@ def test_recorded_arguments_are_those_that_timm_exports():
     compat.set_model_args(model, {**compat.model_args(model), 'target_rate': 0.3})
     assert timm.models.get_model_args(model)['target_rate'] == 0.3
     assert compat.model_args(torch.nn.Linear(1, 1)) == {}
+
+
+def test_without_timms_function_regnet_weights_in_timms_format_stay_as_they_are(without):
+    weights = {'head.fc.bias': torch.zeros(2)}
+    assert without('timm.models.regnet').regnet_filter_fn(weights, torch.nn.Module()) == weights
+    assert importlib.reload(compat).regnet_filter_fn(dict(weights), torch.nn.Module()) == weights
