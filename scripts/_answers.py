@@ -148,6 +148,8 @@ def cascade_rows(
 @torch.inference_mode()
 def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[Dict[str, Any]]:
     """Time of rows of a seed in ONNX Runtime, one thread, over that of the static ResNet-32. The rows take turns."""
+    import onnxruntime
+
     names = {name for row in rows for name, _ in row.stages}
     runs: Dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
@@ -178,10 +180,11 @@ def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[
         for j, row in enumerate(rows):
             ratios = totals[:, j] / reference
             found.append({
-                'task': args.task, 'model': row.name, 'setting': row.setting, 'used': row.used, 'top1': row.top1,
-                'batch_size': batch, 'ms': round(1e3 * np.median(totals[:, j]) / len(images), 4),
-                'ratio': round(np.median(ratios), 3), 'ratio_low': round(ratios.min(), 3),
-                'ratio_high': round(ratios.max(), 3), 'p50_ms': round(1e3 * np.quantile(single[j], .5), 3),
+                'task': args.task, 'model': row.name, 'setting': row.setting, 'used': row.used,
+                'top1': round(row.top1, 3), 'batch_size': batch,
+                'ms': round(1e3 * np.median(totals[:, j]) / len(images), 4), 'ratio': round(np.median(ratios), 3),
+                'ratio_low': round(ratios.min(), 3), 'ratio_high': round(ratios.max(), 3),
+                'p50_ms': round(1e3 * np.quantile(single[j], .5), 3),
                 'p99_ms': round(1e3 * np.quantile(single[j], .99), 3), 'images': len(images), 'rounds': ROUNDS,
-                'seed': seed})
+                'seed': seed, 'runtime': f'ONNX Runtime {onnxruntime.__version__}', 'threads': 1})
     return found

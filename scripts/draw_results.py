@@ -28,7 +28,7 @@ ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
 FMNIST = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
 
 # Rows of glyphs.csv that are joined by a line, by the start of their names.
-GLYPHS = '2,000 damaged characters at 20 px, 10,000 test images, one seed. MACs over those of the static ResNet-32.'
+GLYPHS = '2,000 damaged characters at 20 px, 10,000 test images, one seed. The parent is ResNet-32.'
 CURVES = {
     'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
     'cascade, static or adaptive nets': 'cascade with adaptive nets',
@@ -65,11 +65,11 @@ def architecture(model: str) -> str:
     return model.removeprefix('cifar_').replace('resnet', 'ResNet-').replace('_aig', '-AIG')
 
 
-def curves_of(rows: List[Dict[str, str]], names: Dict[str, str]) -> List[Point]:
-    """The points of some rows of a comparison, in the order of their MACs."""
+def curves_of(rows: List[Dict[str, str]], names: Dict[str, str], x: str) -> List[Point]:
+    """The points of some rows of a comparison, ascending in the column x."""
     found: List[Point] = []
     for start, name in names.items():
-        same = {(float(row['macs_over_resnet32']), float(row['top1'])) for row in rows
+        same = {(float(row[x]), float(row['top1'])) for row in rows
                 if row['model'].startswith(start) and not row['setting'].startswith('as ')}
         found += [(name, *point) for point in sorted(same)]
     return found
@@ -78,7 +78,17 @@ def curves_of(rows: List[Dict[str, str]], names: Dict[str, str]) -> List[Point]:
 def draw_glyphs() -> None:
     rows = read('glyphs.csv')
     plot_accuracy_macs(
-        curves_of(rows, CURVES), curves_of(rows, RIVALS), ROOT / 'glyphs_accuracy_macs.png', GLYPHS)
+        curves_of(rows, CURVES, 'macs_over_resnet32'), curves_of(rows, RIVALS, 'macs_over_resnet32'),
+        ROOT / 'glyphs_accuracy_macs.png', GLYPHS)
+    for batch in ('1', '32'):
+        rows = [row for row in read('glyphs_speed.csv') if row['batch_size'] == batch]
+        time = {row['model'].replace('static-', 'distilled-'): row['ratio'] for row in rows if not row['setting']}
+        rows += [{**row, 'ratio': time[row['model']]} for row in read('glyphs.csv') if row['model'] in time
+                 and row['model'].startswith('distilled-')]  # a net takes the same time however it was trained
+        plot_accuracy_macs(
+            curves_of(rows, CURVES, 'ratio'), curves_of(rows, RIVALS, 'ratio'),
+            ROOT / f'glyphs_accuracy_time_{batch}.png',
+            f'{GLYPHS} Mean time of an image in ONNX Runtime, one thread, batch {batch}.', over='time')
 
 
 def draw_fmnist() -> None:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-__all__ = [
-    'plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates', 'plot_rates_over_epochs',
-]
+__all__ = ['plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates',
+           'plot_rates_over_epochs']
 
 BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'  # of Okabe and Ito's palette, safe for colour-blind readers
 WIDTH = 8  # inches: 9-point text is 12 pixels high where the picture is 800 pixels wide
@@ -188,8 +187,10 @@ def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path
     return _save(figure, path)
 
 
-def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: str = '', ranges: Any = None) -> Path:
-    """Draw accuracy against MACs, for example of one checkpoint at many budgets, with other models beside it.
+def plot_accuracy_macs(
+        points: Points, others: Points, path: PathLike, title: str = '', ranges: Any = None, over: str = 'MACs',
+) -> Path:
+    """Draw accuracy against MACs, or `over` time, of one checkpoint at many budgets, with other models beside it.
 
     Args:
         points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models. A line
@@ -197,15 +198,14 @@ def plot_accuracy_macs(points: Points, others: Points, path: PathLike, title: st
         others: The same for the models to compare with, in another colour.
         ranges: Lowest and highest accuracy of seeds, by name.
     """
-    figure = _figure(5.5, 'Accuracy against MACs', title)
+    figure, lines = _figure(5.5, f'Accuracy against {over}', title), []
     axes = figure.add_subplot()
-    lines = []
     for some, style in ((points, dict(color=BLUE, marker='o')), (others, dict(color=RED, marker='s'))):
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
             lines += axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, **style)
             axes.vlines(shares[0], *(ranges or {}).get(name, accuracies[:1] * 2), linewidth=1.5, color=style['color'])
-    axes.set(xlabel="MACs over the static parent's", ylabel='top-1 accuracy, %')
+    axes.set(xlabel=f"{over} over the static parent's", ylabel='top-1 accuracy, %')
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
