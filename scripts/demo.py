@@ -123,7 +123,7 @@ def training_args(args: argparse.Namespace, folder: Path, *more: Any) -> argpars
 def check_model(args: argparse.Namespace) -> None:
     """Find out before the parent is trained whether it can become adaptive."""
     arch = f'{args.model.partition(".")[0]}_aig'
-    if not timm.is_model(arch):
+    if arch not in timm.list_models(module='resnet_aig'):
         raise InputError(f'must be a static ResNet of timm or timm_aig, {args.model!r} is not.', 'model')
     adaptive = timm.create_model(arch)
     size = args.input_size or adaptive.pretrained_cfg['input_size']

@@ -8,7 +8,8 @@ import torch.nn as nn
 from .config import InputError
 from .gate import Gate, gate_pass, runs_eagerly
 
-__all__ = ['GatedBlock', 'GatedBranch', 'gate_class', 'gated_blocks', 'gates', 'set_execution', 'set_gate_offset']
+__all__ = [
+    'GatedBlock', 'GatedBranch', 'family_of', 'gate_class', 'gated_blocks', 'gates', 'set_execution', 'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
@@ -167,6 +168,11 @@ def gates(block_cls: type, holder: Optional[type] = None, name: str = '') -> Cal
         return cls
 
     return register
+
+
+def family_of(block: nn.Module) -> Any:
+    """The gated class of a residual block, gated or not; None for a branch without a gate."""
+    return GATED.get(type(block), type(block) if isinstance(block, GatedBlock) else None)
 
 
 def gate_class(parent: nn.Module, name: str) -> Any:

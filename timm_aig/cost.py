@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in PyTorch's notes on extending it
 from torch.utils.flop_counter import flop_registry
 
-from .blocks import GATED, gated_blocks
+from .blocks import family_of, gated_blocks
 from .config import InputError
 from .convert import copy_module, residual_blocks
 
@@ -161,7 +161,7 @@ def _cost(macs: Callable[..., int], gated: Dict[str, Any]) -> Cost:
 
 def _branch(macs: Callable[..., int], name: str, block: Any) -> int:
     """MACs of the residual branch of a block."""
-    shortcut = getattr(GATED.get(type(block), block), 'shortcut_name', 'downsample')
+    shortcut = getattr(family_of(block), 'shortcut_name', 'downsample')
     return macs(name) - macs(f'{name}.gate') - macs(f'{name}.{shortcut}')
 
 

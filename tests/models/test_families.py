@@ -189,6 +189,14 @@ def test_features_only_backbones_have_gates(arch, outputs):
         assert all(map(torch.equal, features, parent(images(2))))
 
 
+def test_a_static_model_is_optimized_as_far_as_its_family_can_be(pair):
+    parent = pair[0]
+    with torch.inference_mode():
+        expected = parent(images(3))
+        found = timm_aig.optimize_for_inference(parent)(images(3))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_attention_with_a_gate_of_its_own_gets_no_second_one():
     model = create('vit_tiny_patch16_224')
     model.blocks[0].attn.gate = nn.Linear(192, 192)

@@ -163,11 +163,6 @@ def test_a_model_that_cannot_become_adaptive_is_refused(refused, name):
     assert 'error: --model must be a static ResNet' in refused('--model', name)
 
 
-def test_a_batch_larger_than_the_data_is_refused(refused, tmp_path):
-    data = image_folder(tmp_path / 'data')
-    assert '--batch-size 7 is more than the 6 training images' in refused('--data-dir', data, '--batch-size', 7)
-
-
 def test_an_output_that_cannot_be_written_is_met_before_the_training(demo, capsys, tmp_path):
     (tmp_path / 'file').write_text('')
     for output in (tmp_path / 'file', '/proc/demo'):

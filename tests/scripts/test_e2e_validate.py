@@ -175,7 +175,7 @@ def test_all_models_are_opened_before_the_first_is_run(run_script, images, stati
 @pytest.mark.parametrize('args,error', [
     (['--gate-offset', -1, 0, '--against', 'resnet18'], '--against takes one'),
     (['--gate-offset', -1, 0, '--predictions', 'p.csv'], '--predictions takes one'),
-    (['--optimize', '--alternatives', 'test_vit'], '--optimize test_vit: model (VisionTransformer)'),
+    (['--optimize', '--alternatives', 'test_efficientnet'], '--optimize test_efficientnet: model (EfficientNet)'),
     (['--input-size', 3, 32, 32, '--alternatives', 'vit_tiny_patch16_224'], '--input-size cannot be used'),
 ])
 def test_what_cannot_be_done_is_said_before_a_model_is_run(

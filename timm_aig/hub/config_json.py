@@ -1,8 +1,9 @@
 """Checks config.json before timm builds a model from it, and fixes the commit of the weights to that of the config."""
 import inspect
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional, Set
 
 from huggingface_hub import try_to_load_from_cache
 from timm.models import PretrainedCfg
@@ -15,13 +16,19 @@ LARGEST = 65536  # channels, classes, pixels, ...: a larger number would exhaust
 LARGEST_DEPTH = 1024  # blocks of a stage
 LONGEST = 1024  # entries of a list
 SIZES = ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'num_classes', 'label_offset')
+_MODEL_CLASSES: List[type] = []
 MODEL_ARGS = {*AIG_ARGS, 'gate_offset', 'gate_budgets', 'channels'}
 
 
 def allow_model_args(model_cls: type) -> None:
     """Let model_args have the arguments of a class of models."""
-    names = {*list(inspect.signature(model_cls).parameters)}
-    MODEL_ARGS.update(names - {'block', 'device', 'dtype', 'kwargs'})  # not JSON
+    _MODEL_CLASSES.append(model_cls)
+
+
+@cache
+def _known_model_args() -> Set[str]:
+    names = {name for cls in _MODEL_CLASSES for name in inspect.signature(cls).parameters}
+    return (MODEL_ARGS | names) - {'block', 'device', 'dtype', 'kwargs'}  # not JSON
 
 
 def checked_source(pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -93,8 +100,9 @@ def check_model_args(model_args: Any, where: Any) -> None:
     if not isinstance(model_args, dict):
         raise InputError(f'{where}: model_args must be an object, not {_short(model_args)}.')
     for name, value in model_args.items():
-        if name not in MODEL_ARGS:
-            raise InputError(f'{where}: model_args has {_short(name)}, known are {", ".join(sorted(MODEL_ARGS))}.')
+        if name not in _known_model_args():
+            known = ', '.join(sorted(_known_model_args()))
+            raise InputError(f'{where}: model_args has {_short(name)}, known are {known}.')
         _check_size(name, value, where)
 
 

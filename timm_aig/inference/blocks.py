@@ -4,7 +4,7 @@ from typing import Any, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ..blocks import GATED, open_rows, run_open_rows
+from ..blocks import family_of, open_rows, run_open_rows
 from ..gate import gate_pass
 from .fused import FusedConv, fold
 from .gate import InferenceGate, can_fold, pool
@@ -24,7 +24,7 @@ class InferenceBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        family = GATED.get(type(block), type(block))
+        family = family_of(block)
         self.last_act: nn.Module = getattr(block, family.act_name)
         steps = fold(*family.layers(block))
         fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)

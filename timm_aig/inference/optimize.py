@@ -18,7 +18,7 @@ import torch.nn as nn
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models.resnet import ResNet
 
-from ..blocks import GATED, gated_blocks
+from ..blocks import family_of, gated_blocks
 from ..compat import has_forward_hooks
 from ..config import InputError
 from ..convert import plain_copy, residual_blocks
@@ -140,7 +140,8 @@ def optimize_for_inference(
     found = residual_blocks(model).values()
     if not found:
         raise InputError(f'({type(model).__name__}) has no residual blocks that timm_aig knows, see gate_.', 'model')
-    blocks = {block: InferenceBlock(block) for block in found if GATED.get(type(block), type(block)).layers(block)}
+    families = {block: family_of(block) for block in found}
+    blocks = {block: InferenceBlock(block) for block, cls in families.items() if cls and cls.layers(block)}
     for block in gated_blocks(model).values():
         block.execution = 'sparse'  # of those that stay as they are
     hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own

@@ -7,9 +7,9 @@ Tags of the parent ('resnet50_aig.tv2_in1k') load the parent's weights and leave
 files of hub_configs. Without a tag, pretrained=True loads the parent's default tag. If the parent has no weights, it
 loads the hub_config that is marked "default".
 """
+import copy
 import sys
 from collections import deque
-from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -70,9 +70,11 @@ def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
     for parent in parents:
         # timm copies what it registers; its functions, which copy too, would take three times as long as all the rest
         cfg = sys.modules[model_entrypoint(parent).__module__].default_cfgs[parent]
-        theirs = {  # 'timm/' stands for the repository of that name
-            tag: replace(c, hf_hub_id=f'timm/{parent}.{tag}' if tag else f'timm/{parent}')
-            if c.hf_hub_id == 'timm/' else c for tag, c in cfg.cfgs.items()}
+        theirs = dict(cfg.cfgs)
+        for tag, tag_cfg in theirs.items():
+            if tag_cfg.hf_hub_id == 'timm/':  # stands for the repository of that name
+                theirs[tag] = tag_cfg = copy.copy(tag_cfg)
+                tag_cfg.hf_hub_id = f'timm/{parent}.{tag}' if tag else f'timm/{parent}'
         own = configs.get(f'{parent}_aig', {})
         cfgs[f'{parent}_aig'] = DefaultCfg(deque([*cfg.tags, *own]), {**theirs, **own}, cfg.is_pretrained)
     return cfgs
