@@ -3,14 +3,14 @@ import argparse
 import csv
 import shlex
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
 import torch
 import validate
+from _cascade_times import sum_up, time_runs
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
 from timm.utils import natural_key
@@ -21,7 +21,7 @@ from timm_aig.export.cascade import CascadeRunner
 from timm_aig.export.runtime import open_exported
 from timm_aig.training.thresholds import StageAnswers, answer_images, best_points, compare_thresholds, run_thresholds
 
-TIMED, ROUNDS = 256, 7  # images and rounds of a timing
+TIMED, ROUNDS, BATCHES = 256, 7, (1, 32)  # images, rounds and batch sizes of a timing
 
 
 class Measured(NamedTuple):
@@ -150,41 +150,34 @@ def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[
     """Time of rows of a seed in ONNX Runtime, one thread, over that of the static ResNet-32. The rows take turns."""
     import onnxruntime
 
-    names = {name for row in rows for name, _ in row.stages}
     runs: Dict[str, Any] = {}
+    images = torch.empty(0)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
-        for name in tqdm(sorted(names), 'exporting', unit='model'):
+        for name in tqdm(sorted({name for row in rows for name, _ in row.stages}), 'exporting', unit='model'):
             model = timm.create_model(f'local-dir:{args.output}/{name}-s{seed}', pretrained=True).eval()
-            images = torch.cat([batch for batch, _ in open_images(args, name, model, TASKS[args.task].test)])
-            images = images[::len(images) // TIMED][:TIMED]  # spread over the classes
-            file = Path(folder, f'{name}.onnx')
-            blocks = len(timm_aig.gated_blocks(model))
+            if not len(images):
+                images = torch.cat([batch for batch, _ in open_images(args, name, model, TASKS[args.task].test)])
+                images = images[::len(images) // TIMED][:TIMED]  # spread over the classes
+            file, blocks = Path(folder, f'{name}.onnx'), len(timm_aig.gated_blocks(model))
             timm_aig.export_onnx(model, file, 'sparse' if blocks else 'masked', images=images[:4])
             runs[name] = open_exported(file, threads=1, spinning=False), blocks
-    runners = [CascadeRunner(
-        [runs[name][0] for name, _ in row.stages], row.thresholds,
-        [None if offset is None else np.full(runs[name][1], offset, np.float32) for name, offset in row.stages])
-        for row in rows]
+
+    def runner_of(row: Row) -> Callable[[torch.Tensor], Any]:
+        runner = CascadeRunner(
+            [runs[name][0] for name, _ in row.stages], row.thresholds,
+            [None if offset is None else np.full(runs[name][1], offset, np.float32) for name, offset in row.stages])
+        return lambda x: runner(x.numpy())
+
+    runtime = f'ONNX Runtime {onnxruntime.__version__}'
+    runners = {f'{row.name} {row.setting}': runner_of(row) for row in rows}
     found = []
-    for batch in (1, 32):
-        batches = [part.numpy() for part in images.split(batch)]
-        seconds = np.zeros((ROUNDS + 1, len(rows), len(batches)))  # the first round warms up
-        for turn in tqdm(range(ROUNDS + 1), f'batch {batch}', unit='round'):
-            for i, x in enumerate(batches):
-                for j, runner in enumerate(runners):
-                    start = time.perf_counter()
-                    runner(x)
-                    seconds[turn, j, i] = time.perf_counter() - start
-        totals, single = seconds[1:].sum(2), np.median(seconds[1:], 0)
-        reference = totals[:, [row.name for row in rows].index('static-r32')]
-        for j, row in enumerate(rows):
-            ratios = totals[:, j] / reference
+    for batch in BATCHES:
+        seconds = time_runs({runtime: runners}, images, batch, ROUNDS)[runtime]
+        for row in rows:
+            figures = sum_up(
+                seconds[f'{row.name} {row.setting}'], seconds['static-r32 '], len(images) // batch * batch)
             found.append({
                 'task': args.task, 'model': row.name, 'setting': row.setting, 'used': row.used,
-                'top1': round(row.top1, 3), 'batch_size': batch,
-                'ms': round(1e3 * np.median(totals[:, j]) / len(images), 4), 'ratio': round(np.median(ratios), 3),
-                'ratio_low': round(ratios.min(), 3), 'ratio_high': round(ratios.max(), 3),
-                'p50_ms': round(1e3 * np.quantile(single[j], .5), 3),
-                'p99_ms': round(1e3 * np.quantile(single[j], .99), 3), 'images': len(images), 'rounds': ROUNDS,
-                'seed': seed, 'runtime': f'ONNX Runtime {onnxruntime.__version__}', 'threads': 1})
+                'top1': round(row.top1, 3), 'batch_size': batch, **{k: round(v, 4) for k, v in figures.items()},
+                'images': len(images), 'rounds': ROUNDS, 'seed': seed, 'runtime': runtime, 'threads': 1})
     return found

@@ -23,7 +23,7 @@ import timm_aig
 from timm_aig import Cascade, InputError
 from timm_aig.export.cascade import CascadeRunner, export_cascade, load_exported_cascade
 
-__all__ = ['measure_cascade', 'print_cascade_times']
+__all__ = ['measure_cascade', 'print_cascade_times', 'sum_up', 'time_runs']
 
 
 def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -46,18 +46,24 @@ def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
                 with torch.inference_mode(False):
                     runtimes[name] = file_runs(args, cascade, Path(folder, runtime), runtime, images[:4].clone())
         for batch in args.batch_size:
-            seconds = time_runs(args, runtimes, images, batch)
+            seconds = time_runs(runtimes, images, batch, args.rounds, args.device)
             for runtime, times in seconds.items():
                 reference = times['parent' if 'parent' in times else f'stage {len(cascade.order)}']
                 for name, rounds_of in times.items():
-                    ratios = [sum(own) / sum(other) for own, other in zip(rounds_of, reference)]
-                    single = sorted(statistics.median(turns) for turns in zip(*rounds_of))
                     results.append(dict(
                         batch_size=batch, runtime=runtime, name=name, macs_share=share if name == 'cascade' else None,
-                        ms_per_image=1e3 * statistics.median(map(sum, rounds_of)) / (len(images) // batch * batch),
-                        ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-                        p50_ms=1e3 * quantile(single, .5), p99_ms=1e3 * quantile(single, .99)))
+                        **sum_up(rounds_of, reference, len(images) // batch * batch)))
     return results
+
+
+def sum_up(rounds_of: List[List[float]], reference: List[List[float]], images: int) -> Dict[str, float]:
+    """Figures of one run from its seconds and those of another, of each batch in each round, for so many images."""
+    ratios = [sum(own) / sum(other) for own, other in zip(rounds_of, reference)]
+    single = sorted(statistics.median(turns) for turns in zip(*rounds_of))
+    return dict(
+        ms_per_image=1e3 * statistics.median(map(sum, rounds_of)) / images, ratio=statistics.median(ratios),
+        ratio_min=min(ratios), ratio_max=max(ratios), p50_ms=1e3 * quantile(single, .5),
+        p99_ms=1e3 * quantile(single, .99))
 
 
 def quantile(ordered: List[float], share: float) -> float:
@@ -119,13 +125,13 @@ def file_runs(
 
 @torch.inference_mode()
 def time_runs(
-        args: argparse.Namespace, runtimes: Dict[str, Dict[str, Any]], images: torch.Tensor, batch: int,
+        runtimes: Dict[str, Dict[str, Any]], images: torch.Tensor, batch: int, rounds: int, device: str = 'cpu',
 ) -> Dict[str, Dict[str, List[List[float]]]]:
     """Seconds of each batch in each round, all runs in turns."""
-    synchronize = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
+    synchronize = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     seconds: Dict[str, Dict[str, List[List[float]]]] = {
         runtime: {name: [] for name in runs} for runtime, runs in runtimes.items()}
-    for round in range(-1, args.rounds):  # round -1 warms up
+    for round in range(-1, rounds):  # round -1 warms up
         for runtime, runs in runtimes.items():
             for name in runs:
                 seconds[runtime][name].append([])
@@ -138,7 +144,7 @@ def time_runs(
                     run(x)
                     synchronize()
                     seconds[runtime][name][-1].append(time.perf_counter() - begin)
-        print(f'\rbatch {batch}: round {round + 1} of {args.rounds}', end='', file=sys.stderr, flush=True)
+        print(f'\rbatch {batch}: round {round + 1} of {rounds}', end='', file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {runtime: {name: times[1:] for name, times in runs.items()} for runtime, runs in seconds.items()}
 

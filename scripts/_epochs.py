@@ -56,20 +56,21 @@ class Epochs:
             **{f'eval_{name}': evaluated.get(name, '') for name in METRICS}, 'lr': lr})
         if self.args.rank != 0:
             return
-        if self.args.keep == 'best' and self.best() == epoch and not is_last:
+        best = self.best()
+        if self.args.keep == 'best' and best == epoch and not is_last:
             weights = safetensors.torch.save({k: v.contiguous() for k, v in self.model.state_dict().items()})
             write_atomically(self.best_file(epoch), lambda file: file.write(weights))
         for old in self.folder.glob('checkpoints/best-*.safetensors'):
-            if old != self.best_file(self.best()):
+            if old != self.best_file(best):
                 old.unlink()
         write_csv(self.folder / 'summary.csv', self.rows[0], [row.values() for row in self.rows])
-        blocks = {f'rate_{name}' for name in self.trainer.block_names}
+        rates = self.trainer.rate_names
         values = {**results, **{f'eval {name}': value for name, value in evaluated.items()}, 'lr': lr}
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name.replace('rate_', 'gates/') if name in blocks else name, value, epoch)
+                self.writer.add_scalar(name.replace('rate_', 'gates/') if name in rates else name, value, epoch)
             self.writer.flush()
-        shown = (f'{name} {value:.4g}' for name, value in values.items() if name not in blocks)
+        shown = (f'{name} {value:.4g}' for name, value in values.items() if name not in rates)
         print(f'epoch {epoch + 1}/{self.trainer.epochs}: {", ".join(shown)}; {self.progress()}', file=sys.stderr)
 
     def progress(self) -> str:
@@ -102,12 +103,13 @@ class Epochs:
 
     def load_kept(self) -> int:
         """Load the weights of the epoch to keep into the model. Returns the epoch."""
-        path = self.best_file(self.best())
+        best = self.best()
+        path = self.best_file(best)
         if self.args.keep == 'last' or not path.exists():
             return self.trainer.epochs - 1
         self.model.load_state_dict(safetensors.torch.load_file(path))
         self.evaluation = self.evaluate()
-        return self.best()
+        return best
 
 
 def read_summary(folder: Path) -> List[Dict[str, Any]]:

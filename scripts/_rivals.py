@@ -61,8 +61,8 @@ ADAPTIVE_CASCADES = (
 )
 # Of each group the pair with the best answers on the held-out images, at each share of the MACs.
 CASCADES = {
-    'static-r8 + static-r32': STATIC_CASCADES[2:3], 'any-r20 + any-r20': ADAPTIVE_CASCADES[2:3],
-    'any-r32 + any-r32': ADAPTIVE_CASCADES[-1:], 'static nets': STATIC_CASCADES,
+    'static-r8 + static-r32': (('static-r8', 'static-r32'),), 'any-r20 + any-r20': (('any-r20', 'any-r20'),),
+    'any-r32 + any-r32': (('any-r32', 'any-r32'),), 'static nets': STATIC_CASCADES,
     'static or adaptive nets': STATIC_CASCADES + ADAPTIVE_CASCADES,
 }
 OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)

@@ -58,7 +58,8 @@ TABLES = {
         'model': ('any-r20', 'any-r32')}),
     'glyphs-speed': Table('glyphs_speed.csv', {
         'network': '{model}', 'setting': '{setting}', 'batch': '{batch_size}', 'top-1, %': '{top1}',
-        'ms / image': '{ms}', 'time / ResNet-32': '{ratio} ({ratio_low}-{ratio_high})', 'slowest 1 %, ms': '{p99_ms}',
+        'ms / image': '{ms_per_image}', 'time / ResNet-32': '{ratio} ({ratio_min}-{ratio_max})',
+        'slowest 1 %, ms': '{p99_ms}',
     }, {'setting': ('', 'offset -3', 'offset -1', 'offset 3', '0.4 of the MACs', '0.5 of the MACs')}),
     'glyphs-cascades': Table('glyphs.csv', {
         'nets': '{model}', 'chosen for': '{setting}', 'chosen': '{used}', **_GLYPHS, **_SEVERITY}, {

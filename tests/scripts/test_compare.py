@@ -33,6 +33,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(_answers, 'OFFSETS', (-1., 0., 1e4))
     monkeypatch.setattr(_answers, 'TIMED', 9)
     monkeypatch.setattr(_answers, 'ROUNDS', 2)
+    monkeypatch.setattr(_answers, 'BATCHES', (1, 4))
 
     def _trained(*names):
         for name in names:
@@ -169,6 +170,6 @@ def test_times_are_of_the_models_and_cascades_of_the_table(start, trained, tmp_p
     assert names[:2] == ['static-r32', 'static-r8'] and names.count('any-r20') == 2
     assert 'cascade, static or adaptive nets' in names and len(rows) == 2 * len(names)
     for row in rows:
-        assert float(row['ratio_low']) <= float(row['ratio']) <= float(row['ratio_high'])
-        assert float(row['p50_ms']) <= float(row['p99_ms']) and float(row['ms']) > 0
+        assert float(row['ratio_min']) <= float(row['ratio']) <= float(row['ratio_max'])
+        assert float(row['p50_ms']) <= float(row['p99_ms']) and float(row['ms_per_image']) > 0
     assert {row['ratio'] for row in rows if row['model'] == 'static-r32'} == {'1.0'}

@@ -103,7 +103,7 @@ class Trainer:
         self.title = title
 
         self.model: Any = unwrap_model(task.get_eval_model())
-        self.block_names = list(gated_blocks(self.model))
+        self.rate_names = [f'rate_{name}' for name in gated_blocks(self.model)]  # in the results
         self.updater = Updater(task, optimizer, update, amp_dtype)
         self.accum_steps = update.grad_accum_steps
         self.updates_per_epoch = -(-len(loader) // self.accum_steps)
@@ -117,7 +117,7 @@ class Trainer:
         self.skipped = 0  # updates skipped because they were not finite
         # this process's sums over the epoch, without skipped updates: batches, top1, losses, rate of each gated block
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
-        self.sums = torch.zeros(2 + len(self.losses) + len(self.block_names), dtype=dtype, device=self.device)
+        self.sums = torch.zeros(2 + len(self.losses) + len(self.rate_names), dtype=dtype, device=self.device)
         self._rng: Optional[Dict[str, Any]] = None  # generator states to resume with inside an epoch
         self._signal = 0  # number of the signal that was received
 
@@ -168,7 +168,7 @@ class Trainer:
             results['execution_rate'] = sum(rates) / len(rates)
             if self.cost is not None:
                 results['macs_share'] = self.cost.share(torch.tensor([rates], dtype=torch.float64)).item()
-            results.update((f'rate_{name}', rate) for name, rate in zip(self.block_names, rates))
+            results.update(zip(self.rate_names, rates))
         return results
 
     def _on_signal(self, signum: int, frame: Any) -> None:
@@ -215,8 +215,7 @@ class Trainer:
             self._finish_update(torch.stack(rows).sum(0), torch.cat(targets))
             rows, targets = [], []
             if self.step % LOG_INTERVAL == 0:
-                blocks = {f'rate_{name}' for name in self.block_names}
-                shown = {name: value for name, value in self.results().items() if name not in blocks}
+                shown = {name: value for name, value in self.results().items() if name not in self.rate_names}
                 bar.set_postfix(shown, refresh=False)
             if self.position < count:
                 self._save_if(bool(self.checkpoint_interval) and self.step % self.checkpoint_interval == 0)
@@ -244,7 +243,7 @@ class Trainer:
             # the last update of an epoch has the batches that are left
             self.updater.backward(result['loss'], min(self.accum_steps, len(self.loader) - first))
         top1 = 100 * (result['output'].argmax(1) == labels).float().mean()
-        rates = [result['block_rates']] if self.block_names else []
+        rates = [result['block_rates']] if self.rate_names else []
         losses = [result[name].detach() for name in self.losses]
         return torch.hstack([torch.ones_like(top1), top1, *losses, *rates]).to(self.sums)
 
