@@ -1,17 +1,19 @@
 """Gated residual blocks: run only for the samples whose gate is open. Families of models derive theirs in models/."""
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Type, Union
 
 import torch
 import torch.nn as nn
 
 from .config import InputError
-from .gate import Gate, gate_pass, runs_eagerly
+from .gate import Gate, gate_pass, is_on_cpu, runs_eagerly
 
 __all__ = [
     'GatedBlock', 'GatedBranch', 'family_of', 'gate_class', 'gated_blocks', 'gates', 'set_execution', 'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
+
+Rows = Union[Sequence[int], torch.Tensor]
 
 SLICE_NUMEL = 2 ** 17  # elements per sample from which, on a CPU, gathering costs more than running slices in place
 
@@ -153,9 +155,9 @@ class GatedBranch(GatedBlock):
         if len(rows) == len(x):
             return self.residual(x, None, is_causal)
         y = torch.zeros_like(x)
-        if not rows:
+        if not len(rows):
             return y
-        index = torch.tensor(rows, device=x.device)
+        index = torch.as_tensor(rows, device=x.device)
         out = self.residual(x.index_select(0, index), None, is_causal)  # closed samples are skipped here
         return y.to(out.dtype).index_copy(0, index, out)
 
@@ -203,18 +205,23 @@ class _AddMasked(torch.autograd.Function):
         return grad, grad * z.view(-1, 1, 1, 1), torch.linalg.vecdot(grad_rows, rows)
 
 
-def open_rows(z: torch.Tensor) -> List[int]:
-    """Indices of the open samples in answers z [B]."""
-    return [row for row, answer in enumerate(z.tolist()) if answer]
+def open_rows(z: torch.Tensor) -> Rows:
+    """Indices of the open samples in answers z [B]: a list on a CPU, a tensor on an accelerator.
+
+    On an accelerator, nonzero is the one point at which a block waits for the device.
+    """
+    if is_on_cpu(z):
+        return [row for row, answer in enumerate(z.tolist()) if answer]
+    return z.nonzero().flatten()
 
 
-def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool = False) -> torch.Tensor:
+def run_open_rows(block: Any, x: torch.Tensor, rows: Rows, owned: bool = False) -> torch.Tensor:
     """Sparse execution of a block: the residual branch of the open samples, and no other.
 
     Args:
         block: Has `shortcut_of(x)`, `relu_input`, `last_act(y)` and `add_residual(x, shortcut, overwrite)`.
         x: Block inputs [B, C, H, W].
-        rows: Indices of the open samples, ascending.
+        rows: Indices of the open samples, ascending, as open_rows returns them.
         owned: Nothing else holds x, so the output may overwrite it.
 
     Returns:
@@ -225,19 +232,19 @@ def run_open_rows(block: Any, x: torch.Tensor, rows: Sequence[int], owned: bool 
     if len(x) == len(rows) > 0:
         return block.add_residual(x, shortcut, owned)
     unchanged = shortcut is x and block.relu_input  # a closed block returns its input
-    if unchanged and not rows:
+    if unchanged and not len(rows):
         return x
     y = shortcut if owned else shortcut.clone()
-    if not rows:
+    if not len(rows):
         return block.last_act(y)
-    if x.device.type == 'cpu' and x[0].numel() >= SLICE_NUMEL and not torch.is_grad_enabled():
+    if is_on_cpu(x) and x[0].numel() >= SLICE_NUMEL and not torch.is_grad_enabled():
         return _run_slices(block, x, y, rows, unchanged)
-    index = torch.tensor(rows, device=x.device)
+    index = torch.as_tensor(rows, device=x.device)
     out = block.add_residual(_take_rows(x, index), _take_rows(shortcut, index), True)
     return _put_rows(y if unchanged else block.last_act(y), index, out.to(y.dtype))
 
 
-def _run_slices(block: Any, x: torch.Tensor, y: torch.Tensor, rows: Sequence[int], unchanged: bool) -> torch.Tensor:
+def _run_slices(block: Any, x: torch.Tensor, y: torch.Tensor, rows: Any, unchanged: bool) -> torch.Tensor:
     """run_open_rows without gathering: each run of neighbouring open samples is a slice of x and writes into y."""
     stop = 0
     for is_open, neighbours in groupby(range(len(x)), set(rows).__contains__):

@@ -42,7 +42,8 @@ class _GatePass(threading.local):
     def offset_like(self, logits: torch.Tensor) -> torch.Tensor:
         """The offset, a number or one for each row of logits [B, 2]."""
         assert self.offset is not None
-        offset = self.offset.to(logits.device, logits.dtype)
+        self.offset = self.offset.to(logits.device)  # once a pass, not once a gate
+        offset = self.offset.to(logits.dtype)
         return offset[self.rows] if offset.ndim else offset
 
     def note(self, block: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -88,6 +89,11 @@ def runs_eagerly(x: torch.Tensor) -> bool:
     """Whether Python may branch on the values of x. Tracers pass proxies and subclasses of Tensor."""
     return type(x) is torch.Tensor and not (
         torch.jit.is_tracing() or torch.compiler.is_compiling() or in_transform())
+
+
+def is_on_cpu(x: torch.Tensor) -> bool:
+    """Whether Python may read values of x without waiting for an accelerator."""
+    return x.device.type == 'cpu'
 
 
 class _GlobalPool(torch.autograd.Function):

@@ -23,7 +23,7 @@ class ExportBlock(nn.Module):
     """A residual block in the form that exporters take.
 
     Modifications of InferenceBlock:
-        * sparse: the residual branch gets the open rows of the batch, any number of them, also none
+        * sparse: the residual branch gets the open rows of the batch, see InferenceBlock.run_rows
         * masked: the residual branch gets the whole batch and is multiplied by the gates
         * path: always open or always closed, without a gate
     """
@@ -34,10 +34,6 @@ class ExportBlock(nn.Module):
         self.mode = mode
         self.gate = None if mode == 'path' else block.gate
         self.is_open = is_open  # for a block without a gate
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.block.branch(x)
-        return x if self.block.last_conv is None else self.block.last_conv(x)
 
     def forward(self, x: torch.Tensor, pooled: Any, threshold: Any) -> Tuple[torch.Tensor, Any, Any]:
         """
@@ -50,22 +46,15 @@ class ExportBlock(nn.Module):
             Outputs, their pool or None, and the gate's scores [B], above 0 for open samples, or None without a gate.
         """
         block = self.block
-        shortcut = x if block.downsample is None else block.downsample(x)
         if self.gate is None:
-            return block.last_act(self.residual(x) + shortcut if self.is_open else shortcut), None, None
+            return block.run_rows(x, None)[0] if self.is_open else block.last_act(block.shortcut_of(x)), None, None
         pooled = x.mean((2, 3)) if pooled is None else pooled
         hidden = F.relu(F.linear(pooled, self.gate.weight1, self.gate.bias1))
         score = F.relu(F.linear(hidden, self.gate.weight2, threshold)).squeeze(1).float()
         if self.mode == 'masked':
             z = (score > 0).to(x.dtype).view(-1, 1, 1, 1)
-            return block.last_act(self.residual(x) * z + shortcut), None, score
-        index = score.nonzero().view(-1)
-        rows = x.index_select(0, index)
-        if block.downsample is None and block.relu_input:  # closed samples, and their pool, stay as they are
-            rows = block.last_act(self.residual(rows) + rows)
-            return x.index_copy(0, index, rows), pooled.index_copy(0, index, rows.mean((2, 3))), score
-        rows = self.residual(rows) + shortcut.index_select(0, index)
-        return block.last_act(shortcut.index_copy(0, index, rows)), None, score
+            return block.last_act(block.residual(x) * z + block.shortcut_of(x)), None, score
+        return (*block.run_rows(x, score, pooled), score)
 
 
 class ExportModel(nn.Module):

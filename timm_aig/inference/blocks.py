@@ -1,10 +1,10 @@
 """InferenceBlock and InferenceStage: residual blocks that compute the open samples only, in place where possible."""
-from typing import Any, Sequence, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..blocks import family_of, open_rows, run_open_rows
+from ..blocks import Rows, family_of, open_rows, run_open_rows
 from ..gate import gate_pass
 from .fused import FusedConv, fold
 from .gate import InferenceGate, can_fold, pool
@@ -37,9 +37,48 @@ class InferenceBlock(nn.Module):
         self.gate: Any = InferenceGate(gate) if can_fold(gate) else gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.run_rows(x, self.answers(x, None)[0])[0]
         return run_open_rows(self, x, self.open_rows(x, None)[0])
 
-    def open_rows(self, x: torch.Tensor, pooled: Any) -> Tuple[Sequence[int], Any]:
+    def answers(self, x: torch.Tensor, pooled: Any) -> Tuple[Optional[torch.Tensor], Any]:
+        """Answers z [B] of the gate, None without one, and the mean [B, C] of x over its pixels if it is known."""
+        if not isinstance(self.gate, InferenceGate):
+            return self.gate and gate_pass.note(self, self.gate(x)), pooled
+        pooled = x.mean((2, 3)) if pooled is None else pooled
+        return self.gate.answers(self, pooled, 1.), pooled
+
+    def run_rows(self, x: torch.Tensor, z: Optional[torch.Tensor], pooled: Any = None) -> Tuple[torch.Tensor, Any]:
+        """Sparse execution in the form that torch.export and torch.compile trace: rows are taken, computed and put back.
+
+        It does not branch on values: the residual branch gets any number of rows, also none.
+
+        Args:
+            x: Block inputs [B, C, H, W].
+            z: Not 0 for each sample that runs the residual branch, [B]; None for all.
+            pooled: Mean [B, C] of x over its pixels, None if it is not known.
+
+        Returns:
+            Outputs, and their mean if it is known.
+        """
+        shortcut = self.shortcut_of(x)
+        if z is None:
+            return self.last_act(self.residual(x) + shortcut), None
+        index = z.nonzero().view(-1)
+        rows = x.index_select(0, index)
+        if shortcut is x and self.relu_input:  # closed samples, and their pool, stay as they are
+            rows = self.last_act(self.residual(rows) + rows)
+            if pooled is not None:
+                pooled = pooled.index_copy(0, index, rows.mean((2, 3)))
+            return x.index_copy(0, index, rows), pooled
+        rows = self.residual(rows) + shortcut.index_select(0, index)
+        return self.last_act(shortcut.index_copy(0, index, rows)), None
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.branch(x)
+        return x if self.last_conv is None else self.last_conv(x)
+
+    def open_rows(self, x: torch.Tensor, pooled: Any) -> Tuple[Rows, Any]:
         """Indices of the samples that run, and pool(x) if it is known: given, or computed for the gate."""
         if self.gate is None:
             return range(len(x)), pooled
@@ -66,10 +105,14 @@ class InferenceStage(nn.Sequential):
         owned = False
         pooled: Any = None
         block: Any
+        if torch.compiler.is_compiling():
+            for block in self:
+                x, pooled = block.run_rows(x, *block.answers(x, pooled))
+            return x
         for block in self:
             rows, pooled = block.open_rows(x, pooled)
             y = run_open_rows(block, x, rows, owned)
-            if rows or block.downsample is not None or not block.relu_input:
+            if len(rows) or block.downsample is not None or not block.relu_input:
                 pooled = None
             owned = owned or y is not x
             x = y

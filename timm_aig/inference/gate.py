@@ -5,8 +5,9 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
+from ..blocks import Rows, open_rows
 from ..compat import has_forward_hooks
-from ..gate import Gate, gate_pass
+from ..gate import Gate, gate_pass, is_on_cpu
 from .fused import is_plain
 
 __all__ = ['InferenceGate', 'can_fold', 'pool']
@@ -18,8 +19,7 @@ class InferenceGate(Gate):
     Modifications:
         * the batch norm is folded into fc1
         * fc2 has one output, open minus closed logit
-        * for a single sample, Python computes ReLU and fc2
-        * the offset is a Python number
+        * for a single sample on a CPU, Python computes ReLU and fc2
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -31,24 +31,34 @@ class InferenceGate(Gate):
         self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # bias and output weight of hidden units
         self.score = self.bias2.item()
-        self.offset: Any = float(gate.offset)
+        self.register_buffer('offset', gate.offset.detach().clone())
+        self.threshold = -self.score - self.offset.item()
         self.budgets = gate.budgets
 
     def set_offset(self, offset: float) -> None:
-        self.offset = offset
+        super().set_offset(offset)
+        self.threshold = -self.score - offset
 
-    def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> List[int]:
-        """Indices of the samples that run a block, from their inputs as returned by pool."""
+    def answers(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> torch.Tensor:
+        """Answers [B] of a block's gate, from its inputs as returned by pool."""
+        hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu()
+        scores = (torch.mv(hidden, self.weight2[0]) + self.bias2).float()
+        if gate_pass.offset is not None:
+            scores = scores + gate_pass.offset_like(scores)
+        threshold = torch.rand_like(scores).logit() if gate_pass.sample else -self.offset
+        return gate_pass.note(block, (scores > threshold).float())
+
+    def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> Rows:
+        """Indices of the samples that run a block, as open_rows of blocks.py returns them."""
+        if gate_pass.sample or not is_on_cpu(pooled):
+            return open_rows(self.answers(block, pooled, scale))
         scores = self._scores(pooled, scale)
         if gate_pass.offset is not None and gate_pass.offset.ndim:  # one for each sample
             answers = [score + self.score + offset > 0
                        for score, offset in zip(scores, gate_pass.offset[gate_pass.rows].tolist())]
         else:
-            threshold = -self.score - (self.offset if gate_pass.offset is None else gate_pass.offset.item())
+            threshold = self.threshold if gate_pass.offset is None else -self.score - gate_pass.offset.item()
             answers = [score > threshold for score in scores]
-        if gate_pass.sample:
-            logits = torch.tensor(scores, device='cpu') + self.score
-            answers = (torch.rand_like(logits) < logits.sigmoid()).tolist()
         if gate_pass.forced is not None or gate_pass.record is not None:
             answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]

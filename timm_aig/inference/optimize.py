@@ -39,10 +39,11 @@ class InferenceModel(nn.Module):
     Other attributes and methods are those of the model.
     """
 
-    def __init__(self, model: nn.Module, micro_batch: Optional[int]) -> None:
+    def __init__(self, model: nn.Module, micro_batch: Optional[int], memory_format: torch.memory_format) -> None:
         super().__init__()
         self.model = model
         self.micro_batch = micro_batch
+        self.memory_format = memory_format
         self.training = False
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +66,7 @@ class InferenceModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].ndim != 4:
             return self.model(*args, **kwargs)
-        x = args[0].contiguous(memory_format=torch.channels_last)
+        x = args[0].contiguous(memory_format=self.memory_format)
         size = self.micro_batch or self._micro_batch(x)
         if len(x) <= size:
             return self.model(x)
@@ -112,8 +113,8 @@ def optimize_for_inference(
 
     Args:
         model: timm ResNet, adaptive or static, or any module that contains one, on the device it will run on.
-        compile: Compile the convolutions of each block with torch.compile; whether a block runs stays outside. Needs a
-            C++ compiler.
+        compile: Compile with torch.compile: on a CPU the whole network as one graph that skips closed samples, which
+            takes a C++ compiler and a minute; on an accelerator block by block.
         micro_batch: Number of images to run through the network at a time, for a model whose outputs are one for each
             image. Default: of a timm model on a CPU as many as have the pixels of four 224 x 224 images, else the whole
             batch.
@@ -156,9 +157,8 @@ def optimize_for_inference(
     lost = [name for name, m in hooked.items() if m not in kept]
     if lost:
         raise InputError(f'has forward hooks on {lost[0]}, which is replaced: remove them.', 'model')
-    if compile:
-        _compile(model)
-    return InferenceModel(model.to(memory_format=torch.channels_last), micro_batch)
+    memory_format = _compile(model) if compile else torch.channels_last
+    return InferenceModel(model.to(memory_format=memory_format), micro_batch, memory_format)
 
 
 def _fold_stem(module: Any) -> None:
@@ -168,12 +168,27 @@ def _fold_stem(module: Any) -> None:
         module.maxpool = nn.Sequential(*fold(module.maxpool))
 
 
-def _compile(model: nn.Module) -> None:
-    """Compile the stem, residual branches and downsampling shortcuts one by one; Python decides which of them run."""
+def _compile(model: Any) -> torch.memory_format:
+    """Compile a model, and return the memory format that it takes.
+
+    On a CPU it becomes one graph, in which a closed sample is a row left out of the batch. An accelerator wants
+    channels_last, which inductor does not take for a number of rows that depends on values: there, and in modules that
+    do more than a timm model, the stem, residual branches and shortcuts are compiled one by one.
+    """
+    if next(model.parameters()).device.type == 'cpu' and type(model).forward in PER_IMAGE:
+        compiled: Any = torch.compile(model.forward, options={'layout_optimization': False})
+
+        def forward(x: torch.Tensor) -> Any:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                return compiled(x)
+
+        model.forward = forward
+        return torch.contiguous_format
     # Freezing packs the weights for oneDNN. All blocks share the code of a method, and by default, or in a torch
     # before 2.14, its few compiled versions too.
     own = {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
-    compiled: Any = partial(torch.compile, options={'freezing': True}, **own)
+    compiled = partial(torch.compile, options={'freezing': True}, **own)
     module: Any
     for module in list(model.modules()):
         if isinstance(module, InferenceBlock):
@@ -182,3 +197,4 @@ def _compile(model: nn.Module) -> None:
                 module.downsample = compiled(module.downsample)
         elif isinstance(getattr(module, 'conv1', None), nn.Sequential):
             module.conv1 = compiled(module.conv1)
+    return torch.channels_last
