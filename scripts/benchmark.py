@@ -13,7 +13,6 @@ the rows take turns of 8 images (or one batch), so that other work on the machin
 """
 import argparse
 import copy
-import ctypes
 import itertools
 import json
 import statistics
@@ -79,6 +78,7 @@ import timm.task
 import torch
 from _cascade_times import measure_cascade, print_cascade_times
 from _inputs import read_image_folder
+from _memory import peak_mib
 
 import timm_aig
 from timm_aig import InputError
@@ -244,22 +244,6 @@ def time_rows(
     return seconds
 
 
-def peak_mib(row: Row, x: torch.Tensor) -> Optional[float]:
-    """Memory of a pass on top of the memory in use before it, from Linux's high-water mark of the process."""
-    def status(key: str) -> float:
-        line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) / 1024
-
-    try:
-        ctypes.CDLL('libc.so.6').malloc_trim(0)  # gives back what earlier passes freed
-        Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-        before = status('VmRSS')
-        row.run(x)
-        return status('VmHWM') - before
-    except OSError:
-        return None
-
-
 def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Dict]:
     """The table's rows for one batch size."""
     images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
@@ -290,7 +274,7 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
         )
         if args.memory:
             with forced(row, gates, 0, batch):
-                result['peak_mib'] = peak_mib(row, images[:batch])
+                result['peak_mib'] = peak_mib(row.run, images[:batch])
         results.append(result)
     return results
 
