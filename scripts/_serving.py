@@ -7,7 +7,6 @@ all figures are medians of the rounds.
 """
 import argparse
 import copy
-import csv
 import math
 import statistics
 import sys
@@ -24,23 +23,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from _cascade_times import quantile
-from _common import check_file, write_csv
 
 import timm_aig
-from timm_aig import InputError
 
-__all__ = [
-    'BatchQueue', 'Segment', 'add_to_csv', 'check_csv', 'measure_requests', 'print_requests', 'serve', 'spread_gates']
+__all__ = ['BatchQueue', 'Segment', 'measure_requests', 'print_requests', 'serve', 'spread_gates']
 
 PARENT = 'static parent'
 REQUESTS = 8  # of each client in a round, at least; all images are sent equally often
-
-# Columns of the CSV file, and how their values are written.
-COLUMNS = {
-    'model': '', 'run': '', 'clients': '', 'images_per_s': '.1f', 'p50_ms': '.2f', 'p99_ms': '.2f', 'mean_batch': '.1f',
-    'macs_share': '.2f', 'throughput_ratio': '.2f', 'throughput_low': '.2f', 'throughput_high': '.2f',
-    'p50_ratio': '.2f', 'p99_ratio': '.2f', 'img_size': '', 'precision': '', 'runtime': '', 'threads': '',
-    'machine': '', 'rounds': '', 'source': ''}
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]  # from images [B, C, H, W] to arrays of B rows
 
@@ -236,37 +225,3 @@ def print_requests(results: List[Dict[str, Any]]) -> None:
         print(f'{r["clients"]:>7}  {r["run"]:22} {r["images_per_s"]:8.1f}  {r["throughput_ratio"]:6.3f} '
               f'{r["throughput_low"]:6.3f}-{r["throughput_high"]:<6.3f} {r["p50_ms"]:8.2f} {r["p50_ratio"]:6.3f} '
               f'{r["p99_ms"]:8.2f} {r["p99_ratio"]:6.3f} {r["mean_batch"]:6.1f} {r["macs_share"]:6.3f}')
-
-
-def check_csv(path: str) -> None:
-    """Check that results can be added to a file, before the work.
-
-    Raises:
-        InputError: The file has other columns.
-        OSError: It cannot be written to.
-    """
-    check_file(path, 'csv')
-    read_csv(path)
-
-
-def read_csv(path: str) -> List[List[str]]:
-    """Rows of a file of add_to_csv; none if there is no such file. See check_csv."""
-    if not Path(path).is_file():
-        return []
-    with open(path, newline='', encoding='utf-8', errors='replace') as file:
-        head, *rows = list(csv.reader(file)) or [list(COLUMNS)]
-    if head != list(COLUMNS):
-        raise InputError(f'must be a file that --csv wrote, {path} has other columns.', 'csv')
-    return rows
-
-
-def add_to_csv(path: str, setting: Dict[str, Any], results: List[Dict[str, Any]]) -> None:
-    """Add the results to a CSV file, which is made if there is none."""
-    rows = read_csv(path)
-    common = dict(
-        setting, img_size=setting['input_size'][-1], machine=f'{setting["cpu"]} ({setting["cpu_capability"]})',
-        source=setting['command'])
-    for result in results:
-        values = {**common, **result}
-        rows.append([format(values[name], form) for name, form in COLUMNS.items()])
-    write_csv(path, COLUMNS, rows)

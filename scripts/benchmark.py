@@ -45,7 +45,7 @@ EXAMPLES = """examples:
   scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json
   scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes
   scripts/benchmark.py --requests --rate .5                       clients that send single images, served in batches
-  scripts/benchmark.py --requests --model local-dir:output/demo --images my/images --clients 16 --csv serving.csv"""
+  scripts/benchmark.py --requests --model local-dir:output/demo --images my/images --clients 16"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -67,13 +67,12 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--requests', action='store_true', help='serve single images of clients instead, by ONNX Runtime (CPU)')
     arg('--clients', type=integer(1), nargs='+', metavar='N', help='clients of --requests (default: 1 4 16 64)')
     arg('--max-batch', type=integer(1), metavar='N', help='most images in a batch of --requests (default: 32)')
-    arg('--csv', metavar='FILE', help='CSV file to add the results of --requests to')
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
     if args.requests and any((args.cascade, args.batch_size, args.compile, args.runtimes, args.train, args.memory)):
         parser.error('--requests goes without --cascade, --batch-size, --compile, --runtimes, --train and --memory.')
-    if not args.requests and any((args.clients, args.max_batch, args.csv)):
-        parser.error('--clients, --max-batch and --csv are for --requests.')
+    if not args.requests and (args.clients or args.max_batch):
+        parser.error('--clients and --max-batch are for --requests.')
     args.clients, args.max_batch = args.clients or [1, 4, 16, 64], args.max_batch or 32
     args.num_images = args.num_images or (128 if args.requests else 32)
     args.batch_size = args.batch_size or ([32] if args.train else [1] if args.requests else [1, 8, 32])
@@ -93,7 +92,7 @@ import torch
 from _cascade_times import measure_cascade, print_cascade_times
 from _inputs import read_image_folder
 from _memory import peak_mib
-from _serving import add_to_csv, check_csv, measure_requests, print_requests
+from _serving import measure_requests, print_requests
 
 import timm_aig
 from timm_aig import InputError
@@ -314,8 +313,6 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if open_device(args).type != 'cpu' and (args.runtimes or args.memory or args.requests):
         raise InputError(f'must be cpu for --runtimes, --memory and --requests, not {args.device}.', 'device')
-    if args.csv:
-        check_csv(args.csv)
     if args.runtimes or args.requests:
         require('export', 'onnxruntime', 'openvino')
     setting = dict(
@@ -332,8 +329,6 @@ def run(args: argparse.Namespace) -> None:
             else:
                 results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
             setting.update(images=len(images), input_size=list(images.shape[1:]))
-    if args.csv:
-        add_to_csv(args.csv, setting, results)
     if args.json:
         print(json.dumps(dict(setting=setting, results=results), indent=2))
         return

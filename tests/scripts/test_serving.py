@@ -1,5 +1,4 @@
 """benchmark.py --requests: the queue, its clients, gates that differ from image to image, and what is reported."""
-import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from _serving import COLUMNS, BatchQueue, add_to_csv, check_csv, serve, spread_gates
+from _serving import BatchQueue, serve, spread_gates
 
 import timm_aig
 
@@ -117,9 +116,8 @@ def test_each_gate_opens_for_the_share_of_the_images_whatever_it_was_trained_to(
 ARGS = ['--requests', '--model', 'cifar_resnet8_aig', '--input-size', '3', '8', '8', '--device', 'cpu']
 
 
-def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys, tmp_path):
-    path = tmp_path / 'serving.csv'
-    args = [*ARGS, '--num-images', 10, '--rounds', 1, '--rate', .3, '--clients', 1, 3, '--threads', 1, '--csv', path]
+def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys):
+    args = [*ARGS, '--num-images', 10, '--rounds', 1, '--rate', .3, '--clients', 1, 3, '--threads', 1]
     assert run_script('benchmark.py', *args, '--json') == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown['setting']['images'] == 10 and shown['setting']['input_size'] == [3, 8, 8]
@@ -135,34 +133,13 @@ def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys, 
         assert 0 < row['p50_ms'] <= row['p99_ms'] and row['images_per_s'] > 0
         assert 0 < row['throughput_low'] <= row['throughput_ratio'] <= row['throughput_high']
         assert adaptive or row['throughput_ratio'] == row['p50_ratio'] == row['p99_ratio'] == 1
-    with open(path, newline='') as file:
-        written = list(csv.DictReader(file))
-    assert [(r['run'], int(r['clients']), r['img_size'], r['threads']) for r in written] == [
-        (r['run'], r['clients'], '8', '1') for r in rows]
-
-
-def test_results_are_added_to_a_csv_file_of_the_same_columns_only(tmp_path):
-    path = tmp_path / 'serving.csv'
-    numbers = {column for column, form in COLUMNS.items() if form}
-    result = {column: .123456 if column in numbers else 'x' for column in COLUMNS}
-    setting = dict(input_size=[3, 8, 9], cpu='Z80', cpu_capability='none', command='benchmark.py', model='m')
-    for model in ('a', 'b'):
-        check_csv(path)
-        add_to_csv(path, setting, [dict(result, model=model)])
-    with open(path, newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert [row['model'] for row in rows] == ['a', 'b'] and list(rows[0]) == list(COLUMNS)
-    assert rows[0]['p50_ms'] == '0.12'
-    path.write_text('model,other\n')
-    with pytest.raises(timm_aig.InputError, match='csv must be a file that --csv wrote'):
-        check_csv(path)
 
 
 @pytest.mark.parametrize('args, message', [
     *(([*ARGS, *other], '--requests goes without --cascade') for other in (
         ['--train'], ['--compile'], ['--memory'], ['--runtimes'], ['--cascade', 'a', 'b'], ['--batch-size', '8'])),
-    *((other, '--clients, --max-batch and --csv are for --requests') for other in (
-        ['--clients', '4'], ['--max-batch', '4'], ['--csv', 'x.csv'])),
+    *((other, '--clients and --max-batch are for --requests') for other in (
+        ['--clients', '4'], ['--max-batch', '4'])),
     ([*ARGS, '--clients', '0'], '--clients must be a whole number from 1'),
     ([*ARGS, '--max-batch', '0'], '--max-batch must be a whole number from 1'),
     ([*ARGS[:-1], 'meta'], '--device must be cpu for --runtimes, --memory and --requests, not meta'),
