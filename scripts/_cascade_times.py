@@ -23,7 +23,7 @@ import timm_aig
 from timm_aig import Cascade, InputError
 from timm_aig.export.cascade import CascadeRunner, export_cascade, load_exported_cascade
 
-__all__ = ['measure_cascade', 'print_cascade_times', 'sum_up', 'time_runs']
+__all__ = ['measure_cascade', 'print_cascade_times', 'quantile', 'sum_up', 'time_runs']
 
 
 def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:

@@ -10,10 +10,11 @@ the rows take turns of 8 images (or one batch), so that other work on the machin
     MACs        MACs share: executed MACs over the parent's
     efficiency  MACs / ratio: 1 if all of the skipped compute is saved time
     peak MiB    memory of a pass on top of model and input (Linux, CPU, with --memory)
+
+--cascade and --requests print other tables, see scripts/README.md.
 """
 import argparse
 import copy
-import ctypes
 import itertools
 import json
 import statistics
@@ -42,7 +43,9 @@ EXAMPLES = """examples:
   scripts/benchmark.py --model resnet101_aig --batch-size 1 --compile
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
   scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json
-  scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes"""
+  scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes
+  scripts/benchmark.py --requests --rate .5                       clients that send single images, served in batches
+  scripts/benchmark.py --requests --model local-dir:output/demo --images my/images --clients 16"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -55,15 +58,24 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--rate', type=number('[0, 1]'), nargs='+', default=[1., .7, .5, .3], metavar='R',
         help='forced execution rates (default: 1 .7 .5 .3)')
     add_args(parser, 'images', help='folder of images, on which the gates decide (default: noise, forced gates)')
-    add_args(parser, 'num_images', default=32)
+    add_args(parser, 'num_images', help='number of images (default: 32, with --requests 128)')
     add_args(parser, 'rounds', type=integer(1), default=7)
     arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
     arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU)')
     arg('--train', action='store_true', help='time training steps instead, without a teacher')
     arg('--memory', action='store_true', help='peak memory of a pass too')
+    arg('--requests', action='store_true', help='serve single images of clients instead, by ONNX Runtime (CPU)')
+    arg('--clients', type=integer(1), nargs='+', metavar='N', help='clients of --requests (default: 1 4 16 64)')
+    arg('--max-batch', type=integer(1), metavar='N', help='most images in a batch of --requests (default: 32)')
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
-    args.batch_size = args.batch_size or ([32] if args.train else [1, 8, 32])
+    if args.requests and any((args.cascade, args.batch_size, args.compile, args.runtimes, args.train, args.memory)):
+        parser.error('--requests goes without --cascade, --batch-size, --compile, --runtimes, --train and --memory.')
+    if not args.requests and (args.clients or args.max_batch):
+        parser.error('--clients and --max-batch are for --requests.')
+    args.clients, args.max_batch = args.clients or [1, 4, 16, 64], args.max_batch or 32
+    args.num_images = args.num_images or (128 if args.requests else 32)
+    args.batch_size = args.batch_size or ([32] if args.train else [1] if args.requests else [1, 8, 32])
     if args.cascade and (args.train or args.compile or args.memory):
         parser.error('--cascade is timed without --train, --compile and --memory.')
     if args.train and min(args.batch_size) == 1:
@@ -79,6 +91,8 @@ import timm.task
 import torch
 from _cascade_times import measure_cascade, print_cascade_times
 from _inputs import read_image_folder
+from _memory import peak_mib
+from _serving import measure_requests, print_requests
 
 import timm_aig
 from timm_aig import InputError
@@ -244,22 +258,6 @@ def time_rows(
     return seconds
 
 
-def peak_mib(row: Row, x: torch.Tensor) -> Optional[float]:
-    """Memory of a pass on top of the memory in use before it, from Linux's high-water mark of the process."""
-    def status(key: str) -> float:
-        line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) / 1024
-
-    try:
-        ctypes.CDLL('libc.so.6').malloc_trim(0)  # gives back what earlier passes freed
-        Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-        before = status('VmRSS')
-        row.run(x)
-        return status('VmHWM') - before
-    except OSError:
-        return None
-
-
 def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Dict]:
     """The table's rows for one batch size."""
     images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
@@ -290,12 +288,13 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
         )
         if args.memory:
             with forced(row, gates, 0, batch):
-                result['peak_mib'] = peak_mib(row, images[:batch])
+                result['peak_mib'] = peak_mib(row.run, images[:batch])
         results.append(result)
     return results
 
 
-def print_table(results: List[Dict], memory: bool) -> None:
+def print_table(results: List[Dict]) -> None:
+    memory = 'peak_mib' in results[0]
     print(f"{'batch':>5}  {'':40} {'ms/img':>8}  {'ratio':>6} {'range':>13} {'MACs':>6} {'efficiency':>10}"
           + (f" {'peak MiB':>9}" if memory else ''))
     for r in results:
@@ -312,9 +311,9 @@ def run(args: argparse.Namespace) -> None:
         keep_freed_memory()  # as finetune.py does
     if args.threads:
         torch.set_num_threads(args.threads)
-    if open_device(args).type != 'cpu' and (args.runtimes or args.memory):
-        raise InputError(f'must be cpu for --runtimes and --memory, not {args.device}.', 'device')
-    if args.runtimes:
+    if open_device(args).type != 'cpu' and (args.runtimes or args.memory or args.requests):
+        raise InputError(f'must be cpu for --runtimes, --memory and --requests, not {args.device}.', 'device')
+    if args.runtimes or args.requests:
         require('export', 'onnxruntime', 'openvino')
     setting = dict(
         model=args.cascade or args.model, device=args.device, precision='float32', threads=torch.get_num_threads(),
@@ -325,13 +324,17 @@ def run(args: argparse.Namespace) -> None:
         else:
             adaptive, parent = load_models(args)
             images = load_images(args, adaptive)
-            results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
+            if args.requests:
+                results = measure_requests(args, adaptive, parent, images)
+            else:
+                results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
             setting.update(images=len(images), input_size=list(images.shape[1:]))
     if args.json:
         print(json.dumps(dict(setting=setting, results=results), indent=2))
         return
     print(', '.join(f'{k} {v}' for k, v in setting.items()))
-    print_cascade_times(results) if args.cascade else print_table(results, args.memory)
+    show = print_requests if args.requests else print_cascade_times if args.cascade else print_table
+    show(results)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
