@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time an adaptive ResNet against its static parent, both optimized the same way, in turns in one process.
 
-Each row of the table is one way to run the network. The gates are forced open at random with rate r for each image and
-block (seeded), or, with --images, decide for themselves on real images. In every round each row runs the same images;
+Each row of the table is one way to run the network. A share r of the gates, drawn for each image (seeded), is forced
+open, or, with --images, they decide for themselves on real images. In every round each row runs the same images;
 the rows take turns of 8 images (or one batch), so that other work on the machine slows all rows alike.
 
     ms/img      milliseconds per image, median of the rounds
@@ -19,11 +19,8 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
 from _common import (
     add_args,
@@ -44,6 +41,7 @@ EXAMPLES = """examples:
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
   scripts/benchmark.py --model local-dir:output/demo --images my/images --json > result.json
   scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes
+  scripts/benchmark.py --device cuda --precision bfloat16 --compile --batch-size 1 32 128 256 --num-images 256
   scripts/benchmark.py --requests --rate .5                       clients that send single images, served in batches
   scripts/benchmark.py --requests --model local-dir:output/demo --images my/images --clients 16"""
 
@@ -54,12 +52,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'model', default='resnet50_aig')
     add_args(parser, 'cascade', 'pretrained', 'input_size')
     add_args(parser, 'batch_size', nargs='+', default=None,
-             help='images in a batch, one table for each (default: 1 8 32, with --train 32)')
+             help='images in a batch, rows for each (default: 1 8 32, with --train 32)')
     arg('--rate', type=number('[0, 1]'), nargs='+', default=[1., .7, .5, .3], metavar='R',
         help='forced execution rates (default: 1 .7 .5 .3)')
     add_args(parser, 'images', help='folder of images, on which the gates decide (default: noise, forced gates)')
     add_args(parser, 'num_images', help='number of images (default: 32, with --requests 128)')
     add_args(parser, 'rounds', type=integer(1), default=7)
+    arg('--precision', nargs='+', choices=('float32', 'float16', 'bfloat16', 'int8'), default=['float32'],
+        help='rows for each: weights and arithmetic; int8 for --runtimes (default: float32)')
     arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
     arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU)')
     arg('--train', action='store_true', help='time training steps instead, without a teacher')
@@ -80,6 +80,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error('--cascade is timed without --train, --compile and --memory.')
     if args.train and min(args.batch_size) == 1:
         parser.error('--batch-size must be at least 2 for --train, for the batch norms of the gates.')
+    if args.precision != ['float32'] and (args.cascade or args.requests or args.train):
+        parser.error('--precision goes without --cascade, --requests and --train.')
+    if 'int8' in args.precision and not args.runtimes:
+        parser.error('--precision int8 is for --runtimes.')
     return args
 
 
@@ -87,27 +91,16 @@ if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
 import timm
-import timm.task
 import torch
 from _cascade_times import measure_cascade, print_cascade_times
 from _inputs import read_image_folder
 from _memory import peak_mib
+from _rows import Row, draw_gates, forced, make_rows
 from _serving import measure_requests, print_requests
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.export.check import FORCED, own_offsets
-from timm_aig.export.runtime import open_exported
 from timm_aig.run import environment
-
-
-class Row(NamedTuple):
-    """One way to run the network."""
-    name: str
-    run: Callable[[torch.Tensor], Any]
-    rate: Optional[float] = None  # forced rate; None with the gates' own decisions
-    reference: str = 'parent, optimized'  # row that the ratio is to
-    adaptive: Any = None  # the model, if it has gates
 
 
 def load_models(args: argparse.Namespace) -> Any:
@@ -132,104 +125,6 @@ def load_images(args: argparse.Namespace, model: torch.nn.Module) -> torch.Tenso
     return images.to(args.device)
 
 
-class RuntimeModel:
-    """A file in another runtime. It runs with gate offsets [L], so all images of a batch share the drawn gates."""
-
-    def __init__(self, run: Callable[[Any], Any], own: Any = None) -> None:
-        self.run = run
-        self.own = self.offset = own
-
-    def __call__(self, x: torch.Tensor) -> Any:
-        return self.run({'x': x.numpy()} if self.offset is None else {'x': x.numpy(), 'gate_offset': self.offset})
-
-
-def runtime_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
-    """Parent and adaptive model in ONNX Runtime and OpenVINO."""
-    threads = args.threads or torch.get_num_threads()
-    import onnxruntime
-    import openvino
-
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
-        x = images[:batch].clone()
-        for model, mode in ((parent, 'masked'), (adaptive, 'sparse')):
-            onnx, ir = Path(folder, f'{mode}.onnx'), Path(folder, f'{mode}.xml')
-            timm_aig.export_onnx(model, onnx, mode=mode, images=x)
-            timm_aig.export_openvino(model, ir, mode=mode, images=x)
-            for runtime, path in (
-                (f'ONNX Runtime {onnxruntime.__version__}', onnx),
-                (f"OpenVINO {openvino.__version__.split('-')[0]}", ir),
-            ):
-                run = open_exported(path, threads, spinning=False)  # spinning threads would slow the other rows
-                reference = f'parent, {runtime}'
-                if mode == 'masked':
-                    rows.append(Row(reference, RuntimeModel(run), reference=reference))
-                else:
-                    file = RuntimeModel(run, own_offsets(adaptive))
-                    rows.extend(adaptive_rows(args, file, f'adaptive, {runtime}', reference))
-    return rows
-
-
-def adaptive_rows(args: argparse.Namespace, model: Any, label: str, reference: str) -> List[Row]:
-    if args.images:
-        return [Row(f'{label}, own gates', model, None, reference, model)]
-    return [Row(f'{label}, r = {rate:g}', model, rate, reference, model) for rate in args.rate]
-
-
-def training_step(model: torch.nn.Module, device: str, compiled: bool) -> Callable[[torch.Tensor], Any]:
-    """One step of SGD on random labels, for batches of images."""
-    with torch.inference_mode(False):
-        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        task_cls = timm_aig.AIGTask if timm_aig.gated_blocks(model) else timm.task.ClassificationTask
-        task = task_cls(model, torch.nn.CrossEntropyLoss(), device=torch.device(device), verbose=False).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        if compiled:
-            task.compile()
-
-    def step(x: torch.Tensor) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone(memory_format=torch.channels_last)
-            task(x, torch.arange(len(x), device=device) % model.num_classes)['loss'].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
-def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor, batch: int) -> List[Row]:
-    if args.train:
-        rows = []
-        for step in ['training step'] + ['compiled training step'] * args.compile:
-            for name, model in (('parent', parent), ('adaptive', adaptive)):
-                run = training_step(model, args.device, step.startswith('compiled'))
-                rows.append(Row(f'{name}, {step}', run, reference=f'parent, {step}'))
-        return rows
-    rows = [
-        Row('parent, timm default', parent),
-        Row('parent, optimized', timm_aig.optimize_for_inference(parent)),
-        *adaptive_rows(args, timm_aig.optimize_for_inference(adaptive), 'adaptive', 'parent, optimized'),
-    ]
-    if args.compile:
-        compiled = timm_aig.optimize_for_inference(parent, compile=True)
-        rows.append(Row('parent, compiled', compiled, reference='parent, compiled'))
-        compiled = timm_aig.optimize_for_inference(adaptive, compile=True)
-        rows.extend(adaptive_rows(args, compiled, 'adaptive, compiled', 'parent, compiled'))
-    if args.runtimes:
-        rows.extend(runtime_rows(args, adaptive, parent, images, batch))
-    return rows
-
-
-def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
-    """Context in which the row's gates are forced to the drawn answers of a batch."""
-    if isinstance(row.adaptive, RuntimeModel):
-        forced = FORCED * (2 * gates[row.name][start].numpy() - 1)
-        row.adaptive.offset = row.adaptive.own if row.rate is None else forced
-        return nullcontext()
-    if row.rate is None or row.adaptive is None:
-        return nullcontext()
-    return timm_aig.force_gates(row.adaptive, gates[row.name][start:start + batch])
-
-
 def time_rows(
         args: argparse.Namespace, rows: List[Row], images: torch.Tensor, batch: int, gates: Dict[str, torch.Tensor],
 ) -> Dict[str, List[float]]:
@@ -243,7 +138,7 @@ def time_rows(
         totals = dict.fromkeys(seconds, 0.)
         for turn, row in itertools.product(turns, rows):
             for start in turn:
-                x = images[start:start + batch]
+                x = images[start:start + batch].to(row.dtype)
                 with forced(row, gates, start, batch):
                     synchronize()
                     begin = time.perf_counter()
@@ -263,18 +158,7 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
     images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
     rows = make_rows(args, adaptive, parent, images, batch)
-    generator = torch.Generator().manual_seed(args.seed)
-    gates = {}
-    for row in rows:
-        if row.adaptive is None:
-            continue
-        if row.rate is None:
-            gates[row.name] = timm_aig.forward_gates(adaptive, images)[1]
-        else:
-            generator.manual_seed(args.seed)  # the lower rate's gates are a subset of the higher's
-            gates[row.name] = (torch.rand(len(images), len(cost.blocks), generator=generator) < row.rate).float()
-            if isinstance(row.adaptive, RuntimeModel):  # a file has one offset for each gate: the same for all images
-                gates[row.name] = gates[row.name][::batch].repeat_interleave(batch, 0)
+    gates = {row.name: draw_gates(args, row, images, batch, adaptive) for row in rows if row.adaptive}
     seconds = time_rows(args, rows, images, batch, gates)
     results = []
     for row in rows:
@@ -288,7 +172,7 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
         )
         if args.memory:
             with forced(row, gates, 0, batch):
-                result['peak_mib'] = peak_mib(row.run, images[:batch])
+                result['peak_mib'] = peak_mib(row.run, images[:batch].to(row.dtype))
         results.append(result)
     return results
 
@@ -316,8 +200,9 @@ def run(args: argparse.Namespace) -> None:
     if args.runtimes or args.requests:
         require('export', 'onnxruntime', 'openvino')
     setting = dict(
-        model=args.cascade or args.model, device=args.device, precision='float32', threads=torch.get_num_threads(),
-        **environment(), images=args.num_images, rounds=args.rounds, seed=args.seed, command=' '.join(sys.argv))
+        model=args.cascade or args.model, device=args.device, precision=' '.join(args.precision),
+        threads=torch.get_num_threads(), **environment(), images=args.num_images, rounds=args.rounds, seed=args.seed,
+        command=' '.join(sys.argv))
     with torch.inference_mode():
         if args.cascade:
             results = measure_cascade(args)

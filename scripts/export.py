@@ -41,7 +41,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--format', choices=SUFFIXES, default='onnx', help='program is torch.export (default: %(default)s)')
     arg('--mode', choices=('sparse', 'masked', 'path'), default='sparse', help='default: %(default)s')
     arg('--precision', choices=('float32', 'float16', 'bfloat16', 'int8'), default='float32',
-        help='float16 is for ONNX and OpenVINO, int8 for ONNX, bfloat16 for OpenVINO (default: %(default)s)')
+        help='bfloat16 is for OpenVINO (default: %(default)s)')
     arg('--output', type=Path, metavar='FILE', help="default: the model's name with the suffix of the format, here")
     add_args(parser, 'images', help='folder of images to check and time on, and to calibrate int8 on (default: noise)')
     add_args(parser, 'num_images', default=8)
@@ -87,10 +87,10 @@ def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path
         with torch.no_grad():
             patterns, counts = timm_aig.forward_gates(model, images)[1].unique(dim=0, return_counts=True)
         kwargs['gates'] = patterns[counts.argmax()].tolist()
-    if args.format == 'openvino':
-        return timm_aig.export_openvino(model, path, **kwargs)
     if args.precision == 'int8':
         kwargs['calibration'] = images.split(8)
+    if args.format == 'openvino':
+        return timm_aig.export_openvino(model, path, **kwargs)
     return timm_aig.export_onnx(model, path, **kwargs)
 
 

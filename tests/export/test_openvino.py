@@ -27,8 +27,19 @@ def test_two_files_are_written_with_the_metadata(model, openvino_file):
 def test_bad_arguments_are_named(model, tmp_path):
     with pytest.raises(timm_aig.InputError, match=r'path must end in \.xml'):
         timm_aig.export_openvino(model, tmp_path / 'm.onnx')
-    with pytest.raises(timm_aig.InputError, match='precision must be one of float32, float16, bfloat16'):
+    with pytest.raises(timm_aig.InputError, match='precision must be one of float32, float16, bfloat16, int8'):
+        timm_aig.export_openvino(model, tmp_path / 'm.xml', precision='int4')
+    with pytest.raises(timm_aig.InputError, match="calibration is for precision 'int8', which needs it"):
         timm_aig.export_openvino(model, tmp_path / 'm.xml', precision='int8')
+
+
+def test_int8_skips_closed_blocks_too(model, x, openvino_file, tmp_path):
+    report = timm_aig.export_openvino(model, tmp_path / 'm.xml', images=x[:6], precision='int8', calibration=[x])
+    assert report['bytes'] < 0.6 * openvino_file.with_suffix('.bin').stat().st_size
+    compiled = openvino_core().compile_model(tmp_path / 'm.xml', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    for pattern in ([1] * GATES, [0] * GATES, MIXED):
+        found = compiled({'x': x[:7].numpy(), 'gate_offset': offsets(pattern)})
+        assert_agree(list(found.values()), expected(model, x[:7], pattern), atol=0.1)
 
 
 def test_signals_reach_a_process_after_several_models_were_released(model, tmp_path):

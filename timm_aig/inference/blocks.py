@@ -49,7 +49,7 @@ class InferenceBlock(nn.Module):
         return self.gate.answers(self, pooled, 1.), pooled
 
     def run_rows(self, x: torch.Tensor, z: Optional[torch.Tensor], pooled: Any = None) -> Tuple[torch.Tensor, Any]:
-        """Sparse execution in the form that torch.export and torch.compile trace: rows are taken, computed and put back.
+        """Sparse execution in a form that torch.export and torch.compile trace: take rows, compute, put them back.
 
         It does not branch on values: the residual branch gets any number of rows, also none.
 
