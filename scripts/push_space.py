@@ -46,7 +46,8 @@ TITLE = 'Adaptive networks, block by block'
 TEXT = f"""# {TITLE}
 
 Which blocks of an adaptive network (ConvNet-AIG, package `timm_aig`) run for an image, at any budget, how much that
-saves, and whether a second stage is needed. `app.py` is `scripts/space/app.py` of the package; `scripts/push_space.py` updates this Space.
+saves, and whether a second stage is needed. `app.py` is `scripts/space/app.py` of the package;
+`scripts/push_space.py` updates this Space.
 """
 CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'  # a tenth of the size of PyPI's
 # Files that this script uploads, or uploaded in an earlier version.
