@@ -42,11 +42,12 @@ from timm_aig.hub.push import Upload, check_repo_id
 from timm_aig.hub.timeout import hub_timeout
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TITLE = 'Adaptive ResNets, block by block'
+TITLE = 'Adaptive networks, block by block'
 TEXT = f"""# {TITLE}
 
-Which blocks of an adaptive ResNet (ConvNet-AIG, package `timm_aig`) run for an image, at any budget, and how much
-computation that saves. `app.py` is `scripts/space/app.py` of the package; `scripts/push_space.py` updates this Space.
+Which blocks of an adaptive network (ConvNet-AIG, package `timm_aig`) run for an image, at any budget, how much that
+saves, and whether a second stage is needed. `app.py` is `scripts/space/app.py` of the package;
+`scripts/push_space.py` updates this Space.
 """
 CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'  # a tenth of the size of PyPI's
 # Files that this script uploads, or uploaded in an earlier version.
@@ -72,7 +73,7 @@ def make_card(existing: Optional[str]) -> SpaceCard:
     """README.md with the settings of the Space; in an existing one only what the page needs to run is changed."""
     data = SpaceCardData(
         title=TITLE, sdk='gradio', sdk_version=version('gradio'), python_version='3.11', app_file='app.py',
-        license='apache-2.0', short_description='Which blocks of a ResNet run for an image', pinned=False)
+        license='apache-2.0', short_description='Which blocks of a network run for an image', pinned=False)
     if existing is None:
         return SpaceCard(f'---\n{data}\n---\n\n{TEXT}')
     card = SpaceCard(existing)

@@ -248,6 +248,10 @@ class Handler(BaseHTTPRequestHandler):
         repo_type, repo_id, action, revision = match.groups()
         if method == 'GET' and action in (None, 'revision'):
             return self.find(repo_type, repo_id).info(revision or 'main')
+        if method == 'GET' and action == 'tree':
+            files = self.find(repo_type, repo_id).at(revision).files
+            return [dict(type='file', path=path, size=len(data), oid=hashlib.sha1(data).hexdigest())
+                    for path, data in sorted(files.items())]
         create_pr = 'create_pr=1' in query
         repo = self.find(repo_type, repo_id, write=not create_pr)
         if action == 'branch':

@@ -48,17 +48,18 @@ try:
 except ImportError:
     print("error: the page needs gradio: pip install 'timm_aig[space]'", file=sys.stderr)
     sys.exit(2)
-from drawing import CSS, draw_cost, draw_heatmap, draw_images, draw_network, draw_sample
+from drawing import CSS, draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair, draw_sample
 from images import MAX_BYTES, UploadError, read_image
-from network import ON_A_SPACE, ModelError, Network, Run, load_network, shipped_models
+from loading import CASCADE, ON_A_SPACE, load_network, shipped_models
+from network import ModelError, Network, Run
 from PIL import Image
 
 SAMPLES = sorted((Path(__file__).resolve().parent / 'examples').glob('*.png'))  # grey images of Fashion-MNIST
-TITLE = 'Adaptive ResNets, block by block'
+PAIR = [path for path in SAMPLES if 'Pullover' in path.stem]  # an easy and a hard one
+TITLE = 'Adaptive networks, block by block'
 INTRO = f"""# {TITLE}
-Before each block of the network a small gate looks at the image and decides whether the block runs
-([ConvNet-AIG](https://arxiv.org/abs/1711.11503) for [timm](https://github.com/huggingface/pytorch-image-models)).
-Choose a model, drop an image, move the slider."""
+Before each block a small gate decides for each image whether the block runs:
+[ConvNet-AIG](https://arxiv.org/abs/1711.11503)."""
 
 
 @dataclass
@@ -71,31 +72,37 @@ class Session:
     shown: Optional[Tuple[Network, Any, Run]] = None  # on the page now; time_it stops when another object replaces it
     pictured: Tuple[Any, ...] = ()  # what the pictures on the page show
 
-    def take_sample(self, index: int) -> None:
-        path = SAMPLES[index]
-        self.image, self.title, self.sample = read_image(path)[0], f'sample: {path.stem[2:].replace("_", " ")}', True
+    def take_sample(self, path: Path) -> None:
+        self.image, self.title, self.sample = read_image(path)[0], f'sample: {title_of(path)}', True
+
+
+def title_of(path: Path) -> str:
+    return path.stem[2:].replace('_', ' ')
 
 
 def controls(network: Network) -> Tuple[Any, str]:
     """The slider of a model, or its update, and the description of the model."""
-    setting = network.slider
-    label, info = 'Gate offset', (
-        'This model has no calibrated budgets. The slider moves the threshold of all gates; below 0 fewer blocks run.')
-    if setting.calibrated:
-        label, info = "Budget: percent of the static parent's MACs", (
-            'On average over images like those it was calibrated on. A single image takes more or less.')
-    slider = gr.Slider(
-        setting.low, setting.high, setting.value, step=setting.step, label=label, info=info, elem_id='budget')
-    names = [network.class_name(i) for i in range(network.model.num_classes)]
+    slider = network.slider
+    if slider is None:
+        control = gr.Slider(0, 1, 0, label='No gates', visible=False, elem_id='budget')
+    else:
+        label, info = 'Gate offset', 'No calibrated budgets: this moves the threshold of all gates. Below 0 fewer run.'
+        if slider.table:
+            label, info = 'Budget: % of the MACs', 'A mean over images. 100 is all blocks.'
+        control = gr.Slider(slider.low, slider.high, slider.value, step=slider.step, label=label, info=info,
+                            visible=True, elem_id='budget')
+    names = network.classes
     classes = ', '.join(names if len(names) <= 20 else [*names[:5], '...'])
-    hint = ' It was trained on light clothes on a black ground.' if '.fmnist_' in network.name else ''
-    about = (f'{len(network.gated)} of its {len(network.blocks)} blocks have a gate. Images: {network.image_kind}. '
-             f'{len(names)} classes: {classes}.{hint}')
-    return slider, about
+    stages = '. '.join(f'{stage.title.capitalize()}: {stage.name}, {len(stage.gated)} of {len(stage.blocks)} blocks '
+                       'have a gate' for stage in network.stages)
+    threshold = '' if network.own_cascade else (
+        f' All blocks are asked as second stage below {network.thresholds[0]:.0%}, which is not calibrated.')
+    return control, f'{stages}.{threshold} Images: {network.image_kind}. {len(names)} classes: {classes}.'
 
 
 def samples_suit(network: Network) -> bool:
-    return network.input_size[0] == 1
+    """Whether the network knows the samples' classes."""
+    return network.input_size[0] == 1 and {'Pullover', 'Ankle boot'} <= {*network.classes}
 
 
 def choose_model(name: str, session: Session) -> Tuple[Any, ...]:
@@ -107,58 +114,62 @@ def choose_model(name: str, session: Session) -> Tuple[Any, ...]:
         return session.model, gr.skip(), gr.skip(), gr.skip()
     session.model = network.name
     if samples_suit(network) and session.image is None:
-        session.take_sample(0)
+        session.take_sample(SAMPLES[0])
     elif session.sample and not samples_suit(network):
         session.image = None
     return network.name, *controls(network), gr.Dataset(visible=samples_suit(network))
 
 
-def upload(path: str, session: Session) -> None:
-    """Read an uploaded file and delete it, or say why not and keep the previous image."""
-    title = Path(path).name
+def upload(file: Optional[Dict[str, Any]], session: Session) -> None:
+    """Read an image that was uploaded, pasted or taken, and delete it, or say why not and keep the previous one."""
+    if not file or not file.get('path'):
+        return
+    path, title = Path(file['path']), str(file.get('orig_name') or 'your image')
     try:
         session.image, notes = read_image(path)
     except UploadError as e:
         gr.Warning(escape(f'{title[:30]}: {e}'))
         return
     finally:
-        Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     session.title, session.sample = title, False
     if notes:
         gr.Info(escape(' '.join([f'{title[:30]}:', *notes])))
 
 
 def pick(index: int, session: Session) -> None:
-    session.take_sample(index)
+    session.take_sample(SAMPLES[index])
 
 
-def show(value: float, session: Session) -> Tuple[Any, ...]:
+def show(value: Any, session: Session) -> Tuple[Any, ...]:
     """Everything about the image at a value of the slider, except the time."""
     network = load_network(session.model)
+    curve = draw_curve(network, value)
     if session.image is None:
         session.shown, session.pictured = None, ()
-        return '', None, 'Drop an image to see which blocks run.', '', ''
+        return '', '', 'Upload an image to see which blocks run.', curve, '', ''
     x = network.tensor(session.image)
     run = network.run(x, value)
     session.shown = network, x, run
-    values, classes = run.probabilities.topk(min(5, len(run.probabilities)))
-    labels: Dict[str, float] = {}
-    for probability, index in zip(values.tolist(), classes.tolist()):
-        labels.setdefault(network.class_name(index), probability)
     images, pictured = gr.skip(), (session.title, session.image, network)
     if session.pictured != pictured:  # they are not sent again when the slider moves
         images, session.pictured = draw_images(session.image, session.title, network), pictured
-    return images, labels, draw_network(network, run), draw_cost(network, run), draw_heatmap(network, run)
+    pair = []
+    for path in PAIR if samples_suit(network) else []:
+        image, _ = read_image(path)
+        pair.append((title_of(path), image, network.run(network.tensor(image), value)))
+    return (images, draw_answers(network, run), draw_network(network, run), curve, draw_pair(network, pair),
+            draw_heatmap(network, run))
 
 
 def time_it(session: Session) -> Any:
-    """The cost with the time, or nothing if the tab shows something else by then."""
+    """The answers with the time, or nothing if the tab shows something else by then."""
     shown = session.shown
     if shown is None:
         return gr.skip()
     network, x, run = shown
-    timing = network.measure(x, run.gates, wanted=lambda: session.shown is shown)
-    return gr.skip() if timing is None else draw_cost(network, run, timing)
+    timing = network.measure(x, run, wanted=lambda: session.shown is shown)
+    return gr.skip() if timing is None else draw_answers(network, run, timing)
 
 
 def make_page(first: Network) -> gr.Blocks:
@@ -166,41 +177,52 @@ def make_page(first: Network) -> gr.Blocks:
     places = 'hf-hub:user/name' if ON_A_SPACE else 'hf-hub:user/name or local-dir:folder'
     start = Session(first.name)
     if samples_suit(first):
-        start.take_sample(0)
+        start.take_sample(SAMPLES[0])
     slider, description = controls(first)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
         session = gr.State(start, time_to_live=3600)
-        gr.Markdown(INTRO)
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                model = gr.Dropdown(
-                    list(dict.fromkeys([first.name, *shipped_models()])), value=first.name, label='Model',
-                    allow_custom_value=True, elem_id='model', info=f'Pick one, or type {places} and press Enter.')
-                about = gr.Markdown(description, elem_id='about')
-                file = gr.File(label='Image', height=140, elem_id='upload')
+            with gr.Column(min_width=320):
+                gr.Markdown(INTRO, elem_id='title')
+            model = gr.Dropdown(
+                list(dict.fromkeys([first.name, *shipped_models(), CASCADE])), value=first.name, show_label=False,
+                label='Model', allow_custom_value=True, elem_id='model', container=False,
+                min_width=320, info=f'Or type {places} and press Enter.')
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                with gr.Row():
+                    images = gr.HTML(elem_id='images', min_width=195)
+                    file = gr.Image(
+                        label='Image', show_label=False, height=130, elem_id='upload', min_width=110, buttons=[],
+                        placeholder='Drop, paste\nor click')
                 samples = gr.Dataset(
                     components=[gr.HTML(visible=False)], samples=[[draw_sample(path)] for path in SAMPLES],
-                    type='index', label='Or a sample, from the test set of Fashion-MNIST', elem_id='samples',
-                    visible=samples_suit(first))
-                images = gr.HTML(elem_id='images')
-                classes = gr.Label(label='Classes', elem_id='classes')
-            with gr.Column(scale=3, min_width=280):
-                slider.render()
+                    type='index', label='Samples of Fashion-MNIST: light clothes on black',
+                    elem_id='samples', samples_per_page=len(SAMPLES), visible=samples_suit(first))
+            with gr.Column(scale=5, min_width=320):
+                answers = gr.HTML(elem_id='answers')
                 network = gr.HTML(elem_id='network')
-                cost = gr.Markdown(elem_id='cost')
-        heatmap = gr.HTML(elem_id='heatmap')
+            with gr.Column(scale=3, min_width=320):
+                slider.render()
+                curve = gr.HTML(elem_id='curve')
+        with gr.Row():
+            with gr.Column(min_width=320):
+                pair = gr.HTML(elem_id='pair')
+            with gr.Column(min_width=320):
+                heatmap = gr.HTML(elem_id='heatmap')
+        about = gr.Markdown(description, elem_id='about')
 
         options: Dict[str, Any] = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
         shown: Dict[str, Any] = dict(
-            options, fn=show, inputs=[slider, session], outputs=[images, classes, network, cost, heatmap],
-            preprocess=False)  # the slider would raise an error for a typed number outside of its range; run() clamps
-        timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=cost)
+            options, fn=show, inputs=[slider, session], outputs=[images, answers, network, curve, pair, heatmap],
+            preprocess=False)  # the slider would raise an error for a typed number outside of its range
+        timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=answers)
         asked: Dict[str, Any] = dict(options, show_progress='minimal')
         page.load(**shown).then(**timed)
         slider.input(**shown, trigger_mode='always_last').then(**timed)
         for event in (
                 model.input(choose_model, [model, session], [model, slider, about, samples], **asked),
-                file.upload(upload, [file, session], file, **asked),
+                file.input(upload, [file, session], file, preprocess=False, **asked),
                 samples.click(pick, [samples, session], **asked)):
             event.then(**shown).then(**timed)
     return page

@@ -1,54 +1,31 @@
-"""Models of the page: load one by name, run an image at a budget, time it against the static parent."""
+"""A network of the page: stages that run an image, one after the other until one is sure, and their times."""
 import copy
-import csv
-import json
 import math
-import os
-import re
 import statistics
 import sys
 import threading
 import time
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
-import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from images import read_image
 from PIL import Image
+from rates import Rates, find_rates
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
-from timm.models import load_model_config_from_hf
 
 import timm_aig
+from timm_aig import BudgetPoint, Cascade, InputError
 from timm_aig.budget import budget_offset, budget_table
 from timm_aig.convert import residual_blocks
-from timm_aig.models.hub_configs import load_hub_configs
 from timm_aig.training.data import MODES
 
-__all__ = ['ModelError', 'Network', 'Run', 'Slider', 'Timing', 'load_network', 'shipped_models']
+__all__ = ['ModelError', 'Network', 'Pass', 'Run', 'Slider', 'Stage', 'Timing']
 
-ON_A_SPACE = 'SPACE_ID' in os.environ
-HERE = Path(__file__).resolve().parent
 MAX_SIDE = 1024  # pixels of a model's input
-MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
-MAX_CSV = 10_000_000  # characters
-REASONS = (
-    (HFValidationError, 'is not a name of a model on the Hub: hf-hub:user/name.'),
-    ((RepositoryNotFoundError, RevisionNotFoundError), 'is not on the Hub, or not public.'),
-    (LocalEntryNotFoundError, 'cannot be loaded: the Hub does not answer.'),
-    ((FileNotFoundError, EntryNotFoundError), 'has no config.json or no model.safetensors.'))
+THRESHOLD = .9  # of the second stage that an adaptive model is given
 TIMED_SECONDS, MIN_TURNS, MAX_TURNS, WARM_UP_TURNS = .7, 5, 51, 2
 
-# One computation at a time: all tabs share a model, and the budget is its state. Others would also disturb the timing.
+# One computation at a time: others would disturb the timing.
 _computing = threading.Lock()
 
 
@@ -58,74 +35,133 @@ class ModelError(ValueError):
 
 class Slider(NamedTuple):
     """Range of the slider of a model, and the value that it was saved with."""
-    calibrated: bool  # it sets a budget in percent of the MACs, otherwise the gate offset
+    table: Tuple[BudgetPoint, ...]  # it sets a budget in percent of the MACs; without a table the gate offset
     low: float
     high: float
     step: float
     value: float
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> 'Slider':
-        own = float(next(iter(timm_aig.gated_blocks(model).values())).gate.offset)
+    def of(cls, model: torch.nn.Module, offset: float) -> 'Slider':
         table = budget_table(model)
         low, high = (math.ceil(table[0].budget * 100), math.floor(table[-1].budget * 100)) if table else (0, 0)
         if low >= high:
-            return cls(False, min(-5., own), max(5., own), .1, own)
-        distance = {percent: abs(budget_offset(table, percent / 100) - own) for percent in range(low, high + 1)}
-        return cls(True, low, high, 1, min(distance, key=lambda percent: distance[percent]))
+            return cls((), min(-5., offset), max(5., offset), .1, offset)
+        distance = {percent: abs(budget_offset(table, percent / 100) - offset) for percent in range(low, high + 1)}
+        return cls(table, low, high, 1, min(distance, key=lambda percent: distance[percent]))
+
+    def nearest(self, value: Any) -> float:
+        """The value, or the end of the range that is nearest to it; the saved one for what is not a number."""
+        return min(max(value, self.low), self.high) if isinstance(value, (int, float)) else self.value
+
+    def offset(self, value: float) -> float:
+        """Gate offset at a value in the range."""
+        return budget_offset(self.table, value / 100) if self.table else value
 
 
-class Run(NamedTuple):
-    """One image at one budget."""
+class Pass(NamedTuple):
+    """One image in one stage."""
     probabilities: torch.Tensor  # of the classes, [num_classes]
     gates: torch.Tensor  # which of the L gated blocks ran, 0. or 1., [1, L]
     opens: List[float]  # probability of open that each gate gives, the softmax of its two logits
     threshold: float  # a block runs where its gate's probability is above this; 0.5 at offset 0
+    macs: float
+
+    @property
+    def sure(self) -> float:
+        return self.probabilities.max().item()
+
+
+class Run(NamedTuple):
+    """One image at one value of the slider."""
+    value: Any  # None without a slider
+    passes: List[Pass]  # of all stages, also of those that a cascade leaves out
+    needed: int  # stages that a cascade runs
 
 
 class Timing(NamedTuple):
-    """Time of one image in the adaptive model and in its static parent, measured in turns."""
-    adaptive: float  # median in ms
-    parent: float  # median in ms
-    ratios: Tuple[float, float, float]  # quartiles of adaptive over parent, one ratio a turn
+    """Time of one image in each stage, measured in turns."""
+    milliseconds: List[float]  # medians
     turns: int
 
 
-class Network:
-    """An adaptive model and what the page shows of it."""
+class Stage:
+    """A model, and the offset of its gates."""
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, title: str, model: Any, offset: Optional[float], input_size: Tuple[int, int, int]) -> None:
+        self.title = title
+        self.model = model.eval()
+        self.name = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+        self.blocks = list(residual_blocks(model))
+        self.gated = list(timm_aig.gated_blocks(model))
+        self.offset = offset
+        if self.gated and offset is None:
+            self.offset = float(timm_aig.gated_blocks(model)[self.gated[0]].gate.offset)
+        self.cost = timm_aig.compute_cost(model, input_size)
+        try:
+            self.fast = timm_aig.optimize_for_inference(model)
+        except InputError:  # a static model of a family that it does not know
+            self.fast = model
+
+    def run(self, x: torch.Tensor, offset: Optional[float]) -> Pass:
+        """Run one image [1, C, H, W] with an offset of the gates, None for a static model."""
+        logits: List[torch.Tensor] = []
+        hooks = [block.gate.fc2.register_forward_hook(lambda m, args, output: logits.append(output[0]))
+                 for block in timm_aig.gated_blocks(self.model).values()]
+        try:
+            with nullcontext() if offset is None else timm_aig.use_gate_offset(offset):
+                output, gates = timm_aig.forward_gates(self.model, x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Pass(
+            output[0].softmax(0), gates, [pair.softmax(0)[1].item() for pair in logits],
+            torch.tensor(-(offset or 0.)).sigmoid().item(), self.cost.executed(gates).item())
+
+    def milliseconds(self, x: torch.Tensor, gates: torch.Tensor) -> float:
+        """Time of one image in the optimized model, forced to the gates of a run."""
+        with timm_aig.force_gates(self.fast, gates) if self.gated else nullcontext():
+            begin = time.perf_counter()
+            self.fast(x)
+            return (time.perf_counter() - begin) * 1e3
+
+
+class Network:
+    """A cascade and what the page shows of it. An adaptive model gets itself with all blocks as second stage."""
+
+    def __init__(self, name: str, model: Union[Cascade, Any]) -> None:
         """
         Args:
             name: Name that it was loaded by.
-            model: The model.
+            model: Adaptive model or cascade.
 
         Raises:
             ModelError: The model is static, or takes images that this page does not make.
         """
-        if not timm_aig.gated_blocks(model):
-            raise ModelError(f'{name} is a static model, none of its blocks has a gate.')
         self.name = name
-        self.model = model.eval()
-        config = resolve_data_config(model=model)
+        self.own_cascade = isinstance(model, Cascade)
+        titles = ['adaptive', 'all blocks']
+        if self.own_cascade:
+            titles = [f'stage {i + 1}' for i in range(len(model.order))]
+        elif not timm_aig.gated_blocks(model):
+            raise ModelError(f'{name} is a static model, none of its blocks has a gate.')
+        else:
+            model = Cascade([model, timm_aig.ungate_(copy.deepcopy(model))], THRESHOLD)
+        models = [model.models[index] for index in model.order]
+        self.thresholds = model.thresholds
+        self.model = models[0]
+        config = resolve_data_config(model=self.model)
         self.input_size: Tuple[int, int, int] = config['input_size']
         if self.input_size[0] not in MODES or max(self.input_size) > MAX_SIDE:
             raise ModelError(f'{name} takes images of {" x ".join(map(str, self.input_size))}; '
                              f'this page makes 1 or 3 channels and at most {MAX_SIDE} pixels a side.')
         self.transform = create_transform(**config)
-        self.blocks = list(residual_blocks(model))
-        self.gated = list(timm_aig.gated_blocks(model))
-        self.slider = Slider.of(model)
-        self.cost = timm_aig.compute_cost(model, self.input_size)
-        self.fast = timm_aig.optimize_for_inference(model)
-        self.fast_parent = timm_aig.optimize_for_inference(timm_aig.ungate_(copy.deepcopy(model)))
-        self.rates: Optional[List[List[float]]] = None  # execution rates by class and gated block
-        self.picture: Optional[Image.Image] = None  # of the execution rates, if there is no table
+        self.stages = [Stage(*of_stage, self.input_size) for of_stage in zip(titles, models, model.offsets)]
+        offset = self.stages[0].offset
+        self.slider = None if offset is None else Slider.of(self.model, offset)  # of the first stage
+        self.rates = Rates()
         try:
-            if table := _find_file(name, 'rates.csv'):
-                self.rates = _read_rates(table, self.gated, model.num_classes)
-            elif picture := _find_file(name, 'execution_rates.png'):
-                self.picture, _ = read_image(picture)
+            self.rates = find_rates(name, self.stages[0].gated, self.model.num_classes)
         except ValueError as e:  # the page works without them
             print(f'app.py: {name}: execution rates: {e}', file=sys.stderr)
 
@@ -133,6 +169,10 @@ class Network:
     def image_kind(self) -> str:
         channels, height, width = self.input_size
         return f'{width} x {height} pixels, {"grey" if channels == 1 else "RGB"}'
+
+    @property
+    def classes(self) -> List[str]:
+        return [self.class_name(index) for index in range(self.model.num_classes)]
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The part of an image that the network sees, in its resolution."""
@@ -146,58 +186,46 @@ class Network:
         """An image as input of the network, [1, C, H, W]."""
         return self.transform(image.convert(MODES[self.input_size[0]]))[None]
 
-    def run(self, x: torch.Tensor, value: Optional[float] = None) -> Run:
+    def run(self, x: torch.Tensor, value: Any = None) -> Run:
         """Run one image.
 
         Args:
             x: Input from tensor().
-            value: Value of the slider, by default the one that the model was saved with.
+            value: Value of the slider, brought into its range. None for the one that the model was saved with.
         """
-        value = self.slider.value if value is None else min(max(value, self.slider.low), self.slider.high)
-        offset = budget_offset(budget_table(self.model), value / 100) if self.slider.calibrated else value
-        logits: List[torch.Tensor] = []
-        blocks = timm_aig.gated_blocks(self.model).values()
+        offsets = [stage.offset for stage in self.stages]
+        if self.slider:
+            value = self.slider.nearest(value)
+            offsets[0] = self.slider.offset(value)
         with _computing, torch.inference_mode():
-            hooks = [block.gate.fc2.register_forward_hook(lambda m, args, output: logits.append(output[0]))
-                     for block in blocks]
-            try:
-                timm_aig.set_gate_offset(self.model, offset)
-                output, gates = timm_aig.forward_gates(self.model, x)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        opens = [pair.softmax(0)[1].item() for pair in logits]
-        threshold = torch.tensor(-offset).sigmoid().item()
-        return Run(output[0].softmax(0), gates, opens, threshold)
+            passes = [stage.run(x, offset) for stage, offset in zip(self.stages, offsets)]
+        sure = [one.sure >= threshold for one, threshold in zip(passes, self.thresholds)]
+        return Run(value, passes, [*sure, True].index(True) + 1)
 
-    def measure(
-            self, x: torch.Tensor, gates: torch.Tensor, wanted: Callable[[], bool] = lambda: True,
-    ) -> Optional[Timing]:
-        """Time one image in turns with the static parent, both optimized for inference.
+    def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[Timing]:
+        """Time one image in all stages in turn, each optimized for inference.
 
         Args:
             x: Input from tensor().
-            gates: Gates of its run(), which the optimized model is forced to give.
+            run: Its run(), whose gates the optimized models are forced to give.
             wanted: Asked before each turn; False ends the measurement.
 
         Returns:
             The timing, None if it was ended.
         """
-        times: List[Tuple[float, float]] = []
+        turns: List[List[float]] = []
         end = time.perf_counter() + TIMED_SECONDS
         for turn in range(-WARM_UP_TURNS, MAX_TURNS):
             if turn >= MIN_TURNS and time.perf_counter() > end:
                 break
             if not wanted():
                 return None
-            with _computing, torch.inference_mode(), timm_aig.force_gates(self.fast, gates):
-                pair = _milliseconds(self.fast, x), _milliseconds(self.fast_parent, x)
+            with _computing, torch.inference_mode():
+                times = [stage.milliseconds(x, one.gates) for stage, one in zip(self.stages, run.passes)]
             if turn >= 0:
-                times.append(pair)
+                turns.append(times)
             time.sleep(.001)  # lets a waiting tab go first
-        adaptive, parent = (statistics.median(column) for column in zip(*times))
-        low, median, high = statistics.quantiles([a / p for a, p in times], n=4)
-        return Timing(adaptive, parent, (low, median, high), len(times))
+        return Timing([statistics.median(times) for times in zip(*turns)], len(turns))
 
     def class_name(self, index: int) -> str:
         names = self.model.pretrained_cfg.get('label_names')
@@ -208,93 +236,3 @@ class Network:
             return str(names[index])
         subset = infer_imagenet_subset(self.model)
         return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
-
-
-def _milliseconds(model: Any, x: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    model(x)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def shipped_models() -> List[str]:
-    """Names of the trained models in the package."""
-    return [name for name, config in load_hub_configs().items() if 'file' in config['pretrained_cfg']]
-
-
-def load_network(name: str) -> Network:
-    """Load a network by name: a shipped model, [hf-hub:]user/name[@revision], or local-dir:folder.
-
-    Raises:
-        ModelError: It cannot be loaded, or it is a folder and this is a Space.
-    """
-    name = name.strip()
-    if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', name):
-        name = f'hf-hub:{name}'
-    return _load(name)
-
-
-@lru_cache(maxsize=4)
-def _load(name: str) -> Network:
-    try:
-        if name not in shipped_models():
-            _check_source(name)
-        return Network(name, timm.create_model(name, pretrained=True))
-    except ModelError:
-        raise
-    except Exception as e:  # a repository may contain anything
-        for kinds, reason in REASONS:
-            if isinstance(e, kinds):
-                raise ModelError(f'{name[:80]} {reason}') from e
-        print(f'app.py: {name}: {type(e).__name__}: {e}', file=sys.stderr)
-        reason = str(e) if isinstance(e, (ValueError, RuntimeError)) else ''
-        reason = re.sub(r'(?<![\w:])(/[^\s/:\'"]+){2,}', '...', ' '.join(reason.split()))  # paths of this machine
-        raise ModelError(f'{name} cannot be loaded: {reason[:300] or type(e).__name__}') from e
-
-
-def _check_source(name: str) -> None:
-    """Check that the page may load a model of a folder or repository, before its weights are read."""
-    source, _, place = name.partition(':')
-    if source == 'hf-hub':
-        architecture = str(load_model_config_from_hf(place)[1])
-    elif source == 'local-dir' and not ON_A_SPACE:
-        architecture = str(json.loads(Path(place, 'config.json').read_text(encoding='utf-8'))['architecture'])
-    else:
-        folder = '' if ON_A_SPACE else ' or local-dir:folder'
-        raise ModelError(f'must be {", ".join(shipped_models())}, hf-hub:user/name{folder}, not {name[:80]!r}.')
-    if not architecture.endswith('_aig'):
-        raise ModelError(f'{name} has the architecture {architecture[:80]!r}; only adaptive models, <name>_aig, have '
-                         'gates to show.')
-    parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-    if parameters > MAX_PARAMETERS:
-        raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
-
-
-def _find_file(name: str, filename: str) -> Optional[Path]:
-    """A file beside a model: in hub_configs for a shipped one, else in its folder or repository."""
-    source, _, place = name.partition(':')
-    if source == 'hf-hub':
-        repo_id, _, revision = place.partition('@')
-        try:
-            return Path(hf_hub_download(repo_id, filename, revision=revision or None))
-        except Exception:  # not there, or the Hub does not answer: the page works without it
-            return None
-    folders = [Path(place)] if source == 'local-dir' else [
-        root / 'hub_configs' / name for root in (HERE, HERE.parent.parent)]  # a Space and a checkout
-    return next((folder / filename for folder in folders if (folder / filename).is_file()), None)
-
-
-def _read_rates(path: Path, blocks: List[str], classes: int) -> List[List[float]]:
-    """Execution rates [classes, blocks] from a CSV with a row for each class and a column for each block.
-
-    Raises:
-        ValueError: The file has another form.
-    """
-    with open(path, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file.read(MAX_CSV).splitlines()))
-    try:
-        rates = [[float(row[block] or 'nan') for block in blocks] for row in rows]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f'{path} has no column for each block.') from e
-    if len(rates) != classes or any(not 0 <= rate <= 1 for row in rates for rate in row if rate == rate):
-        raise ValueError(f'{path} has no row of rates in [0, 1] for each class.')
-    return rates

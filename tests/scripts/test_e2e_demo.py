@@ -12,6 +12,8 @@ import timm
 import torch
 from PIL import Image
 
+import timm_aig
+
 SCRIPT = Path(__file__).parents[2] / 'scripts' / 'demo.py'
 QUICK = ['--epochs', '1', '--finetune-epochs', '1', '--input-size', '3', '8', '8']
 
@@ -57,55 +59,60 @@ def test_the_digits_end_in_a_table_and_a_folder_that_timm_reloads(tmp_path):
         timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr
     table = result.stdout.splitlines()
-    assert [line.split()[0] for line in table if '%' in line] == ['static', 'adaptive']
-    assert '9.0 of 9' in table[2] and '100%' in table[2]
-    assert 'logits equal' in table[-1]
+    assert [line.split()[0] for line in table if '%' in line] == ['static', 'static', 'adaptive', 'adaptive', 'cascade']
+    assert '9.0 of 9' in table[2] and '100%' in table[2] and '3.0 of 3' in table[3]
+    assert 'logits are equal' in table[-1]
     assert sorted(file.name for file in folder.iterdir()) == ['config.json', 'execution_rates.png', 'model.safetensors']
     with Image.open(folder / 'execution_rates.png') as image:
         image.load()
         assert image.format == 'PNG'
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert model.pretrained_cfg['label_names'] == list('0123456789')
+    assert [point.budget for point in timm_aig.budget_table(model)][::len(timm_aig.budget_table(model)) - 1] == [.4, .6]
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
 
 
 def test_an_image_folder_ends_in_json_figures_that_agree(demo, capsys, tmp_path):
-    data = image_folder(tmp_path / 'data')
+    data = image_folder(tmp_path / 'data', count=12)
     assert demo.main([
-        *QUICK, '--data-dir', str(data), '--batch-size', '2', '--target-rate', '0.5', '--model', 'test_resnet',
+        *QUICK, '--data-dir', str(data), '--batch-size', '4', '--budgets', '0.6', '0.9', '--model', 'cifar_resnet14',
         '--input-size', '3', '32', '32', '--output', str(tmp_path / 'out'), '--json']) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures['reloaded_equal'] is True and figures['test_images'] == 6 and figures['target_rate'] == 0.5
-    static, adaptive = figures['static'], figures['adaptive']
-    assert static['blocks_run'] == figures['blocks'] == 4 and static['macs_share'] == 1
-    assert 0 <= adaptive['blocks_run'] <= 4 and 0 < adaptive['macs_share'] < 1.01
-    for row in (static, adaptive):
+    assert figures['test_images'] == 24 and figures['budgets'] == [.6, .9]
+    assert figures['held_out'] == 4  # of 24 training images
+    parent, small, low, high, cascade = figures['rows']
+    assert parent['blocks_run'] == parent['blocks'] == 6 and parent['macs_share'] == 1
+    assert small['macs_share'] < 1 and small['macs_share'] <= cascade['macs_share']
+    assert 0 <= low['blocks_run'] <= high['blocks_run'] <= 6 and 0 < low['macs_share'] <= high['macs_share'] < 1.01
+    for row in figures['rows']:
         assert 0 <= row['accuracy'] <= 1
         assert row['ms_per_image'].keys() == {'1', '64'} and min(row['ms_per_image'].values()) > 0
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert config['architecture'] == 'test_resnet_aig' and config['label_names'] == ['dark', 'light']
+    assert config['architecture'] == 'cifar_resnet14_aig' and config['label_names'] == ['dark', 'light']
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
 
 
-def test_one_seed_gives_one_model_and_a_model_that_differs_after_reloading_is_exit_code_1(
-        demo, capsys, tmp_path, monkeypatch):
+def test_what_is_calibrated_on_is_neither_trained_nor_tested_on(demo):
+    train, held_out, test = demo.open_datasets(demo.parse_args([]))
+    images = [{image.tobytes() for image, _ in dataset} for dataset in (train, held_out, test)]
+    assert [len(dataset) for dataset in (train, held_out, test)] == [1150, 287, 360]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
+
+
+def test_one_seed_gives_one_model(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, 'TIMED_BATCHES', (2,))
-    data = image_folder(tmp_path / 'data')
-    args = [*QUICK, '--data-dir', str(data), '--batch-size', '2', '--output']
-    assert demo.main([*args, str(tmp_path / 'a')]) == 0
-    create_model = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create_model(
-        name, **{**kwargs, 'pretrained': '.training-' in name}))  # the reloaded model is a new one
-    assert demo.main([*args, str(tmp_path / 'b')]) == 1
-    assert 'gives other logits' in capsys.readouterr().err
+    data = image_folder(tmp_path / 'data', count=12)
+    for name in ('a', 'b'):
+        assert demo.main(
+            [*QUICK, '--data-dir', str(data), '--batch-size', '4', '--output', str(tmp_path / name)]) == 0
     assert len({(tmp_path / name / 'model.safetensors').read_bytes() for name in ('a', 'b')}) == 1
 
 
 @pytest.mark.parametrize('args, allowed', [
-    (['--target-rate', '1.5'], 'a number in (0, 1)'),
-    (['--target-rate', 'half'], 'a number in (0, 1)'),
+    (['--budgets', '0.5', '1.5'], 'a number in (0, 1)'),
+    (['--budgets', 'half', '0.6'], 'a number in (0, 1)'),
     (['--epochs', '0'], 'a whole number from 1'),
-    (['--batch-size', '1'], 'a whole number from 2'),
+    (['--batch-size', '3'], 'a whole number from 4'),
     (['--lr', 'inf'], 'a number in (0, inf)'),
 ])
 def test_a_number_out_of_range_names_the_argument_and_the_range(refused, args, allowed):
@@ -116,7 +123,7 @@ def test_a_training_that_diverges_is_exit_code_1_and_nothing_is_written(demo, ca
     monkeypatch.setattr(  # Muon's steps are bounded
         demo.finetune, 'create_optimizer', lambda args, model: torch.optim.SGD(model.parameters(), 1e30))
     data = image_folder(tmp_path / 'data', count=20)
-    args = [*QUICK, '--data-dir', str(data), '--batch-size', '2', '--output', str(tmp_path / 'out')]
+    args = [*QUICK, '--data-dir', str(data), '--batch-size', '4', '--output', str(tmp_path / 'out')]
     assert demo.main(args) == 1
     assert 'A lower --lr may help' in capsys.readouterr().err
     assert not list((tmp_path / 'out').iterdir())
@@ -148,19 +155,33 @@ def test_an_image_folder_without_images_splits_or_classes_is_refused(refused, tm
 
 @pytest.mark.parametrize('content', [b'', b'no image', 'truncated'])
 def test_an_image_that_cannot_be_read_is_named(refused, tmp_path, content):
-    data = image_folder(tmp_path / 'data')
+    data = image_folder(tmp_path / 'data', count=12)
     bad = data / 'train' / 'light' / '1.png'
     if content == 'truncated':
         Image.effect_noise((64, 64), 50).save(bad)
         content = bad.read_bytes()[:1000]
     bad.write_bytes(content)
-    error = refused('--data-dir', data, '--batch-size', 2)
+    error = refused('--data-dir', data, '--batch-size', 4)
     assert 'cannot read' in error and str(bad) in error
 
 
 @pytest.mark.parametrize('name', ['no_such_model', 'vit_tiny_patch16_224', 'hrnet_w18_small', 'resnet18_aig', 'a/b'])
 def test_a_model_that_cannot_become_adaptive_is_refused(refused, name):
     assert 'error: --model must be a static ResNet' in refused('--model', name)
+
+
+@pytest.mark.parametrize('args,message', [
+    (['--small', 'resnet50'], "--small must have less than 0.6 of the parent's MACs"),
+    (['--small', 'no_such_model'], '--small must be a static ResNet'),
+    (['--budgets', '0.6', '0.4'], '--budgets must ascend, not 0.6 0.4'),
+    (['--budgets', '0.01', '0.4'], '--budgets'),
+])
+def test_a_comparison_that_says_nothing_is_refused(refused, args, message):
+    assert message in refused(*args)
+
+
+def test_too_few_images_are_refused(refused, tmp_path):
+    assert '--data-dir has 6 training images' in refused('--data-dir', image_folder(tmp_path / 'data'))
 
 
 def test_an_output_that_cannot_be_written_is_met_before_the_training(demo, capsys, tmp_path):

@@ -1,7 +1,7 @@
 """scripts/space/app.py in a Chromium without a screen: one server and one browser for all tests.
 
 SPACE_SCREENSHOTS=folder keeps pictures of the page. The one in the README:
-    SPACE_SCREENSHOTS=shots pytest -n 0 tests/scripts/test_e2e_space.py -k opens
+    SPACE_SCREENSHOTS=shots pytest -n 0 tests/scripts/test_e2e_space.py -k first_sight
     cp shots/space.png hub_configs/cifar_resnet32_aig.fmnist_t06/
 """
 import base64
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 import timm
-from network import load_network
+from loading import load_network
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -37,7 +38,7 @@ SCRIPT = Path(__file__).parents[2] / 'scripts' / 'space' / 'app.py'
 SAMPLES = sorted((SCRIPT.parent / 'examples').glob('*.png'))
 SHIPPED = 'cifar_resnet32_aig.fmnist_t06'
 FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-dev-shm-usage',
-         '--disable-background-networking', '--disable-sync', '--hide-scrollbars', '--window-size=1280,1500']
+         '--disable-background-networking', '--disable-sync', '--hide-scrollbars', '--window-size=1366,768']
 
 
 @pytest.fixture(scope='module')
@@ -93,11 +94,13 @@ class Page:
         self.browser = browser
         browser.get(url)
         browser.get_log('browser')  # a page that is left complains that its connection ends
-        self.wait(lambda: 'medians of' in self.text('#cost') and self.text('#classes'))
+        self.wait(lambda: 'medians of' in self.text('#answers'))
 
     def wait(self, condition, seconds=60):
-        return WebDriverWait(self.browser, seconds, poll_frequency=.1).until(
-            lambda _: condition(), lambda: f'not so within {seconds} s; the page says: {self.text("body")}')
+        try:
+            return WebDriverWait(self.browser, seconds, poll_frequency=.1).until(lambda _: condition())
+        except TimeoutException:
+            pytest.fail(f'not so within {seconds} s; the page says: {self.text("body")}')
 
     def script(self, code, *args):
         return self.browser.execute_script(code, *args)
@@ -112,7 +115,7 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)[number]
 
     def runs(self, expected, seconds=60):
-        """Wait until these blocks are drawn as running."""
+        """Wait until these blocks of the first stage are drawn as running."""
         self.wait(lambda: [word == 'run' for word in re.findall(
             r'<b>(run|skipped)</b>', self.html('#network'))] == expected, seconds)
 
@@ -126,11 +129,18 @@ class Page:
     def pick(self, number):
         self.find('#samples button', number).click()
 
-    def width(self, width):
-        """Scroll width of the page on a phone of this width."""
+    def resize(self, width, height):
+        """A phone, or the browser's own window for a laptop."""
         self.browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(
-            width=width, height=800, deviceScaleFactor=1, mobile=True))
-        return self.script('return document.documentElement.scrollWidth')
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 500))
+
+    def bottom(self, selector):
+        """Distance from the top of the page to the end of an element, in pixels."""
+        return self.script(
+            'return document.querySelector(arguments[0]).getBoundingClientRect().bottom + window.scrollY', selector)
+
+    def scroll_size(self):
+        return self.script('const e = document.documentElement; return [e.scrollWidth, e.scrollHeight]')
 
     def keep_screenshot(self, name):
         if folder := os.environ.get('SPACE_SCREENSHOTS'):
@@ -151,7 +161,7 @@ def page(browser, url):
 
 def expected_gates(image, value=None, model=SHIPPED):
     network = load_network(model)
-    return (network.run(network.tensor(image), value).gates[0] > 0).tolist()
+    return (network.run(network.tensor(image), value).passes[0].gates[0] > 0).tolist()
 
 
 def sample(number):
@@ -161,14 +171,35 @@ def sample(number):
 
 def test_it_opens_with_a_sample_and_asks_no_other_server(page, url):
     page.runs(expected_gates(sample(0)))
-    assert 'T-shirt/top' in page.text('#classes') and 'MACs, millions' in page.text('#cost')
+    assert page.text('#answers').count('T-shirt/top') == 2 and 'MACs, millions' in page.text('#answers')
     assert 'alt="sample: T-shirt"' in page.html('#images') and '▸ T-shirt/top' in page.text('#heatmap')
-    page.keep_screenshot('space.png')
     sent = [json.loads(entry['message'])['message'] for entry in page.browser.get_log('performance')]
     requests = [message['params'] for message in sent if message['method'] == 'Network.requestWillBeSent']
     # Chromium may still have loaded its own new tab page before this one.
     asked = [r['request']['url'] for r in requests if not r['documentURL'].startswith('chrome')]
     assert len(asked) > 5 and not [a for a in asked if not a.startswith((url, 'data:', 'blob:'))]
+
+
+@pytest.mark.parametrize('name,width,height,last,length', [
+    ('space.png', 1366, 768, ('curve', 'pair', 'heatmap'), 820),
+    ('space_phone.png', 390, 844, ('network',), 1900),
+])
+def test_the_answer_the_blocks_and_the_slider_are_seen_at_first_sight(page, name, width, height, last, length):
+    page.resize(width, height)
+    for part in ('images', 'upload', 'samples', 'answers', 'network', 'budget', *last):
+        assert 0 < page.bottom(f'#{part}') <= height, part
+    across, down = page.scroll_size()
+    assert across <= width and down <= length
+    page.keep_screenshot(name)
+
+
+def test_a_hard_image_needs_the_second_stage_and_an_easy_one_does_not(page):
+    assert 'Second stage: not needed' in page.text('#answers')
+    easy, hard = page.browser.find_elements(By.CSS_SELECTOR, '#pair .pair > div')
+    assert 'Second stage not needed' in easy.text and 'Second stage needed' in hard.text
+    page.pick([path.stem for path in SAMPLES].index('2_Pullover_hard'))
+    page.wait(lambda: 'Second stage: needed' in page.text('#answers'))
+    assert 'Coat' in page.text('#answers') and 'then all blocks' in page.text('#network')
 
 
 def test_uploads_are_run_and_bad_ones_get_a_message_and_change_nothing(page, tmp_path):
@@ -178,29 +209,36 @@ def test_uploads_are_run_and_bad_ones_get_a_message_and_change_nothing(page, tmp
         page.upload(tmp_path / name)
         page.wait(lambda name=name: f'alt="{name}"' in page.html('#images'))
         page.runs(expected_gates(image))
-    (tmp_path / '<b>words.txt').write_bytes(b'words')
-    page.upload(tmp_path / '<b>words.txt')
-    page.wait(lambda: 'words.txt: this is not an image' in page.text('.toast-wrap'))
+    (tmp_path / '<b>words.png').write_bytes(b'words')
+    page.upload(tmp_path / '<b>words.png')
+    page.wait(lambda: 'words.png: this is not an image' in page.text('.toast-wrap'))
     assert 'Traceback' not in page.text('body') and str(tmp_path) not in page.text('body')
     assert 'alt="second.png"' in page.html('#images')
 
 
-def test_the_slider_acts_at_once_and_a_typed_number_out_of_its_range_is_its_nearest_end(page):
+def test_the_slider_acts_at_once_and_a_typed_number_out_of_its_range_gets_a_message(page):
     slider = load_network(SHIPPED).slider
     for key, value in ((Keys.HOME, slider.low), (Keys.END, slider.high)):
         page.find('#budget input[type=range]').send_keys(key)
         page.runs(expected_gates(sample(0), value))
-    page.find('#budget input[type=number]').send_keys(Keys.CONTROL, 'a')
-    page.find('#budget input[type=number]').send_keys('10')
+        page.wait(lambda value=value: f'budget {value}%' in page.text('#curve'))
+    number = page.find('#budget input[type=number]')
+    number.send_keys(Keys.CONTROL, 'a')
+    number.send_keys('10')
+    page.wait(lambda: 'Type a number from 40 to 100, not 10. Shown: 40.' in page.text('#curve'))
     page.runs(expected_gates(sample(0), slider.low))
+    number.send_keys(Keys.CONTROL, 'a', Keys.DELETE)
+    page.wait(lambda: 'Type a number from 40 to 100. Shown: 60.' in page.text('#curve'))
+    number.send_keys('50')
+    page.wait(lambda: 'Type a number' not in page.text('#curve') and 'budget 50%' in page.text('#curve'))
 
 
 def test_a_model_for_colour_images_comes_from_the_hub_without_the_grey_samples(page, client, tmp_path):
     client.get("result = timm_aig.push_to_hub(make(0), 'alice/page').url")
     page.type_model('hf-hub:alice/page')
-    page.wait(lambda: '3 of its 3 blocks' in page.text('#about') and 'Drop an image' in page.text('#network'))
+    page.wait(lambda: '3 of 3 blocks' in page.text('#about') and 'Upload an image' in page.text('#network'))
     assert 'Gate offset' in page.text('#budget') and 'budget' not in page.text('#budget').replace('budgets', '')
-    assert not page.html('#samples')
+    assert not page.html('#samples') and not page.text('#pair')
     Image.new('RGB', (40, 40), 'red').save(tmp_path / 'red.png')
     page.upload(tmp_path / 'red.png')
     page.wait(lambda: page.html('#network').count('<li') == 3)
@@ -211,6 +249,16 @@ def test_a_model_for_colour_images_comes_from_the_hub_without_the_grey_samples(p
     timm_aig.save_pretrained(folder, tmp_path / 'model')
     page.type_model(f'local-dir:{tmp_path / "model"}')
     page.wait(lambda: page.html('#network').count('<li') == 15 and page.html('#samples'))
+
+
+def test_a_cascade_comes_from_the_hub(page, client, tmp_path):
+    client.get("result = timm_aig.Cascade([make(0), make(1)], 1.).push_to_hub('alice/cascade')")
+    page.type_model('hf-hub:alice/cascade')
+    page.wait(lambda: 'Stage 2: ' in page.text('#about') and 'Gate offset' in page.text('#budget'))
+    Image.new('RGB', (40, 40), 'red').save(tmp_path / 'red.png')
+    page.upload(tmp_path / 'red.png')
+    page.wait(lambda: 'below the threshold of 100.0%' in page.text('#answers'))
+    assert page.html('#network').count('<li') == 6
 
 
 def test_two_tabs_do_not_disturb_each_other(browser, url):
@@ -241,10 +289,10 @@ def test_the_keyboard_alone_is_enough(page):
             '(e.getAttribute("aria-label") || e.querySelector("img")?.alt || e.innerText)'))
         if seen[-1].endswith('Ankle_boot'):
             press(Keys.ENTER)
-    for name in ('Model', 'Click to upload', 'Trouser', 'Ankle_boot', 'range'):
+    for name in ('Model', 'Drop an image', 'camera', 'clipboard', 'Trouser', 'Ankle_boot', 'range'):
         assert any(name in s for s in seen), (name, seen)
     press(Keys.HOME)
-    page.runs(expected_gates(sample(9), load_network(SHIPPED).slider.low))
+    page.runs(expected_gates(sample(-1), load_network(SHIPPED).slider.low))
     outline = page.script('return getComputedStyle(document.activeElement).outlineStyle + '
                           'getComputedStyle(document.activeElement).boxShadow')
     assert outline != 'nonenone'  # the focus can be seen
@@ -253,15 +301,15 @@ def test_the_keyboard_alone_is_enough(page):
 def test_on_a_phone_nothing_scrolls_sideways(page, tmp_path):
     name = 'a_very_long_name_of_a_photograph_without_any_place_to_break_it_' * 2
     sample(0).resize((400, 60)).save(tmp_path / f'{name}.png')
-    for width in (360, 320):
-        page.wait(lambda width=width: page.width(width) <= width)
+    page.resize(320, 800)
+    page.wait(lambda: page.scroll_size()[0] <= 320)
     page.upload(tmp_path / f'{name}.png')
-    page.wait(lambda: name[:40] in page.html('#images') and 'medians of' in page.text('#cost'))
-    assert page.width(320) <= 320
+    page.wait(lambda: name[:40] in page.html('#images') and 'medians of' in page.text('#answers'))
+    assert page.scroll_size()[0] <= 320
     (tmp_path / f'{name}.png').write_bytes(b'')
     page.upload(tmp_path / f'{name}.png')
     page.wait(lambda: 'empty' in page.text('.toast-wrap'))
-    assert page.width(320) <= 320
+    assert page.scroll_size()[0] <= 320
     page.keep_screenshot('space_320.png')
 
 
@@ -275,7 +323,7 @@ const ground = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComput
 const contrast = (a, b) => { const [x, y] = [luminance(a), luminance(b)].sort((p, q) => q - p);
   return (x + .05) / (y + .05) }
 return [...document.querySelectorAll(
-  '.aig :is(p, h3, b, td, th, li, figcaption), #about p, #cost :is(p, td, th)')].filter((e) => e.innerText.trim()).map(
+  '.aig :is(p, h3, b, td, th, li, figcaption), #about p, #title p')].filter((e) => e.innerText.trim()).map(
   (e) => [e.innerText.slice(0, 30), contrast(rgb(getComputedStyle(e).color), ground(e))])'''
 
 

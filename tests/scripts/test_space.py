@@ -1,6 +1,8 @@
 """The parts of the page: uploads, networks at a budget, timing, drawings."""
 import copy
+import csv
 import io
+import json
 import re
 import socket
 import struct
@@ -10,19 +12,21 @@ import threading
 import zlib
 from pathlib import Path
 
+import loading
 import network as space_network
 import numpy as np
 import pytest
 import timm
 import torch
-from drawing import draw_cost, draw_heatmap, draw_images, draw_network
+from drawing import draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair
 from hypothesis import given, settings, strategies as st
 from images import KEPT_SIDE, MAX_BYTES, UploadError, read_image
-from network import ModelError, Network, Timing, load_network, shipped_models
+from loading import CASCADE, load_network, shipped_models
+from network import ModelError, Network, Timing
 from PIL import Image
 
 import timm_aig
-from timm_aig.budget import BudgetPoint, set_budget_table
+from timm_aig.budget import BudgetPoint, budget_offset, set_budget_table
 
 SHIPPED = 'cifar_resnet32_aig.fmnist_t06'
 APP = Path(__file__).parents[2] / 'scripts' / 'space' / 'app.py'
@@ -193,50 +197,112 @@ def test_a_run_gives_what_the_model_gives_and_the_gates_probabilities(images):
         logits.clear()
         with torch.inference_mode():
             output, gates = timm_aig.forward_gates(model, x)
-        run = network.run(x)
+        run = network.run(x).passes[0]
         assert torch.equal(run.probabilities, output[0].softmax(0)) and torch.equal(run.gates, gates)
+        assert run.macs == network.stages[0].cost.executed(gates).item()
         assert run.opens == [pair.softmax(0)[1].item() for pair in logits] and run.threshold == 0.5
         assert [p > run.threshold for p in run.opens] == (run.gates[0] > 0).tolist()
 
 
+def test_the_other_answer_is_that_of_all_blocks(images):
+    model = make_model()
+    network = Network('x', copy.deepcopy(model))
+    for x in images:
+        with torch.inference_mode(), timm_aig.force_gates(model, torch.ones(1, 15)):
+            expected = model(x)[0].softmax(0)
+        other = network.run(x).passes[1]
+        torch.testing.assert_close(other.probabilities, expected)
+        assert other.macs == network.stages[0].cost.static
+
+
+@pytest.mark.parametrize('threshold', [0., .6, 1.])
+def test_a_cascade_needs_the_stages_that_it_runs(images, threshold):
+    torch.manual_seed(0)
+    small = timm.create_model(
+        'cifar_resnet8', in_chans=1, pretrained_cfg_overlay=dict(input_size=(1, 28, 28)), num_classes=10).eval()
+    cascade = timm_aig.Cascade([small, (make_model(*BUDGETS), .5), make_model()], threshold).eval()
+    network = Network('x', cascade)
+    assert network.slider is None and 'no budget' in draw_curve(network, None)
+    for x in images:
+        with torch.inference_mode():
+            rounds = cascade.rounds(x)
+        run = network.run(x)
+        assert run.needed == rounds.stages.item()
+        assert sum(one.macs for one in run.passes[:run.needed]) == rounds.macs.item()
+        torch.testing.assert_close(run.passes[run.needed - 1].probabilities, rounds.logits[0].softmax(0))
+        needed = 'Second stage: not needed.' if run.needed == 1 else 'Second stage: needed.'
+        assert needed in draw_answers(network, run) and needed[:-1].replace(':', '') in draw_pair(
+            network, [('x', RED, run)])
+        assert draw_network(network, run).count('<h3>') == run.needed
+
+
+def test_the_cascade_of_the_shipped_models_is_the_calibrated_one():
+    network = load_network(CASCADE)
+    with open(APP.parents[2] / 'hub_configs' / 'results' / 'fmnist_cascades.csv', newline='') as file:
+        row = next(csv.DictReader(file))
+    assert [f'cifar_resnet32_aig.{tag}' for tag in re.findall(r'fmnist_t\d+', CASCADE)] == [row['first'], row['second']]
+    assert network.thresholds == (float(row['threshold']),)
+    for stage, budget in zip(network.stages, (row['first_budget'], row['second_budget'])):
+        assert stage.offset == budget_offset(timm_aig.budget_table(stage.model), float(budget))
+
+
 def test_without_budgets_the_slider_moves_the_offset():
     network = Network('x', make_model())
-    assert not network.slider.calibrated and network.slider.low <= network.slider.value == 0 <= network.slider.high
+    assert not network.slider.table and network.slider.low <= network.slider.value == 0 <= network.slider.high
+    assert 'No accuracies' in draw_curve(network, 0)
     x = torch.zeros(1, 1, 28, 28)
-    runs = [network.run(x, offset) for offset in (-5, 0, 5)]
+    runs = [network.run(x, offset).passes[0] for offset in (-5, 0, 5)]
     assert runs[0].gates.sum() < runs[1].gates.sum() < runs[2].gates.sum()
     assert [run.threshold for run in runs] == pytest.approx([0.9933071, 0.5, 0.0066929], abs=1e-6)
 
 
-def test_the_slider_sets_calibrated_budgets_as_set_budget_does_and_clamps_what_is_out_of_range(images):
+def test_the_slider_sets_calibrated_budgets_as_set_budget_does(images):
     network, model = Network('x', make_model(*BUDGETS)), make_model(*BUDGETS)
-    assert network.slider == space_network.Slider(True, 30, 80, 1, 62)
+    assert network.slider[1:] == (30, 80, 1, 62)
     for percent in (30, 43, 62, 80):
         timm_aig.set_budget(model, percent / 100)
         for x in images:
             with torch.inference_mode():
                 output, gates = timm_aig.forward_gates(model, x)
-            run = network.run(x, percent)
+            run = network.run(x, percent).passes[0]
             assert torch.equal(run.gates, gates) and torch.equal(run.probabilities, output[0].softmax(0))
-    assert torch.equal(network.run(images[0], 5).gates, network.run(images[0], 30).gates)
-    assert network.run(images[0], 30).threshold == network.run(images[0], -1e9).threshold
+
+
+@pytest.mark.parametrize('typed,shown,said', [
+    (5, 30, ', not 5'), (-1e9, 30, ', not -1e+09'), (80.5, 80, ', not 80.5'), (None, 62, ''), ('<b>', 62, '')])
+def test_a_typed_value_out_of_the_range_gets_a_sentence(images, typed, shown, said):
+    network = Network('x', make_model(*BUDGETS))
+    assert network.run(images[0], typed).value == shown
+    curve = draw_curve(network, typed)
+    assert f'Type a number from 30 to 80{said}. Shown: {shown}.' in curve and '<b>' not in curve
+    assert 'Type a number' not in draw_curve(network, shown)
+
+
+def test_the_curve_goes_through_what_was_calibrated_and_marks_the_budget():
+    model = make_model()
+    set_budget_table(model, [BudgetPoint(b, o, b, 200, top1) for b, o, top1 in ((.4, -2., 90.), (.6, 0., 94.))])
+    network = Network('x', model)
+    drawn = draw_curve(network, 45)
+    assert 'points="30.0,100.0 315.0,10.0"' in drawn and 'cx="101.2" cy="77.5"' in drawn
+    assert 'budget 45%: 91.0% of 200 held-out images right' in drawn
+    assert 'budget 60%: 94.0%' in draw_curve(network, 60)
 
 
 def test_tabs_with_different_budgets_do_not_disturb_each_other(images):
     network = Network('x', make_model(*BUDGETS))
     jobs = [(x, percent) for x in images for percent in (30, 50, 80)]
-    expected = [network.run(*job).gates.tolist() for job in jobs]
+    expected = [network.run(*job).passes[0].gates.tolist() for job in jobs]
     assert len({str(gates) for gates in expected}) > 3
     differ, timings = [], []
 
     def tab(number):
         for i in range(20):
             index = (number * 2 + i) % len(jobs)
-            if network.run(*jobs[index]).gates.tolist() != expected[index]:
+            if network.run(*jobs[index]).passes[0].gates.tolist() != expected[index]:
                 differ.append(index)
 
     def timer():
-        timings.append(network.measure(images[0], network.run(images[0], 50).gates))
+        timings.append(network.measure(images[0], network.run(images[0], 50)))
 
     threads = [threading.Thread(target=tab, args=(number,)) for number in range(4)] + [threading.Thread(target=timer)]
     for thread in threads:
@@ -248,25 +314,23 @@ def test_tabs_with_different_budgets_do_not_disturb_each_other(images):
 
 def test_the_timing_is_of_the_run_and_ends_when_it_is_not_wanted(shipped, images):
     run = shipped.run(images[0], shipped.slider.low)
-    timing = shipped.measure(images[0], run.gates)
-    assert 0 < timing.adaptive < 1e4 and 0 < timing.parent < 1e4 and 5 <= timing.turns <= 51
-    low, median, high = timing.ratios
-    assert 0 < low <= median <= high
+    timing = shipped.measure(images[0], run)
+    assert len(timing.milliseconds) == 2 and all(0 < ms < 1e4 for ms in timing.milliseconds) and 5 <= timing.turns <= 51
     asked = []
-    assert shipped.measure(images[0], run.gates, lambda: len(asked) < 3 and not asked.append(0)) is None
+    assert shipped.measure(images[0], run, lambda: len(asked) < 3 and not asked.append(0)) is None
     assert len(asked) == 3
-    with torch.inference_mode(), timm_aig.force_gates(shipped.fast, run.gates):  # what is timed is what is shown
-        output, gates = timm_aig.forward_gates(shipped.fast, images[0])
-    assert torch.equal(gates, run.gates)
-    torch.testing.assert_close(output[0].softmax(0), run.probabilities, rtol=1e-4, atol=1e-5)
+    stage, one = shipped.stages[0], run.passes[0]
+    with torch.inference_mode(), timm_aig.force_gates(stage.fast, one.gates):  # what is timed is what is shown
+        output, gates = timm_aig.forward_gates(stage.fast, images[0])
+    assert torch.equal(gates, one.gates)
+    torch.testing.assert_close(output[0].softmax(0), one.probabilities, rtol=1e-4, atol=1e-5)
 
 
-def test_the_ratio_is_the_median_of_the_ratios_of_the_turns(shipped, images, monkeypatch):
+def test_the_times_are_the_medians_of_the_turns(shipped, images, monkeypatch):
     times = iter([9, 9, 9, 9, *[1, 4, 2, 1, 3, 6, 9, 3, 5, 5]])  # two turns warm up
-    monkeypatch.setattr(space_network, '_milliseconds', lambda model, x: next(times))
+    monkeypatch.setattr(space_network.Stage, 'milliseconds', lambda stage, x, gates: next(times))
     monkeypatch.setattr(space_network, 'TIMED_SECONDS', 0)
-    timing = shipped.measure(images[0], shipped.run(images[0]).gates)
-    assert (timing.adaptive, timing.parent, timing.ratios[1], timing.turns) == (3, 4, 1, 5)  # of 1/4, 1/2, 1, 2, 3
+    assert shipped.measure(images[0], shipped.run(images[0])) == Timing([3, 4], 5)
 
 
 def test_colour_images_become_grey_and_grey_ones_colour_for_the_network(shipped, partly_gated):
@@ -289,17 +353,32 @@ def test_a_model_that_cannot_be_loaded_gets_a_sentence(name, message):
 
 @pytest.mark.parametrize('config,message', [
     ('{', 'cannot be loaded'),
-    ('{"architecture": "cifar_resnet20", "num_classes": 2}', 'only adaptive models'),
+    ('{"architecture": "cifar_resnet20", "num_classes": 2}', 'this page shows adaptive models'),
     ('{"architecture": "resnet18_aig", "pretrained_cfg": {"input_size": [3, 60000, 60000]}}', 'cannot be loaded'),
     ('{"architecture": "no_such_aig", "pretrained_cfg": {}}', 'cannot be loaded'),
     ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 20000}}',
      'at most 300,000,000'),
+    ('{"cascade": 3}', 'cannot be loaded'),
+    ('{"cascade": {"stages": [{"model": "../x", "budget": null, "threshold": 1}]}}', 'no list of stages'),
+    ('{"cascade": {"stages": [{"model": "model_1", "budget": null, "threshold": 1}]}}', 'no config.json'),
+    (json.dumps({'cascade': {'stages': [{'model': 'model_1'}] * 99}}), 'has 99 stages; this page runs at most 4'),
 ])
 def test_a_folder_of_any_content_is_refused_in_a_sentence(tmp_path, config, message):
     (tmp_path / 'config.json').write_text(config)
     with pytest.raises(ModelError, match=message) as error:
         load_network(f'local-dir:{tmp_path}')
     assert 'site-packages' not in str(error.value)
+
+
+def test_a_saved_cascade_is_loaded_unless_its_models_are_too_large(tmp_path, monkeypatch):
+    models = [timm.create_model(name, num_classes=3).eval() for name in ('cifar_resnet8', 'cifar_resnet14_aig')]
+    timm_aig.Cascade(models, .7).save_pretrained(tmp_path)
+    network = load_network(f'local-dir:{tmp_path}')
+    assert network.thresholds == (.7,) and [len(stage.gated) for stage in network.stages] == [0, 6]
+    loading._load.cache_clear()
+    monkeypatch.setattr(loading, 'MAX_PARAMETERS', 100_000)  # less than both, more than one
+    with pytest.raises(ModelError, match='parameters'):
+        load_network(f'local-dir:{tmp_path}')
 
 
 def test_models_that_are_static_or_do_not_take_pictures_are_refused():
@@ -313,7 +392,7 @@ def test_models_that_are_static_or_do_not_take_pictures_are_refused():
 
 
 def test_a_space_does_not_read_folders_of_its_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(space_network, 'ON_A_SPACE', True)
+    monkeypatch.setattr(loading, 'ON_A_SPACE', True)
     with pytest.raises(ModelError, match='must be') as error:
         load_network(f' local-dir:{tmp_path} ')
     assert 'local-dir:folder' not in str(error.value)
@@ -321,25 +400,25 @@ def test_a_space_does_not_read_folders_of_its_server(tmp_path, monkeypatch):
 
 def test_the_drawing_says_of_every_block_in_order_whether_it_ran(shipped, partly_gated, images):
     for network, x in ((shipped, images[0]), (partly_gated, torch.randn(1, 3, 32, 32))):
-        run = network.run(x)
-        drawn = draw_network(network, run)
+        run, stage = network.run(x), network.stages[0]
+        drawn, one = draw_network(network, run), run.passes[0]
         states = re.findall(r'<li class="(\w+)".*?<b>(\w+)</b>', drawn)
         assert [a for a, _ in states] == [b for _, b in states]  # a word for each colour
-        assert [state != 'always' for state, _ in states] == [name in network.gated for name in network.blocks]
-        assert [state == 'run' for state, _ in states if state != 'always'] == (run.gates[0] > 0).tolist()
-        assert re.findall(r'<meter value="([\d.]+)"', drawn) == [f'{p:.3f}' for p in run.opens]
-        assert f'{int(run.gates.sum())} of {len(network.gated)} gated blocks run' in drawn
+        assert [state != 'always' for state, _ in states] == [name in stage.gated for name in stage.blocks]
+        assert [state == 'run' for state, _ in states if state != 'always'] == (one.gates[0] > 0).tolist()
+        assert re.findall(r'<br>([\d.]+)</li>', drawn) == [f'{p:.3f}' for p in one.opens]
+        ran = sum(state != 'skipped' for state, _ in states)
+        assert f'Adaptive: {ran} of {len(stage.blocks)} blocks run' in drawn
 
 
-def test_the_cost_is_that_of_the_gates_and_claims_no_more_than_was_measured(shipped, images):
+def test_the_answers_have_class_blocks_macs_and_time_of_both(shipped, images):
     run = shipped.run(images[0])
-    share = shipped.cost.executed(run.gates).item() / shipped.cost.static
-    assert 'measuring' in draw_cost(shipped, run) and f'| {share:.0%} |' in draw_cost(shipped, run)
-    slow = draw_cost(shipped, run, Timing(3., 2., (1.4, 1.52, 1.6), 9))
-    assert '| 3.00 | 2.00 | 152% |' in slow and 'more time than the skipped blocks save' in slow
-    assert 'medians of 9 turns' in slow and 'from 140% to 160%' in slow
-    noisy = draw_cost(shipped, run, Timing(3., 2., (1.1, 1.5, 1.6), 9))
-    assert 'gates take' not in noisy and 'a wide range' in noisy
+    share = run.passes[0].macs / shipped.stages[0].cost.static
+    assert 'being measured' in draw_answers(shipped, run)
+    drawn = draw_answers(shipped, run, Timing([3., 2.], 9))
+    assert 'medians of 9 turns' in drawn and '<td>3.0</td>' in drawn and '<td>2.0</td>' in drawn
+    assert f'({share:.0%})' in drawn and '52.7 (100%)' in drawn and '<td>15 of 15</td>' in drawn
+    assert shipped.class_name(run.passes[0].probabilities.argmax()) in drawn
 
 
 def make_folder(folder, rates=None, picture=None, **config):
@@ -368,7 +447,7 @@ def test_the_heatmap_is_a_table_with_the_predicted_class_marked(tmp_path):
     assert table.count('>25</td>') == 9 and table.count('<td>-</td>') == 9 and table.count('>100</td>') == 9
     assert table.count('<tr class=this>') == 1 and '&lt;b&gt;</th>' in table and '<b>' not in table
     marked = re.search(r'▸ (.*?)</th>', table)[1]
-    assert marked == ['ape', '&lt;b&gt;', 'cat'][run.probabilities.argmax()]
+    assert marked == ['ape', '&lt;b&gt;', 'cat'][run.passes[0].probabilities.argmax()]
 
 
 @pytest.mark.parametrize('rates', ['a,b\n1,2', '\n'.join(RATES.splitlines()[:2]), RATES.replace('0.25', '2.5')])
@@ -385,12 +464,13 @@ def test_without_a_table_the_published_picture_is_shown(tmp_path):
 @pytest.mark.parametrize('name', shipped_models())
 def test_the_heatmap_of_a_shipped_model_is_beside_its_weights(name):
     network = load_network(name)
-    assert network.rates is not None and len(network.rates) == 10
-    assert {len(row) for row in network.rates} == {len(network.gated)}
+    assert len(network.rates.table) == 10
+    assert {len(row) for row in network.rates.table} == {len(network.stages[0].gated)}
 
 
-def test_text_from_outside_is_escaped(shipped):
+def test_text_from_outside_is_escaped(shipped, images):
     assert '<script>' not in draw_images(RED, '<script>"', shipped)
+    assert '<script>' not in draw_pair(shipped, [('<script>"', RED, shipped.run(images[0]))])
 
 
 def test_help_comes_without_torch_and_gradio_and_a_wrong_model_is_one_line():
