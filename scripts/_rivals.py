@@ -39,8 +39,7 @@ def trainings(task: Task) -> Dict[str, str]:
     rest = f'--epochs {task.epochs - first} --target-rate 0.5'
     runs = {f'static-{name}': f'--static --model {model} {long}' for name, model in reversed(NETS.items())}
     for name, model in NETS.items():
-        if name != 'r32':
-            runs[f'distilled-{name}'] = f'--static --model {model} {long} --distill-weight 0.5 {TEACHER}'
+        runs[f'distilled-{name}'] = f'--static --model {model} {long} --distill-weight 0.5 {TEACHER}'
     runs['small-r32'] = f'--static --model {NETS["r32"]} {long} --input-size 1 {task.small} {task.small}'
     runs['any-r20'] = f'--recipe any --model {NETS["r20"]} {long} {TEACHER}'
     runs['any-r32'] = f'--recipe any --model {NETS["r32"]} {long} {TEACHER}'
@@ -53,7 +52,8 @@ def trainings(task: Task) -> Dict[str, str]:
 STATIC_CASCADES = (
     ('static-r8', 'static-r14'), ('static-r8', 'static-r20'), ('static-r8', 'static-r32'),
     ('static-r14', 'static-r32'), ('distilled-r8', 'distilled-r14'), ('distilled-r8', 'distilled-r20'),
-    ('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'),
+    ('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'), ('distilled-r8', 'distilled-r32'),
+    ('distilled-r14', 'distilled-r32'),
 )
 ADAPTIVE_CASCADES = (
     ('static-r8', 'any-r20'), ('distilled-r8', 'any-r20'), ('any-r20', 'any-r20'), ('any-r20', 'static-r32'),

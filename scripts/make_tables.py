@@ -44,6 +44,10 @@ _SPEED = {
     'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}', 'time': '{ratio}[ ({ratio_low}-{ratio_high})]',
     'MACs share': '{macs_share}', 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}',
 }
+_TIME = {
+    'model': '`{model}`', 'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}',
+    'time': '{ratio}[ ({ratio_low}-{ratio_high})]', 'MACs share': '{macs_share}',
+}
 _CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
 
 _GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]'}
@@ -53,7 +57,7 @@ TABLES = {
     'glyphs-static': Table('glyphs.csv', {'network': '`{model}`', **_GLYPHS}, {
         'setting': '', 'model': (
             'static-r8', 'static-r14', 'static-r20', 'static-r32', 'distilled-r8', 'distilled-r14', 'distilled-r20',
-            'small-r32')}),
+            'distilled-r32', 'small-r32')}),
     'glyphs-any': Table('glyphs.csv', {'network': '`{model}`', 'setting': '{setting}', **_GLYPHS, **_SEVERITY}, {
         'model': ('any-r20', 'any-r32')}),
     'glyphs-speed': Table('glyphs_speed.csv', {
@@ -103,9 +107,19 @@ TABLES = {
     'recipe-parts': Table('recipe.csv', {'change': '{change}', **_CHANGE}, {'study': 'parts'}),
     'speed-resnet50': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet50'}),
     'speed-resnet101': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet101'}),
-    'speed-runtimes': Table('speed.csv', {
-        'model': '`{model}`', 'runtime': '{runtime}', 'batch': '{batch_size}', 'ms / image': '{ms}',
-    }, {'study': 'runtimes'}),
+    'speed-runtimes': Table('speed.csv', _TIME, {'study': 'runtimes', 'batch_size': ('1', '8')}),
+    'speed-compiled': Table('speed.csv', _TIME, {'study': 'compiled'}),
+    'serving': Table('serving.csv', {
+        'model': '`{model}`', 'clients': '{clients}', 'network': '{run}', 'images / s': '{images_per_s}',
+        'over the parent': '{throughput_ratio}[ ({throughput_low}-{throughput_high})]', 'p50, ms': '{p50_ms}',
+        'over the parent ': '{p50_ratio}', 'p99, ms': '{p99_ms}', 'over the parent  ': '{p99_ratio}',
+        'mean batch': '{mean_batch}', 'MACs share': '{macs_share}',
+    }, {}),
+    'int8': Table('int8.csv', {
+        'model': '`{model}`', 'runtime': '{runtime}', 'network': '{network}', 'precision': '{precision}',
+        'top-1, %': '{top1}', 'batch 1: ms / image': '{ms_1}', 'over the float32 parent': '{ratio_1}',
+        'batch 8 or 32: ms / image': '{ms_n}', 'over the float32 parent ': '{ratio_n}',
+    }, {}),
     'training-step': Table('training_step.csv', {
         'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}',
         'time': '{ratio}', 'with `--compile`': '{ratio_compiled}',

@@ -517,13 +517,17 @@ def test_plain_convolutions_serve_where_there_are_no_fused_ones(models, monkeypa
         assert_same(optimized(x), model(x))
 
 
+@pytest.mark.parametrize('whole', [True, False], ids=['one graph', 'by blocks'])
 @pytest.mark.usefixtures('slices')
-def test_compiled_blocks_keep_the_outputs_over_batch_sizes():
+def test_a_compiled_model_keeps_the_outputs_over_batch_sizes(whole):
     model = create('cifar_resnet20_aig')
     timm_aig.ungate_(model)
     timm_aig.gate_(model, timm_aig.AIGConfig(target_rates=[1, .5] + [1] * 7))
     model.layer1, model.layer3 = model.layer1[1:], torch.nn.Sequential()  # two stages are enough to compile
     model.reset_classifier(0)
+    if not whole:
+        model = torch.nn.Sequential(model)  # no forward of timm
+    torch._dynamo.utils.counters.clear()
     optimized = timm_aig.optimize_for_inference(model, compile=True)
     for batch in (1, 3, 2, 5):
         x = images(batch, 'cifar')
@@ -532,6 +536,15 @@ def test_compiled_blocks_keep_the_outputs_over_batch_sizes():
                 expected = model(x)
             with timm_aig.force_gates(optimized, open.bool()):
                 assert_same(optimized(x), expected)
+    assert not whole or not torch._dynamo.utils.counters['graph_break']
+    if whole:  # offsets are data of the graph: another one compiles nothing
+        graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+        for offset in (1., -50., 50.):
+            timm_aig.set_gate_offset(model, offset)
+            timm_aig.set_gate_offset(optimized, offset)
+            with torch.no_grad():
+                assert_same(optimized(x), model(x))
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= graphs + 1  # one without forced gates
 
 
 def test_training_optimizing_twice_and_bad_arguments_are_errors(models):
