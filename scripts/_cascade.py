@@ -1,7 +1,7 @@
 """Cascades on the command line: --cascade of calibrate.py, validate.py and predict.py."""
 import argparse
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 import torch
 from _common import blame
@@ -54,26 +54,35 @@ def cascade_rows(args: argparse.Namespace, cascade: Cascade, device: torch.devic
     rows = []
     for thresholds in args.thresholds or [cascade.thresholds]:
         cascade.set_thresholds(thresholds)
-        right, stages, macs, seconds = [], [], [], 0.
-        for images, labels in loader:
-            images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
-            start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                rounds = cascade.rounds(images)
-            right.append((rounds.logits.argmax(1) == labels).cpu())  # waits for the device
-            seconds += time.perf_counter() - start
-            stages.append(rounds.stages.cpu())
-            macs.append(rounds.macs.cpu())
-        reached, executed = torch.cat(stages), torch.cat(macs)
-        largest = max(cost.static for cost in cascade.costs(tuple(images.shape[1:])))
         rows.append({
             'cascade': args.cascade, 'thresholds': cascade.thresholds, 'budgets': cascade.budgets,
-            'images': len(reached), 'top1': 100 * torch.cat(right).double().mean().item(),
-            'macs': executed.mean().item(), 'macs_share': executed.mean().item() / largest, 'all_macs': largest,
-            'stage_shares': [(reached > stage).double().mean().item() for stage in range(len(cascade.order))],
-            'images_per_second': len(reached) / seconds,
-        })
+            **evaluate_cascade(cascade, loader, device, args.amp)})
     return rows
+
+
+@torch.no_grad()
+def evaluate_cascade(
+        cascade: Cascade, loader: Iterable[Any], device: torch.device, amp: bool = False,
+) -> Dict[str, Any]:
+    """Accuracy, MACs, share of the images in each stage and throughput of a cascade on batches of images and labels."""
+    right, stages, macs, seconds = [], [], [], 0.
+    for images, labels in loader:
+        images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            rounds = cascade.rounds(images)
+        right.append((rounds.logits.argmax(1) == labels).cpu())  # waits for the device
+        seconds += time.perf_counter() - start
+        stages.append(rounds.stages.cpu())
+        macs.append(rounds.macs.cpu())
+    reached, executed = torch.cat(stages), torch.cat(macs)
+    largest = max(cost.static for cost in cascade.costs(tuple(images.shape[1:])))
+    return {
+        'images': len(reached), 'top1': 100 * torch.cat(right).double().mean().item(),
+        'macs': executed.mean().item(), 'macs_share': executed.mean().item() / largest, 'all_macs': largest,
+        'stage_shares': [(reached > stage).double().mean().item() for stage in range(len(cascade.order))],
+        'images_per_second': len(reached) / seconds,
+    }
 
 
 def print_cascade_table(rows: List[Dict[str, Any]]) -> None:

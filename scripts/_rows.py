@@ -93,8 +93,7 @@ def runtime_rows(
                 path = Path(folder, mode + file_type)
                 export(model, path, mode=mode, images=images[:batch].clone(), precision=precision, **kwargs)
                 # spinning threads would slow the other rows
-                hint = 'bf16' if precision == 'bfloat16' else 'f32'
-                run = open_exported(path, threads, spinning=False, hint=hint)
+                run = open_exported(path, threads, spinning=False, precision=precision)
                 if mode == 'masked':
                     rows.append(Row(reference, RuntimeModel(run), reference))
                 else:
@@ -139,11 +138,8 @@ def training_step(model: torch.nn.Module, device: str, compiled: bool) -> Callab
     return step
 
 
-def draw_gates(args: argparse.Namespace, row: Row, images: torch.Tensor, batch: int, adaptive: Any) -> torch.Tensor:
-    """Gates [N, L] of a row for all images: those of its own, or an exact share of the blocks, drawn for each image."""
-    if row.rate is None:
-        return timm_aig.forward_gates(adaptive, images)[1]
-    blocks = len(timm_aig.gated_blocks(adaptive))
+def draw_gates(args: argparse.Namespace, row: Row, images: torch.Tensor, batch: int, blocks: int) -> torch.Tensor:
+    """Gates [N, L] of a row for all images: an exact share of the L blocks, drawn for each image."""
     generator = torch.Generator().manual_seed(args.seed)  # the lower rate's gates are a subset of the higher's
     order = torch.rand(len(images), blocks, generator=generator).argsort(1).argsort(1)
     gates = (order < round(row.rate * blocks)).float().to(images.device)

@@ -158,7 +158,9 @@ def measure(args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.
     images = images[:len(images) // batch * batch]  # whole batches, for time and MACs alike
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
     rows = make_rows(args, adaptive, parent, images, batch)
-    gates = {row.name: draw_gates(args, row, images, batch, adaptive) for row in rows if row.adaptive}
+    own = timm_aig.forward_gates(adaptive, images)[1] if args.images and not args.train else None
+    gates = {row.name: own if row.rate is None else draw_gates(args, row, images, batch, len(cost.blocks))
+             for row in rows if row.adaptive}
     seconds = time_rows(args, rows, images, batch, gates)
     results = []
     for row in rows:

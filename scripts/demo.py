@@ -64,6 +64,7 @@ import finetune
 import timm
 import torch
 import torch.nn as nn
+from _cascade import evaluate_cascade
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -217,12 +218,10 @@ def compare(args: argparse.Namespace, models: List[Any], cascade: Cascade, loade
         gated = evaluate(adaptive, loader)
         add(f'adaptive at {budget:g}', at_budget(adaptive, budget), gated.top1,
             gated.gates.sum(1).double().mean().item(), gated.gates.shape[1], gated.macs_shares(cost).mean().item())
-    rounds = [cascade.rounds(batch) for batch, _ in loader]
-    right = torch.cat([one.logits.argmax(1) == labels for one, (_, labels) in zip(rounds, loader)])
+    found = evaluate_cascade(cascade, loader, torch.device('cpu'))
     large, small = rows[0]['blocks'], rows[1]['blocks']
-    second = torch.cat([one.stages for one in rounds]).double().mean().item() - 1
-    add('cascade of both static', cascade, 100 * right.double().mean().item(), small + second * large, small + large,
-        torch.cat([one.macs for one in rounds]).mean().item() / cost.static)
+    add('cascade of both static', cascade, found['top1'], small + found['stage_shares'][1] * large, small + large,
+        found['macs'] / cost.static)
     for size in TIMED_BATCHES:
         for row, ms in zip(rows, measure(runs, images, size, rounds=max(3, size // 4))):
             row.setdefault('ms_per_image', {})[str(size)] = ms

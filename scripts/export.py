@@ -96,9 +96,8 @@ def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path
 
 def load(args: argparse.Namespace, path: Path) -> Callable[[Dict[str, Any]], Any]:
     """A function that runs a file on its inputs by name."""
-    hint = 'bf16' if args.precision == 'bfloat16' else 'f32'
     # spinning threads of one session would slow the other
-    return open_exported(path, args.threads or torch.get_num_threads(), spinning=False, hint=hint)
+    return open_exported(path, args.threads or torch.get_num_threads(), spinning=False, precision=args.precision)
 
 
 def time_file(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path) -> List[Dict[str, Any]]:

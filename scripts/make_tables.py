@@ -40,14 +40,12 @@ _ACCURACY = {
     'model': '`{model}`', 'training': '{training}', 'epochs': '{epochs}', 'top-1, %': '{top1}[ ± {top1_std}]',
     'MACs / ResNet-32': '{macs_over_resnet32}', 'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
 }
-_SPEED = {
-    'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}', 'time': '{ratio}[ ({ratio_low}-{ratio_high})]',
-    'MACs share': '{macs_share}', 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}',
-}
 _TIME = {
-    'model': '`{model}`', 'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}',
-    'time': '{ratio}[ ({ratio_low}-{ratio_high})]', 'MACs share': '{macs_share}',
+    'batch': '{batch_size}', 'network': '{run}', 'ms / image': '{ms}', 'time': '{ratio}[ ({ratio_low}-{ratio_high})]',
+    'MACs share': '{macs_share}',
 }
+_SPEED = {**_TIME, 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}'}
+_MODEL_TIME = {'model': '`{model}`', **_TIME}
 _CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
 
 _GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]'}
@@ -107,8 +105,8 @@ TABLES = {
     'recipe-parts': Table('recipe.csv', {'change': '{change}', **_CHANGE}, {'study': 'parts'}),
     'speed-resnet50': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet50'}),
     'speed-resnet101': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet101'}),
-    'speed-runtimes': Table('speed.csv', _TIME, {'study': 'runtimes', 'batch_size': ('1', '8')}),
-    'speed-compiled': Table('speed.csv', _TIME, {'study': 'compiled'}),
+    'speed-runtimes': Table('speed.csv', _MODEL_TIME, {'study': 'runtimes', 'batch_size': ('1', '8')}),
+    'speed-compiled': Table('speed.csv', _MODEL_TIME, {'study': 'compiled'}),
     'serving': Table('serving.csv', {
         'model': '`{model}`', 'clients': '{clients}', 'network': '{run}', 'images / s': '{images_per_s}',
         'over the parent': '{throughput_ratio}[ ({throughput_low}-{throughput_high})]', 'p50, ms': '{p50_ms}',

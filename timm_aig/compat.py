@@ -3,6 +3,7 @@
 Each entry says what needs it and what happens in a version that lacks it: the slower public way, never a crash.
 `nn.Module._modules` is used where it is needed: torch's own containers rely on it.
 """
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -19,6 +20,16 @@ if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn,
         '_convolution_pointwise', '_convolution_pointwise_', '_reorder_convolution_weight',
         '_get_mkldnn_serialized_md')):
     mkldnn_ops = None
+
+
+def one_graph(x: torch.Tensor) -> Any:
+    """Context of a call in which torch.compile takes x [B, ...] with any B, and numbers of rows that depend on values,
+    into one graph: optimize_for_inference(compile=True). Without the names: a graph for each block and batch size."""
+    dynamo = torch._dynamo
+    if not hasattr(dynamo, 'maybe_mark_dynamic') or not hasattr(dynamo.config, 'capture_dynamic_output_shape_ops'):
+        return nullcontext()
+    dynamo.maybe_mark_dynamic(x, 0)
+    return dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 
 
 def in_transform() -> bool:

@@ -55,7 +55,6 @@ from network import ModelError, Network, Run
 from PIL import Image
 
 SAMPLES = sorted((Path(__file__).resolve().parent / 'examples').glob('*.png'))  # grey images of Fashion-MNIST
-PAIR = [path for path in SAMPLES if 'Pullover' in path.stem]  # an easy and a hard one
 TITLE = 'Adaptive networks, block by block'
 INTRO = f"""# {TITLE}
 Before each block a small gate decides for each image whether the block runs:
@@ -78,6 +77,9 @@ class Session:
 
 def title_of(path: Path) -> str:
     return path.stem[2:].replace('_', ' ')
+
+
+PAIR = [(title_of(path), read_image(path)[0]) for path in SAMPLES if 'Pullover' in path.stem]  # an easy and a hard one
 
 
 def controls(network: Network) -> Tuple[Any, str]:
@@ -154,10 +156,8 @@ def show(value: Any, session: Session) -> Tuple[Any, ...]:
     images, pictured = gr.skip(), (session.title, session.image, network)
     if session.pictured != pictured:  # they are not sent again when the slider moves
         images, session.pictured = draw_images(session.image, session.title, network), pictured
-    pair = []
-    for path in PAIR if samples_suit(network) else []:
-        image, _ = read_image(path)
-        pair.append((title_of(path), image, network.run(network.tensor(image), value)))
+    pair = [(title, image, network.run(network.tensor(image), value))
+            for title, image in (PAIR if samples_suit(network) else [])]
     return (images, draw_answers(network, run), draw_network(network, run), curve, draw_pair(network, pair),
             draw_heatmap(network, run))
 

@@ -7,10 +7,10 @@ import base64
 import io
 import math
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 from network import Network, Pass, Run, Stage, Timing
 from PIL import Image
 
@@ -207,7 +207,7 @@ def draw_curve(network: Network, value: Any) -> str:
     if len(points) < 2:
         return f'<section class="aig">{problem}<p>No accuracies are stored with this model. scripts/calibrate.py ' \
                'measures them.</p></section>'
-    top1 = _interpolate(points, now)
+    top1 = np.interp(now, *zip(*points))
     images = slider.table[0].images
     low, high = math.floor(min(y for _, y in points)), math.ceil(max(y for _, y in points))
 
@@ -224,13 +224,6 @@ def draw_curve(network: Network, value: Any) -> str:
         f'</text><text x="317" y="114" text-anchor="end">{points[-1][0]:g}%</text><polyline points="{line}"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/><text x="174" y="127" text-anchor="middle">budget {now:g}%: '
         f'{top1:.1f}% of {images} held-out images right</text></svg></section>')
-
-
-def _interpolate(points: Sequence[Tuple[float, float]], x: float) -> float:
-    for (a, y), (b, z) in pairwise(points):
-        if x <= b:
-            return y + (z - y) * (max(x, a) - a) / (b - a)
-    return points[-1][1]
 
 
 def draw_pair(network: Network, pair: Sequence[Tuple[str, Image.Image, Run]]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import timm
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from network import ModelError, Network
+from rates import download
 
 import timm_aig
 from timm_aig.models.hub_configs import load_hub_configs
@@ -96,8 +96,7 @@ def _read_checked_config(name: str) -> Dict[str, Any]:
 def _find_config(name: str, filename: str) -> Path:
     source, _, place = name.partition(':')
     if source == 'hf-hub':
-        repo_id, _, revision = place.partition('@')
-        return Path(hf_hub_download(repo_id, filename, revision=revision or None))
+        return download(place, filename)
     if source == 'local-dir' and not ON_A_SPACE:
         return Path(place, filename)
     folder = '' if ON_A_SPACE else ' or local-dir:folder'

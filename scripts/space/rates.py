@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from images import read_image
 from PIL import Image
 
-__all__ = ['Rates', 'find_rates']
+__all__ = ['Rates', 'download', 'find_rates']
 
 HERE = Path(__file__).resolve().parent
 MAX_CSV = 10_000_000  # characters
@@ -37,13 +37,18 @@ def find_rates(name: str, blocks: List[str], classes: int) -> Rates:
     return Rates()
 
 
+def download(place: str, filename: str) -> Path:
+    """A file of user/name[@revision] on the Hub."""
+    repo_id, _, revision = place.partition('@')
+    return Path(hf_hub_download(repo_id, filename, revision=revision or None))
+
+
 def _find_file(name: str, filename: str) -> Optional[Path]:
     """A file beside a model: in hub_configs for a shipped one, else in its folder or repository."""
     source, _, place = name.partition(':')
     if source == 'hf-hub':
-        repo_id, _, revision = place.partition('@')
         try:
-            return Path(hf_hub_download(repo_id, filename, revision=revision or None))
+            return download(place, filename)
         except Exception:  # not there, or the Hub does not answer: the page works without it
             return None
     folders = [Path(place)] if source == 'local-dir' else [

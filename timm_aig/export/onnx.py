@@ -147,6 +147,7 @@ def to_onnx(
 
 
 def check_precision(precision: str, allowed: Sequence[str], calibration: Any) -> None:
+    """Raise InputError for an unknown precision, and for int8 without images or images without int8."""
     if precision not in allowed:
         raise InputError(f'must be one of {", ".join(allowed)}, not {precision!r}.', 'precision')
     if (precision == 'int8') != (calibration is not None):

@@ -12,7 +12,7 @@ from ..config import InputError
 from .check import check_export, file_report, own_offsets
 from .model import prepare
 from .onnx import check_precision, describe, quantize, to_onnx
-from .runtime import openvino_core
+from .runtime import compile_openvino
 
 __all__ = ['export_openvino']
 
@@ -66,8 +66,7 @@ def export_openvino(
         ir = ov.convert_model(source)
         ir.set_rt_info(metadata, ['timm_aig'])
         ov.save_model(ir, file, compress_to_fp16=precision == 'float16')
-        hint = 'bf16' if precision == 'bfloat16' else 'f32'
-        compiled = openvino_core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': hint})
+        compiled = compile_openvino(file, precision)
 
         def run(x: np.ndarray, offset: Optional[np.ndarray]) -> Tuple[np.ndarray, Optional[np.ndarray]]:
             feeds = {'x': x}

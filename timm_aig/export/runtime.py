@@ -10,7 +10,7 @@ import numpy as np
 from ..config import InputError
 from .check import FORCED, TOLERANCE
 
-__all__ = ['create_session', 'load_onnx', 'open_exported', 'openvino_core']
+__all__ = ['compile_openvino', 'create_session', 'load_onnx', 'open_exported', 'openvino_core']
 
 
 def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spinning: bool = True) -> Any:
@@ -110,18 +110,24 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
+def compile_openvino(path: Path, precision: str = 'float32', threads: Optional[int] = None) -> Any:
+    """openvino.CompiledModel of a file of export_openvino, on the CPU. See open_exported."""
+    hint = 'bf16' if precision == 'bfloat16' else 'f32'
+    config = {'INFERENCE_PRECISION_HINT': hint, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
+    return openvino_core().compile_model(path, 'CPU', config)
+
+
 def open_exported(
-        path: Path, threads: Optional[int] = None, spinning: bool = True, hint: str = 'f32',
+        path: Path, threads: Optional[int] = None, spinning: bool = True, precision: str = 'float32',
 ) -> Callable[[Dict[str, np.ndarray]], Any]:
     """Function from the inputs of an .onnx or .xml file, by name, to its outputs in order.
 
     Args:
         path, threads, spinning: See load_onnx.
-        hint: INFERENCE_PRECISION_HINT of OpenVINO, 'f32' or 'bf16'.
+        precision: As it was exported with.
     """
     if path.suffix == '.onnx':
         session = load_onnx(path, threads, spinning)
         return lambda feeds: session.run(None, feeds)
-    config = {'INFERENCE_PRECISION_HINT': hint, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
-    compiled = openvino_core().compile_model(path, 'CPU', config)
+    compiled = compile_openvino(path, precision, threads)
     return lambda feeds: list(compiled(feeds).values())

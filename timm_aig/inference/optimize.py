@@ -19,7 +19,7 @@ from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models.resnet import ResNet
 
 from ..blocks import family_of, gated_blocks
-from ..compat import has_forward_hooks
+from ..compat import has_forward_hooks, one_graph
 from ..config import InputError
 from ..convert import plain_copy, residual_blocks
 from ..gate import gate_pass
@@ -179,8 +179,7 @@ def _compile(model: Any) -> torch.memory_format:
         compiled: Any = torch.compile(model.forward, options={'layout_optimization': False})
 
         def forward(x: torch.Tensor) -> Any:
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            with one_graph(x):
                 return compiled(x)
 
         model.forward = forward
