@@ -127,7 +127,10 @@ def file_runs(
 def time_runs(
         runtimes: Dict[str, Dict[str, Any]], images: torch.Tensor, batch: int, rounds: int, device: str = 'cpu',
 ) -> Dict[str, Dict[str, List[List[float]]]]:
-    """Seconds of each batch in each round, all runs in turns."""
+    """Seconds of each batch in each round, all runs in turns of 8 images or one batch.
+
+    A turn starts with a call that is not timed: else a run would be the faster for sharing weights with the one before.
+    """
     synchronize = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     seconds: Dict[str, Dict[str, List[List[float]]]] = {
         runtime: {name: [] for name in runs} for runtime, runs in runtimes.items()}
@@ -135,15 +138,16 @@ def time_runs(
         for runtime, runs in runtimes.items():
             for name in runs:
                 seconds[runtime][name].append([])
-        for start in range(0, len(images) - batch + 1, batch):
-            x = images[start:start + batch]
+        for turn in images[:len(images) // batch * batch].split(max(8 // batch, 1) * batch):
             for runtime, runs in runtimes.items():
                 for name, run in runs.items():
-                    synchronize()
-                    begin = time.perf_counter()
-                    run(x)
-                    synchronize()
-                    seconds[runtime][name][-1].append(time.perf_counter() - begin)
+                    run(turn[:batch])
+                    for x in turn.split(batch):
+                        synchronize()
+                        begin = time.perf_counter()
+                        run(x)
+                        synchronize()
+                        seconds[runtime][name][-1].append(time.perf_counter() - begin)
         print(f'\rbatch {batch}: round {round + 1} of {rounds}', end='', file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {runtime: {name: times[1:] for name, times in runs.items()} for runtime, runs in seconds.items()}
