@@ -5,7 +5,6 @@ import sys
 import pytest
 import timm
 import torch
-from timm.models._features import feature_take_indices
 
 from timm_aig import compat
 
@@ -23,18 +22,6 @@ def without():
 
     yield _without
     importlib.reload(compat)
-
-
-@pytest.mark.parametrize('indices', [None, 1, 3, 4, [0], [-1], [2, -4, 1], (3, 0)])
-def test_without_timms_function_the_same_features_are_taken(indices, without):
-    fallback = without('timm.models._features').feature_take_indices
-    assert fallback is not feature_take_indices
-    assert fallback(4, indices) == feature_take_indices(4, indices)
-
-
-def test_an_index_out_of_range_is_an_error_without_timms_function(without):
-    with pytest.raises(IndexError):
-        without('timm.models._features').feature_take_indices(4, [4])
 
 
 def test_recorded_arguments_are_those_that_timm_exports():

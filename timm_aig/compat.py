@@ -5,7 +5,7 @@ Each entry says what needs it and what happens in a version that lacks it: the s
 """
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict
 
 import torch
 import torch.nn as nn
@@ -49,21 +49,6 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 # ---- timm
-
-try:
-    # CifarResNet.forward_intermediates, as in each model of timm. Without it: the same in a few lines.
-    from timm.models._features import feature_take_indices
-except ImportError:
-    def feature_take_indices(
-            num_features: int,
-            indices: Optional[Union[int, List[int]]] = None,
-    ) -> Tuple[List[int], int]:
-        """Indices of the features to take, the last n for a number n, and the largest of them."""
-        if indices is None or isinstance(indices, int):
-            indices = list(range(num_features))[-(indices or num_features):]
-        take_indices = [range(num_features)[index] for index in indices]
-        return take_indices, max(take_indices)
-
 
 try:
     # Converts weights in the format of RegNet's authors. Without it: these do not load, timm's do.

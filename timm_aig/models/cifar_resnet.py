@@ -6,17 +6,16 @@ Papers:
 
 Downsampling shortcuts are 1x1 convolutions as in the code of the second paper, not zero padding as in the first.
 """
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_classifier, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
-from ..compat import feature_take_indices
 from ..convert import checkpoint_filter_fn
-from ..hub.config_json import checked_source
+from ..hub.config_json import pin_weights
 
 __all__ = ['CifarResNet']
 
@@ -95,47 +94,21 @@ class CifarResNet(ResNet):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights(zero_init_last=zero_init_last)
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    def forward_intermediates(self, x: torch.Tensor, indices: Union[int, List[int], None] = None, *args, **kwargs):
         """Forward features and return intermediates: 0 is the stem, 1 to 3 are the stages. Arguments as in ResNet."""
-        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
-        intermediates = []
-        take_indices, max_index = feature_take_indices(4, indices)
-        x = self.act1(self.bn1(self.conv1(x)))
-        if 0 in take_indices:
-            intermediates.append(x)
-        stages = [self.layer1, self.layer2, self.layer3]
-        for index, stage in enumerate(stages[:max_index] if stop_early else stages, start=1):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x)
-            else:
-                x = stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        return super().forward_intermediates(x, _take_features(indices), *args, **kwargs)
 
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args, **kwargs) -> List[int]:
         """Prune stages not required for the given intermediates. Arguments as in ResNet."""
-        take_indices, max_index = feature_take_indices(4, indices)
-        for name in ('layer1', 'layer2', 'layer3')[max_index:]:
-            setattr(self, name, nn.Sequential())
-        if max_index < 3:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
-        if prune_head or max_index < 3:
-            self.reset_classifier(0, '')
-        return take_indices
+        return super().prune_intermediate_layers(_take_features(indices), *args, **kwargs)
+
+
+def _take_features(indices: Union[int, List[int], None]) -> List[int]:
+    """Indices of the features to take. ResNet would take the last ones from five, with that of the empty layer4."""
+    features = range(4)
+    if indices is None or isinstance(indices, int):
+        return list(features[-(indices or 4):])
+    return [features[index] for index in indices]
 
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
@@ -145,7 +118,7 @@ def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> Ci
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,  # weights of the adaptive counterpart load, too
         feature_cfg=dict(out_indices=(0, 1, 2, 3)),
-        **checked_source(pretrained, kwargs),
+        **pin_weights(kwargs),
     )
 
 
@@ -159,14 +132,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'cifar_resnet8.untrained': _cfg(),
-    'cifar_resnet14.untrained': _cfg(),
-    'cifar_resnet20.untrained': _cfg(),
-    'cifar_resnet32.untrained': _cfg(),
-    'cifar_resnet44.untrained': _cfg(),
-    'cifar_resnet56.untrained': _cfg(),
-    'cifar_resnet110.untrained': _cfg(),
-})
+    f'cifar_resnet{depth}.untrained': _cfg() for depth in (8, 14, 20, 32, 44, 56, 110)})
 
 
 @register_model
