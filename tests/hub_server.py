@@ -73,7 +73,7 @@ class Fault:
         path: Pattern searched in the path.
         status: Answer with this status.
         cut: Take this much of an upload, or send this much of an answer, then close the connection.
-        stall: Never answer.
+        stall: Never answer, or after what `cut` lets through.
         times: How many requests fail.
     """
     method: str
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f'{self.command} {path}')
         fault = self.hub.take_fault(self.command, path)
         try:
-            if fault.stall:
+            if fault.stall and fault.cut < 0:
                 self.hub.closed.wait(SOCKET_TIMEOUT)
                 self.close_connection = True
                 return
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault.status:
                 raise HubError(fault.status, 'a fault of the test')
             if '/resolve/' in path:
-                self.send_file(path, fault.cut)
+                self.send_file(path, fault)
             else:
                 self.send_json(200, self.answer(path, url.query, body))
         except HubError as e:
@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(data)
 
-    def send_file(self, path, cut):
+    def send_file(self, path, fault):
         """Answer a request for a file, from the byte on that its Range header names."""
         match = re.fullmatch(r'/((?:spaces/)?)([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path)
         repo = self.find('space' if match[1] else 'model', match[2])
@@ -207,8 +207,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
-        self.wfile.write(data[start:] if cut < 0 else data[start:start + cut])
-        self.close_connection = cut >= 0
+        self.wfile.write(data[start:] if fault.cut < 0 else data[start:start + fault.cut])
+        if fault.stall:
+            self.hub.closed.wait(SOCKET_TIMEOUT)
+        self.close_connection = fault.cut >= 0
 
     def token(self):
         """Namespaces of the token and whether it may write, None without a token."""

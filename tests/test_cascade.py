@@ -201,8 +201,9 @@ def test_a_saved_cascade_loads_with_each_model_once(adaptive, tmp_path):
 def test_a_config_that_is_no_cascade_is_named(tmp_path):
     with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):
         Cascade.from_pretrained(tmp_path)
-    stage = {'model': '../model', 'budget': None, 'threshold': .5}
-    for content in ('no json', '{}', json.dumps({'cascade': {'stages': [stage, stage]}})):
+    elsewhere, incomplete = {'model': '../model', 'budget': None, 'threshold': .5}, {'model': 'model_1'}
+    cascades = [json.dumps({'cascade': {'stages': [stage, stage]}}) for stage in (elsewhere, incomplete)]
+    for content in ('no json', '{}', *cascades):
         (tmp_path / 'config.json').write_text(content)
-        with pytest.raises(timm_aig.InputError, match='has no list of stages'):
+        with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):
             Cascade.from_pretrained(tmp_path)

@@ -30,7 +30,7 @@ MAX_STAGES = 4
 REASONS = (
     (HFValidationError, 'is not a name of a model on the Hub: hf-hub:user/name.'),
     ((RepositoryNotFoundError, RevisionNotFoundError), 'is not on the Hub, or not public.'),
-    (LocalEntryNotFoundError, 'cannot be loaded: the Hub does not answer.'),
+    ((LocalEntryNotFoundError, TimeoutError), 'cannot be loaded: the Hub does not answer.'),
     ((FileNotFoundError, EntryNotFoundError), 'has no config.json or no model.safetensors.'))
 
 

@@ -72,6 +72,7 @@ def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
 
     Raises:
         InputError: There is no cascade, or its config.json is not one.
+        TimeoutError: The Hub stalled.
     """
     from ..cascade import Cascade
 
@@ -80,7 +81,8 @@ def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
         repo_id, _, revision = rest.partition('@')
         check_repo_id(repo_id)
         files = ['config.json', 'model_*/config.json', 'model_*/model.safetensors']
-        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+        with hub_timeout(TIMEOUT):
+            folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
     else:
         folder = Path(rest if source == 'local-dir' else name)
     stages = _read_stages(folder / 'config.json')
@@ -93,14 +95,11 @@ def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
 def _read_stages(path: Path) -> List[Dict[str, Any]]:
     try:
         stages = json.loads(path.read_text(encoding='utf-8'))['cascade']['stages']
-        if all(re.fullmatch(r'model_\d+', stage['model']) and {'budget', 'threshold'} <= {*stage} for stage in stages):
-            return stages
-    except OSError as e:
-        raise InputError(f'{path.parent} is not a saved cascade: {e}') from e
-    except (LookupError, TypeError, ValueError):
-        pass
-    raise InputError(f'{path.parent} is not a saved cascade: {path.name} has no list of stages with model, budget and '
-                     'threshold.')
+        if not all(re.fullmatch(r'model_\d+', stage['model']) for stage in stages):  # no path to elsewhere
+            raise ValueError('a stage names no model_<number>')
+        return [{name: stage[name] for name in ('model', 'budget', 'threshold')} for stage in stages]
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise InputError(f'{path.parent} is not a saved cascade: {type(e).__name__} {e}') from e
 
 
 def push_cascade(
