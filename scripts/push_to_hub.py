@@ -46,7 +46,6 @@ import timm_aig
 from timm_aig import AIGConfig, InputError
 from timm_aig.convert import checkpoint_filter_fn
 from timm_aig.hub.card import checked_results
-from timm_aig.hub.config_json import check_pretrained_cfg
 from timm_aig.models.hub_configs import load_hub_configs
 
 PICTURES = ('execution_rates.png', 'rates_over_epochs.png', 'accuracy_macs.png')
@@ -74,7 +73,6 @@ def read_hub_config(name: str) -> Dict[str, Any]:
     config = read_json(Path(name)) if name.endswith('.json') else known[name]
     try:
         AIGConfig.from_dict(config['aig'])
-        check_pretrained_cfg(config['pretrained_cfg'], name)
         return checked_results(config)
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f'{name}: {e!r}', 'hub_config') from e

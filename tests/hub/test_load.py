@@ -55,31 +55,24 @@ def changed(folder, new, change):
     return new
 
 
-@pytest.mark.parametrize('name,value,message', [
-    ('input_size', [3, 10 ** 9, 32], 'input_size must be at most 65536'), ('pool_size', [8, 1e300], 'at most'),
-    ('num_classes', 10 ** 9, 'num_classes must be at most 65536'), ('num_classes', float('nan'), 'at most'),
-    ('pool_size', [8] * 2000, 'pool_size must have at most 1024 entries'),
-    ('input_size', '3x32x32', 'config.json '), ('num_classes', '10', 'config.json '),
-])
-def test_a_size_that_no_model_has_is_refused(folder, tmp_path, name, value, message):
+@pytest.mark.parametrize('name,value', [('input_size', '3x32x32'), ('num_classes', '10')])
+def test_a_size_of_another_type_is_an_error_that_names_the_file(folder, tmp_path, name, value):
     new = changed(folder, tmp_path / 'new', lambda config: config['pretrained_cfg'].update({name: value}))
     if name == 'num_classes':  # the one beside pretrained_cfg wins
         changed(folder, new, lambda config: config.update(num_classes=value))
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        load(new, **({} if name == 'num_classes' else dict(in_chans=1)))
+    with pytest.raises(ValueError, match=r'new/config\.json describes no cifar_resnet20_aig'):
+        load(new)
 
 
 @pytest.mark.parametrize('args,message', [
-    (dict(block='os.system'), "config.json: model_args has 'block', known are aa_layer"),
-    (dict(pretrained_strict=False), "model_args has 'pretrained_strict'"),
-    (dict(pretrained_filter_fn='eval'), "model_args has 'pretrained_filter_fn'"),
-    (dict(base_width=10 ** 12), 'base_width must be at most 65536'),
-    (dict(layers=[5000, 1, 1]), 'layers must be at most 1024'), (dict(layers=3), 'config.json .*TypeError'),
+    (dict(block='os.system'), 'config.json .* AttributeError'),
+    (dict(pretrained_filter_fn='eval'), 'config.json .*pretrained_filter_fn'),
+    (dict(base_width=64), 'config.json .*base_width'), (dict(layers=3), 'config.json .*TypeError'),
     (dict(gate_channels=0), 'gate_channels'), (dict(target_rates=[2, 1, 1]), r'target_rates\[0\] must be'),
-    (dict(target_rates=[0.5] * 2000), 'at most 1024 entries'), (dict(schedule='x'), 'schedule must be'),
+    (dict(target_rates=[0.5] * 4), 'target_rates has 4'), (dict(schedule='x'), 'schedule must be'),
     (dict(target_rates=[0.5, 1, 1]), 'gates on 2 blocks'), (dict(gate_channels=8), 'gate_channels'),
     (dict(layers=[1, 1, 2]), 'target_rates has 3'), (dict(gate_offset='x'), 'could not convert'),
-    (dict(gate_offset=1e300), 'gate_offset must be'), (dict(gate_budgets={}), 'gate_budgets must be'),
+    (dict(gate_offset=1e300), 'overflow'), (dict(gate_budgets=7), 'gate_budgets must be'),
     (dict(channels=[]), 'config.json .* IndexError'),
 ])
 def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
@@ -90,7 +83,7 @@ def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
 
 def test_an_unknown_field_or_architecture_is_named(folder, tmp_path):
     new = changed(folder, tmp_path / 'new', lambda config: config['pretrained_cfg'].update(evil=1))
-    with pytest.raises(ValueError, match="pretrained_cfg has no field 'evil'"):
+    with pytest.raises(ValueError, match=r'config\.json .*evil'):
         load(new)
     changed(folder, new, lambda config: config.update(architecture='../../evil'))
     with pytest.raises(RuntimeError, match=r'Unknown model \(\.\./\.\./evil\)'):

@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
+from timm.models.convnext import ConvNeXtBlock, checkpoint_filter_fn
 
 from ..blocks import GatedBlock, gates
 from .entry_points import Family, register_family
@@ -33,5 +33,5 @@ class GatedConvNeXtBlock(GatedBlock, ConvNeXtBlock):
 
 
 register_family(sys.modules[__name__], Family(
-    ('convnext',), ConvNeXt, checkpoint_filter_fn,
+    ('convnext',), checkpoint_filter_fn,
     feature_cfg=lambda parent: dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)))

@@ -10,7 +10,6 @@ loads the hub_config that is marked "default".
 import copy
 import sys
 from collections import deque
-from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -26,10 +25,11 @@ from timm.models import (
 )
 
 from ..blocks import set_gate_offset
-from ..budget import BudgetPoint, read_budget_table, set_budget_table
+from ..budget import read_budget_table, set_budget_table
 from ..config import AIG_ARGS, AIGConfig, InputError
 from ..convert import checkpoint_filter_fn, gate_
-from ..hub.config_json import allow_model_args, checked_source, config_file
+from ..hub.config_json import config_file, pin_weights
+from ..hub.timeout import stalled_request
 from .hub_configs import load_hub_configs
 
 __all__ = ['Family', 'list_trained', 'register_family']
@@ -47,15 +47,13 @@ Args:
 
 
 class Family(NamedTuple):
-    """Parents that share a class of models, and what building them takes.
+    """Parents that are built the same way.
 
     modules: Names of timm's modules that define the parents.
-    model_cls: Class of the models; a config.json may have its arguments.
     filter_fn: Converts checkpoints of other formats, as timm's filter_fn.
     feature_cfg: How features_only takes features, as the parents' own, by parent.
     """
     modules: Tuple[str, ...]
-    model_cls: type
     filter_fn: Optional[Callable[..., Any]] = None
     feature_cfg: Callable[[str], Dict[str, Any]] = lambda parent: {}
 
@@ -89,38 +87,6 @@ def list_trained() -> List[str]:
     return [name for name in list_models('*_aig*', pretrained=True) if name in _HUB_CONFIGS]
 
 
-def _adaptive_model(
-        parent: str,
-        aig_args: Dict[str, Any],
-        gate_budgets: Sequence[BudgetPoint],
-        **kwargs,
-) -> nn.Module:
-    model = gate_(model_entrypoint(parent)(**kwargs), AIGConfig(**aig_args))
-    if gate_budgets:
-        set_budget_table(model, gate_budgets)
-    return model
-
-
-def _with_default_tag(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments with the default tag of hub_configs, if they say neither a tag nor where other weights are."""
-    overlay = PretrainedCfg(**(kwargs.get('pretrained_cfg_overlay') or {}))
-    if variant not in _DEFAULT_TAGS or kwargs.get('pretrained_cfg') or overlay.has_weights:
-        return kwargs
-    return dict(kwargs, pretrained_cfg=_DEFAULT_TAGS[variant])
-
-
-def _hub_config(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    tag = kwargs.get('pretrained_cfg')
-    return _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
-
-
-def _split_args(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """AIGConfig fields and other arguments. Fields that are not given come from the tag's hub config, if any."""
-    aig_args = {k: v for k, v in _hub_config(variant, kwargs).get('aig', {}).items() if k in AIG_ARGS}
-    aig_args.update((k, kwargs[k]) for k in AIG_ARGS if k in kwargs)
-    return aig_args, {k: v for k, v in kwargs.items() if k not in AIG_ARGS}
-
-
 def _create_model_aig(
         family: Family,
         variant: str,
@@ -129,20 +95,36 @@ def _create_model_aig(
         gate_budgets: Optional[Sequence[Dict[str, Any]]] = None,
         **kwargs,
 ) -> nn.Module:
-    parent = variant.removesuffix('_aig')
-    kwargs = checked_source(pretrained, _with_default_tag(variant, kwargs) if pretrained else kwargs)
-    hub_config = _hub_config(variant, kwargs) if pretrained else {}
-    aig_args, kwargs = _split_args(variant, kwargs)
-    if gate_budgets is None and hub_config and AIGConfig(**aig_args) == AIGConfig.from_dict(hub_config['aig']):
+    kwargs = pin_weights(kwargs)
+    overlay = PretrainedCfg(**(kwargs.get('pretrained_cfg_overlay') or {}))
+    if pretrained and variant in _DEFAULT_TAGS and not kwargs.get('pretrained_cfg') and not overlay.has_weights:
+        kwargs['pretrained_cfg'] = _DEFAULT_TAGS[variant]
+    tag = kwargs.get('pretrained_cfg')
+    hub_config = _HUB_CONFIGS.get(f'{variant}.{tag}', {}) if isinstance(tag, str) else {}
+    tag_args = {k: v for k, v in hub_config.get('aig', {}).items() if k in AIG_ARGS}
+    config = AIGConfig(**{**tag_args, **{k: kwargs.pop(k) for k in AIG_ARGS if k in kwargs}})
+    if gate_budgets is None and pretrained and config == AIGConfig(**tag_args):
         gate_budgets = hub_config.get('gate_budgets')  # the budgets are those of the tag's gates
-    table = read_budget_table(() if gate_budgets is None else gate_budgets)
+    budgets = () if gate_budgets is None else read_budget_table(gate_budgets)
+
+    def adaptive_parent(**parent_args) -> nn.Module:
+        model = gate_(model_entrypoint(variant.removesuffix('_aig'))(**parent_args), config)
+        if budgets:
+            set_budget_table(model, budgets)
+        return model
+
+    def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        if family.filter_fn is not None:
+            state_dict = family.filter_fn(state_dict, model)
+        return checkpoint_filter_fn(state_dict, model)
+
     try:
         model = build_model_with_cfg(
-            partial(_adaptive_model, parent, aig_args, table),
+            adaptive_parent,
             variant,
             pretrained,
-            pretrained_filter_fn=partial(_filter_checkpoint, family),
-            feature_cfg=family.feature_cfg(parent),
+            pretrained_filter_fn=filter_checkpoint,
+            feature_cfg=family.feature_cfg(variant.removesuffix('_aig')),
             **kwargs,
         )
         if gate_offset is not None:  # replaces that of the weights
@@ -156,13 +138,12 @@ def _create_model_aig(
         raise InputError(
             f'{config_file(kwargs)} describes no {variant}, or an argument does not fit it: '
             f'{type(e).__name__} {e}') from e
-
-
-def _filter_checkpoint(
-        family: Family, state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    if family.filter_fn is not None:
-        state_dict = family.filter_fn(state_dict, model)
-    return checkpoint_filter_fn(state_dict, model)
+    except Exception as e:
+        request = stalled_request(e)
+        if request is None:
+            raise
+        raise TimeoutError(
+            f'the Hub stalled at {request}. HF_HUB_DOWNLOAD_TIMEOUT sets how many seconds to wait for it.') from e
 
 
 def entry_point(family: Family, parent: str) -> Callable[..., nn.Module]:
@@ -184,7 +165,6 @@ def register_family(module: Any, family: Family) -> None:
         module: Module that gets the entry points and, as timm expects it there, `default_cfgs`.
         family: The family.
     """
-    allow_model_args(family.model_cls)
     parents = list_models(module=family.modules)
     module.default_cfgs = {**getattr(module, 'default_cfgs', {}), **default_cfgs_of(parents)}
     for parent in parents:

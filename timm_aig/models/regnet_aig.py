@@ -3,7 +3,7 @@ import sys
 from typing import Any, Optional
 
 import torch
-from timm.models.regnet import Bottleneck, PreBottleneck, RegNet
+from timm.models.regnet import Bottleneck, PreBottleneck
 
 from ..blocks import GatedBlock, gates
 from ..compat import regnet_filter_fn
@@ -56,4 +56,4 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
         return None if block.downsample is None else block.conv1.in_channels
 
 
-register_family(sys.modules[__name__], Family(('regnet',), RegNet, regnet_filter_fn))
+register_family(sys.modules[__name__], Family(('regnet',), regnet_filter_fn))

@@ -6,7 +6,7 @@ import sys
 from typing import Any, List
 
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..blocks import GatedBlock, gates
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
@@ -74,6 +74,5 @@ class GatedBottleneck(GatedBlock, Bottleneck):
                 block.conv3, block.bn3, block.se]
 
 
-register_family(sys.modules[__name__], Family(
-    ('resnet', 'cifar_resnet'), ResNet,
-    feature_cfg=lambda parent: dict(out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4))))
+register_family(sys.modules[__name__], Family(('resnet', 'cifar_resnet'), feature_cfg=lambda parent: dict(
+    out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4))))

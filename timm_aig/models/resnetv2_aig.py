@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
+from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck
 
 from ..blocks import GatedBlock, gates
 from .entry_points import Family, register_family
@@ -56,4 +56,4 @@ class GatedResNetV2Bottleneck(GatedBlock, Bottleneck):
 
 
 register_family(sys.modules[__name__], Family(
-    ('resnetv2',), ResNetV2, feature_cfg=lambda parent: dict(flatten_sequential=True)))
+    ('resnetv2',), feature_cfg=lambda parent: dict(flatten_sequential=True)))

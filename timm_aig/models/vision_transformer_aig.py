@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp, maybe_add_mask, resolve_self_attn_mask
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 from ..blocks import GatedBranch, gates
 from .entry_points import Family, register_family
@@ -67,4 +67,4 @@ for modules, filter_fn in (
         (('vision_transformer',), checkpoint_filter_fn),
         (('deit',), partial(checkpoint_filter_fn, adapt_layer_scale=True))):
     register_family(sys.modules[__name__], Family(
-        modules, VisionTransformer, filter_fn, lambda parent: dict(out_indices=3, feature_cls='getter')))
+        modules, filter_fn, lambda parent: dict(out_indices=3, feature_cls='getter')))
