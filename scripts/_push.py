@@ -42,9 +42,8 @@ def publish(args: argparse.Namespace, push: Callable[..., 'Upload'], *push_args:
         print(json.dumps(asdict(upload), indent=2))
         return
     visibility = {True: 'private', False: 'public', None: "the namespace's default visibility"}[upload.private]
-    state = {True: 'existing', False: 'new', None: 'no answer from the Hub'}[upload.exists]
     branch = f'{upload.revision or "main"}{" (new)" if upload.new_revision else ""}'
-    print(f'{upload.repo_id} on {ENDPOINT} ({state}, {visibility}), '
+    print(f'{upload.repo_id} on {ENDPOINT} ({"existing" if upload.exists else "new"}, {visibility}), '
           f'{"pull request to" if upload.create_pr else "branch"} {branch}')
     for name, size in upload.files.items():
         print(f'  + {name:60} {size / 1e3:10.1f} kB')

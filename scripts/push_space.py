@@ -35,7 +35,7 @@ if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_aig import InputError
 from timm_aig.hub.push import Upload, check_repo_id
@@ -83,28 +83,24 @@ def make_card(existing: Optional[str]) -> SpaceCard:
     return SpaceCard(f'---\n{card.data}\n---\n{card.text}')
 
 
-def look_up(api: HfApi, repo_id: str, dry_run: bool) -> Tuple[Optional[bool], Any, Optional[str]]:
-    """Whether the Space exists (None if the Hub does not answer a dry run), the Hub's data on it, and its README.md."""
+def look_up(api: HfApi, repo_id: str) -> Tuple[Any, Optional[str]]:
+    """The Hub's data on the Space, and its README.md. None where there is none."""
     try:
         info = api.space_info(repo_id)
     except RepositoryNotFoundError:
-        return False, None, None
-    except Exception as e:
-        if not dry_run or isinstance(e, HfHubHTTPError):
-            raise
-        return None, None, None
+        return None, None
     card = None
     if any(file.rfilename == 'README.md' for file in info.siblings or []):
         path = api.hf_hub_download(repo_id, 'README.md', repo_type='space', revision=info.sha)
         card = Path(path).read_text(encoding='utf-8-sig')
-    return True, info, card
+    return info, card
 
 
 def push(args: argparse.Namespace) -> Upload:
     """Publish the Space, unless it is a dry run."""
     api = HfApi(library_name='timm_aig', library_version=version('timm_aig'))
     with hub_timeout(args.timeout):
-        exists, info, existing = look_up(api, args.repo_id, args.dry_run)
+        info, existing = look_up(api, args.repo_id)
         private = bool(info.private) if info else args.private or None
         if args.private and not private:
             raise InputError(f'is set, but {args.repo_id} exists and is public.', 'private')
@@ -115,13 +111,13 @@ def push(args: argparse.Namespace) -> Upload:
         sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
         url = None
         if not args.dry_run:
-            if not exists:
+            if info is None:
                 api.create_repo(args.repo_id, repo_type='space', space_sdk='gradio', private=private)
             additions = [CommitOperationAdd(name, file) for name, file in files.items()]
             url = api.create_commit(
                 args.repo_id, [*additions, *map(CommitOperationDelete, deleted)], commit_message=args.message,
                 repo_type='space', parent_commit=info.sha if info else None).commit_url
-    return Upload(args.repo_id, exists, private, files=sizes, deleted=deleted, card=str(card), url=url)
+    return Upload(args.repo_id, info is not None, private, files=sizes, deleted=deleted, card=str(card), url=url)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,11 +6,11 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.utils import unwrap_model
 
@@ -23,20 +23,19 @@ from .timeout import hub_timeout
 __all__ = ['TIMEOUT', 'Upload', 'check_repo_id', 'push_to_hub']
 
 TIMEOUT = 60.  # seconds
-STALE = ('pytorch_model.bin',)  # weights of older timm versions, which offline loads may fall back to
 
 
 @dataclass(frozen=True)
 class Upload:
     """What push_to_hub sent, or would send without dry_run."""
     repo_id: str
-    exists: Optional[bool] = False  # before the push; None if the Hub could not be asked (dry_run only)
+    exists: bool = False  # before the push
     private: Optional[bool] = None  # None for the namespace's default
     revision: Optional[str] = None  # branch, None for main
     new_revision: bool = False  # the branch did not exist
     create_pr: bool = False
     files: Dict[str, int] = field(default_factory=dict)  # size in bytes, by name
-    deleted: Sequence[str] = ()
+    deleted: Sequence[str] = ()  # names of files
     card: str = field(default='', repr=False)  # README.md
     url: Optional[str] = None  # of the commit or pull request, None with dry_run
 
@@ -60,7 +59,7 @@ def push_to_hub(
 
     Uploads model.safetensors, config.json, results.json, pictures and a model card. All files are written and checked
     locally first, then arrive in one commit or not at all. In a model card that is already there only the generated
-    part is updated. An old pytorch_model.bin is deleted.
+    part is updated. If a push fails, push again: files that have arrived are not uploaded twice.
 
     Args:
         model: As for save_pretrained.
@@ -82,27 +81,28 @@ def push_to_hub(
     Raises:
         InputError: An argument, the model or the results cannot be published.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused a request.
-        RuntimeError: The repository or branch was created, but the commit failed. Pushing again completes it.
         TimeoutError: The Hub stalled.
     """
     check_repo_id(repo_id)
     if token is not None and not re.fullmatch(r'[\x21-\x7e]+', token):
         raise InputError('must be printable characters without spaces (it is not shown here).', 'token')
     api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
-    upload = Upload(repo_id, private=private, revision=revision, create_pr=create_pr)
-    head = old_card = None
     with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
         folder = save_pretrained(model, Path(temporary, 'model'), model_config)
-        try:
-            upload, head, old_card = _look_up(api, upload)
-        except Exception as e:
-            if not dry_run or isinstance(e, (HfHubHTTPError, InputError)):
-                raise
-            upload = replace(upload, exists=None)  # no connection
+        upload, head, old_card = _look_up(api, Upload(repo_id, private=private, revision=revision, create_pr=create_pr))
         card = _write_card(unwrap_model(model), folder, upload, old_card, results, pictures)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         upload = replace(upload, files=files, card=card)
-        return upload if dry_run else replace(upload, url=_commit(api, upload, folder, commit_message, head))
+        if dry_run:
+            return upload
+        if not upload.exists:
+            api.create_repo(repo_id, private=private)
+        if upload.new_revision:
+            api.create_branch(repo_id, branch=str(revision), revision=head)
+        commit = api.create_commit(
+            repo_id, [CommitOperationAdd(name, folder / name) for name in files], commit_message=commit_message,
+            revision=revision, create_pr=create_pr, parent_commit=head)
+        return replace(upload, url=commit.pr_url or commit.commit_url)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -136,15 +136,11 @@ def _look_up(api: HfApi, upload: Upload) -> Tuple[Upload, Optional[str], Optiona
         return replace(upload, new_revision=upload.revision not in (None, 'main')), None, None
     if upload.private and not info.private:
         raise InputError(f'is True, but {upload.repo_id} exists and is public.', 'private')
-    names = [file.rfilename for file in info.siblings or []]
-    upload = replace(
-        upload, exists=True, private=bool(info.private), new_revision=new_revision,
-        deleted=tuple(name for name in STALE if name in names))
     card = None
-    if 'README.md' in names:
+    if any(file.rfilename == 'README.md' for file in info.siblings or []):
         path = api.hf_hub_download(upload.repo_id, 'README.md', revision=info.sha)
         card = Path(path).read_bytes().decode('utf-8-sig')
-    return upload, info.sha, card
+    return replace(upload, exists=True, private=bool(info.private), new_revision=new_revision), info.sha, card
 
 
 def _write_card(
@@ -169,28 +165,3 @@ def _write_card(
     card = make_card(model, upload.repo_id, config, results, names, old_card, upload.revision)
     (folder / 'README.md').write_text(card, encoding='utf-8', newline='')
     return card
-
-
-def _commit(api: HfApi, upload: Upload, folder: Path, message: str, head: Optional[str]) -> str:
-    """Create the repository and the branch if missing, commit all files, return the URL."""
-    additions = [CommitOperationAdd(name, folder / name) for name in upload.files]
-    operations: List[Any] = [*additions, *map(CommitOperationDelete, upload.deleted)]
-    created = ''
-    try:
-        if not upload.exists:
-            api.create_repo(upload.repo_id, private=upload.private)
-            created = f'{upload.repo_id} was created, which is empty'
-        if upload.new_revision:
-            # A new branch holds the weights of main until the commit, so upload the large files before it exists.
-            api.preupload_lfs_files(upload.repo_id, additions, free_memory=False)
-            api.create_branch(upload.repo_id, branch=str(upload.revision), revision=head)
-            created = f'branch {upload.revision} of {upload.repo_id} was created, which holds what main holds'
-        commit = api.create_commit(
-            upload.repo_id, operations, commit_message=message, revision=upload.revision, create_pr=upload.create_pr,
-            parent_commit=head)
-    except Exception as e:
-        if not created:
-            raise
-        raise RuntimeError(
-            f'The push failed after {created} until the commit arrives. Push again. {type(e).__name__}: {e}') from e
-    return commit.pr_url or commit.commit_url
