@@ -290,7 +290,7 @@ def with_adapter(model):
     (timm_aig.optimize_for_inference, 'cannot be rebuilt|cannot rebuild'),
     (lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}), 'save the model before it is'),
     (own_forward, 'forward of layer1 was replaced: unwrap the model first'),
-    (with_adapter, 'Unexpected key.*If they are of adapters or pruning, merge these first'),
+    (with_adapter, 'Unexpected key(.|\n)*Adapters and pruning must be merged first'),
 ])
 def test_a_model_that_would_be_rebuilt_differently_is_refused_and_nothing_is_written(change, message, tmp_path):
     save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
