@@ -1,8 +1,8 @@
 """Model cards: README.md files of which the generated part is updated and the user's own text is kept."""
-import html
 import re
 from math import isfinite
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
 from urllib.parse import quote
 
 import torch.nn as nn
@@ -23,13 +23,13 @@ END = '<!-- timm_aig: end of the generated part -->'
 GENERATED = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}', re.DOTALL)
 TAGS = ['image-classification', 'timm', 'transformers', 'timm_aig', 'convnet-aig', 'adaptive-inference']
 
-# Known metrics: type in the model-index, title, largest value.
-METRICS: Dict[str, Tuple[str, str, float]] = {
-    'top1': ('accuracy', 'Top-1 accuracy (%)', 100.),
-    'top5': ('accuracy', 'Top-5 accuracy (%)', 100.),
-    'execution_rate': ('execution_rate', 'Execution rate of the gated blocks', 1.),
-    'macs_share': ('macs_share', "Executed MACs over the static parent's", 2.),
-    'paths': ('paths', 'Different combinations of blocks', float('inf')),
+# Known metrics: type in the model-index and title.
+METRICS = {
+    'top1': ('accuracy', 'Top-1 accuracy (%)'),
+    'top5': ('accuracy', 'Top-5 accuracy (%)'),
+    'execution_rate': ('execution_rate', 'Execution rate of the gated blocks'),
+    'macs_share': ('macs_share', "Executed MACs over the static parent's"),
+    'paths': ('paths', 'Different combinations of blocks'),
 }
 
 ABOUT = """An adaptive ResNet: a small gate in front of each gated block looks at the block's input and decides for
@@ -55,7 +55,7 @@ CITATION = """## Citation
 ```"""
 
 
-def checked_results(results: Any, architecture: Optional[str] = None) -> Dict[str, Any]:
+def checked_results(results: Dict[str, Any], architecture: Optional[str] = None) -> Dict[str, Any]:
     """Check the content of a results.json or a hub_config. Every field is optional.
 
     Args:
@@ -66,18 +66,12 @@ def checked_results(results: Any, architecture: Optional[str] = None) -> Dict[st
         The same results.
 
     Raises:
-        InputError: A metric is not a number in its range, the data set is not named, or the model is another one.
+        InputError: A metric is not a number, the data set is not named, or the model is another one.
     """
-    if not isinstance(results, dict):
-        raise InputError(f'results must be an object, not {results!r}.')
-    for field in ('metrics', 'parent_metrics', 'recipe', 'environment', 'reported'):
-        values = results.get(field) or {}
-        if not isinstance(values, dict):
-            raise InputError(f'results: {field} must be an object, not {values!r}.')
-        for name, value in values.items() if 'metrics' in field else ():
-            low, high = (0., METRICS[name][2]) if name in METRICS else (float('-inf'), float('inf'))
-            if type(value) not in (int, float) or not isfinite(value) or not low <= value <= high:
-                raise InputError(f'results: {field}.{name} must be from {low:g} to {high:g}, not {value!r}.')
+    for field in ('metrics', 'parent_metrics'):
+        for name, value in (results.get(field) or {}).items():
+            if not isinstance(value, (int, float)) or not isfinite(value):
+                raise InputError(f'results: {field}.{name} must be a finite number, not {value!r}.')
     if architecture and results.get('architecture', architecture) != architecture:
         raise InputError(f"results are for {results['architecture']!r}, the model is {architecture!r}.")
     if results.get('metrics') and not (results.get('dataset') and results.get('split')):
@@ -111,15 +105,15 @@ def make_card(
     name = f'{repo_id}@{revision}' if revision not in (None, 'main') else repo_id
     adaptive = bool(gated_blocks(model))
     sections = [
-        f'# {_text(repo_id.partition("/")[2])}',
-        _block(results.get('description') or ''),
+        f'# {repo_id.partition("/")[2]}',
+        results.get('description') or '',
         ABOUT if adaptive else 'A static ResNet.',
         INSTALL,
         _facts(model, config, results),
         *_results(results),
-        _block(results.get('card') or ''),
+        results.get('card') or '',
         _budgets(model),
-        *(f'![{_text(picture.partition(".")[0].replace("_", " "))}]({quote(picture)})' for picture in pictures),
+        *(f'![{Path(picture).stem.replace("_", " ")}]({quote(picture)})' for picture in pictures),
         _usage(name, adaptive, config['pretrained_cfg']['input_size'][0]),
         CITATION,
     ]
@@ -140,7 +134,7 @@ def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any]) -> Mo
     dataset = results.get('dataset') or ''
     eval_results = []
     for metric, value in (results.get('metrics') or {}).items():
-        kind, title, _ = METRICS.get(metric, (metric, metric, 0))
+        kind, title = METRICS.get(metric, (metric, metric))
         eval_results.append(EvalResult(
             task_type='image-classification', dataset_type=dataset, dataset_name=dataset,
             dataset_split=results.get('split'), metric_type=kind, metric_name=title, metric_value=value))
@@ -190,8 +184,8 @@ def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
     if not parent or parent.startswith('local-dir:'):  # a path on the user's machine
         parent = arch.removesuffix('_aig')
     return _table({
-        'Architecture': f'`{_code(arch)}`',
-        'Static parent': f'`{_code(parent)}`',
+        'Architecture': f'`{arch}`',
+        'Static parent': f'`{parent}`',
         'Blocks with a gate': len(cost.blocks),
         'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
         'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
@@ -199,7 +193,7 @@ def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
         'GMACs that always run': f'{cost.fixed / 1e9:.3g}',
         'Image size': ' x '.join(map(str, cfg['input_size'])),
         'Classes': config['num_classes'],
-        'Origin': _text(cfg.get('origin_url') or ''),
+        'Origin': cfg.get('origin_url') or '',
     })
 
 
@@ -210,19 +204,19 @@ def _results(results: Dict[str, Any]) -> List[str]:
         rows = {}
         for name, value in results['metrics'].items():
             beside = f' (static parent: {parent[name]:.4g})' if name in ('top1', 'top5') and name in parent else ''
-            rows[METRICS[name][1] if name in METRICS else _text(name)] = f'{value:.4g}{beside}'
+            rows[METRICS[name][1] if name in METRICS else name] = f'{value:.4g}{beside}'
         images = f"{results['images']} images of " if results.get('images') else ''
-        source = f"Measured on {images}`{_code(results['dataset'])}`, split `{_code(results['split'])}`"
+        source = f"Measured on {images}`{results['dataset']}`, split `{results['split']}`"
         if results.get('seed') is not None:
             source += f", seed {results['seed']}"
         if results.get('command'):
-            source += f", with `{_code(results['command'])}`"
+            source += f", with `{results['command']}`"
         if results.get('environment'):
-            source += f" ({', '.join(f'{_text(k)} {_text(v)}' for k, v in results['environment'].items())})"
+            source += f" ({', '.join(f'{k} {v}' for k, v in results['environment'].items())})"
         parts += ['## Results', _table(rows), f'{source}.']
     for title, field in (('Reported by others, not measured here', 'reported'), ('Training', 'recipe')):
         if results.get(field):
-            parts += [f'## {title}', _table({_text(k): _text(v) for k, v in results[field].items()})]
+            parts += [f'## {title}', _table(results[field])]
     return parts
 
 
@@ -279,20 +273,10 @@ classify('image.jpg')
 
 
 def _table(rows: Dict[str, Any]) -> str:
-    lines = [f'| {name} | {value} |' for name, value in rows.items() if value != '']
+    lines = [f'| {_cell(name)} | {_cell(value)} |' for name, value in rows.items() if value != '']
     return '\n'.join(['| | |', '|---|---|', *lines])
 
 
-def _text(value: Any) -> str:
-    """Plain text on one line, with HTML and table bars escaped, so it cannot end the generated part."""
-    return html.escape(' '.join(str(value).split()), quote=False).replace('|', '&#124;')
-
-
-def _code(value: Any) -> str:
-    """Text inside `code`."""
-    return ' '.join(str(value).split()).replace('`', "'").replace('|', '/').replace('<!--', '<! --')
-
-
-def _block(markdown: str) -> str:
-    """Markdown of the user, which must not end the generated part."""
-    return str(markdown).strip().replace('<!--', '&lt;!--')
+def _cell(value: Any) -> str:
+    """Text on one line, with the bars escaped that would end a cell of a table."""
+    return ' '.join(str(value).split()).replace('|', '\\|')
