@@ -136,22 +136,22 @@ def test_text_is_legible_on_a_contact_sheet(tmp_path, drawn, rows, images, size)
     assert_legible(drawn())
 
 
-def test_every_model_in_the_accuracy_picture_is_named_once_beside_one_of_its_points(tmp_path, drawn):
+def test_every_model_in_the_accuracy_picture_has_a_line_with_its_points_and_a_name_in_the_legend(tmp_path, drawn):
     curve = [('one checkpoint at many budgets', share, 94 - 9 * (share - .7) ** 2) for share in (.4, .5, .6, .8, 1.)]
-    seeds = [('trained with three seeds', .597, top1) for top1 in (93.7, 93.9, 94.1)]
-    others = [(f'static model number {i}', .59 + i / 50, 94.2 - i / 30) for i in range(7)]
+    seeds = [('trained with $three seeds', .597, top1) for top1 in (93.7, 93.9, 94.1)]
+    others = [(f'static model number {i} in $', .59 + i / 50, 94.2 - i / 30) for i in range(7)]
     plot_accuracy_macs([*curve, *seeds], others, tmp_path / 'a.png', TITLE)
     figure = drawn()
     assert_legible(figure)
-    axes = figure.axes[0]
-    assert sorted(text.get_text() for text in axes.texts) == sorted({name for name, *_ in [*curve, *seeds, *others]})
+    (legend,) = figure.legends
     of_model = {}
     for name, *point in [*curve, *seeds, *others]:
-        of_model.setdefault(name, []).append(pytest.approx(point))
-    assert all(text.xy.tolist() in of_model[text.get_text()] for text in axes.texts)
-    lines = {line.get_label(): line for line in axes.lines}
-    assert len(lines['trained with three seeds'].get_xdata()) == 3
-    assert lines['static model number 0'].get_color() != lines['trained with three seeds'].get_color()
+        of_model.setdefault(name, []).append(point)
+    assert [text.get_text() for text in legend.get_texts()] == list(of_model)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert {name: line.get_xydata().tolist() for name, line in lines.items()} == of_model
+    styles = {(line.get_color(), line.get_linestyle()) for line in lines.values()}
+    assert len(styles) == len(lines) == 9
 
 
 def test_a_contact_sheet_shows_each_image_above_its_number(tmp_path, drawn):

@@ -1,4 +1,4 @@
-"""Pictures of what the gates do, of a training, and of accuracy against MACs. Readable where they are 800 pixels wide.
+"""Pictures of the gates, of a training, and of accuracy against MACs, readable at a width of 800 pixels.
 
 Each function writes a PNG to `path`, completely or not at all, `pixels` wide, and returns the path. `title` is a second
 line below the heading: model, data and budget. All raise ImportError if matplotlib is not installed.
@@ -6,7 +6,7 @@ line below the heading: model, data and budget. All raise ImportError if matplot
 import io
 import os
 import textwrap
-from itertools import groupby, product
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -17,13 +17,14 @@ from PIL import Image, ImageOps
 __all__ = ['plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates',
            'plot_rates_over_epochs']
 
-BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'  # of Okabe and Ito's palette, safe for colour-blind readers
+BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'
+# Okabe and Ito's palette, safe for colour-blind readers, without its yellow
+COLOURS = (BLUE, RED, '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
 WIDTH = 8  # inches: 9-point text is 12 pixels high where the picture is 800 pixels wide
 PIXELS = 1600
 MAX_GROUPS = 30  # more names do not fit beside a heatmap
 MAX_ROWS = 50  # classes that are named one by one
 MAX_NUMBERS = 20  # rows and columns up to which each cell shows its number
-DIRECTIONS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)])  # of a label
 
 PathLike = Union[str, os.PathLike]
 Points = Sequence[Tuple[str, float, float]]  # name, MACs over those of the static parent, top-1 accuracy in percent
@@ -195,52 +196,27 @@ def plot_accuracy_macs(
     Args:
         points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models. A line
             joins points of one name that follow one another.
-        others: The same for the models to compare with, in another colour.
+        others: The same for the models to compare with, in dashed lines.
         ranges: Lowest and highest accuracy of seeds, by name.
     """
-    figure, lines = _figure(5.5, f'Accuracy against {over}', title), []
+    names = list(dict.fromkeys(name for name, *_ in [*points, *others]))
+    figure = _figure(4.5 + .2 * len(names), f'Accuracy against {over}', title)
     axes = figure.add_subplot()
-    for some, style in ((points, dict(color=BLUE, marker='o')), (others, dict(color=RED, marker='s'))):
+    colours = dict(zip(names, cycle(COLOURS)))
+    for some, style in ((points, dict(marker='o')), (others, dict(marker='s', linestyle='--'))):
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
-            lines += axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, **style)
-            axes.vlines(shares[0], *(ranges or {}).get(name, accuracies[:1] * 2), linewidth=1.5, color=style['color'])
+            axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, color=colours[name], **style)
+            low, high = (ranges or {}).get(name, accuracies[:1] * 2)
+            axes.vlines(shares[0], low, high, linewidth=1.5, color=colours[name])
     axes.set(xlabel=f"{over} over the static parent's", ylabel='top-1 accuracy, %')
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
-    _label_lines(figure, axes, lines)
+    legend = figure.legend(loc='outside lower left', fontsize=8.5, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold a $
     return _save(figure, path)
-
-
-def _label_lines(figure: Any, axes: Any, lines: Sequence[Any]) -> None:
-    """Write the name of each line beside one of its points, where it hides as little as possible."""
-    figure.draw_without_rendering()  # fixes the layout, so that sizes are known
-    frame, dot = axes.get_window_extent(), figure.dpi / 72  # a typographic point in pixels
-    corners = [axes.transData.transform(line.get_xydata()) for line in lines]
-    along = np.linspace(0, 1, 30)[:, None]
-    drawn = np.concatenate([
-        a + along * (b - a) for points in corners for a, b in zip(points, [*points[1:], points[-1]])])
-    boxes: List[Tuple[Any, Any]] = []  # lower left and upper right corners of the labels so far
-    for line, points in sorted(zip(lines, corners), key=lambda pair: len(pair[1])):
-        label = axes.annotate(
-            line.get_label(), line.get_xydata()[0], (0, 0), textcoords='offset points', ha='center', va='center',
-            fontsize=8.5, color=line.get_color(), parse_math=False, in_layout=False,
-            arrowprops=dict(arrowstyle='-', color=GREY, linewidth=.7))
-        half = np.array(label.get_window_extent().size) / 2 + 2 * dot
-        places = []
-        for point, direction, gap in product(points, DIRECTIONS, (4, 12, 24, 40, 60)):
-            move = direction * (half + gap * dot)
-            low, high = point + move - half, point + move + half
-            bad = sum((low < b).all() and (a < high).all() for a, b in boxes)
-            bad += (low < frame.min).any() or (high > frame.max).any()
-            hidden = ((low < drawn) & (drawn < high)).all(1).sum()
-            places.append((1000 * bad + 3 * hidden + .5 * gap, point, move))
-        _, point, move = min(places, key=lambda place: place[0])
-        boxes.append((point + move - half, point + move + half))
-        drawn = np.concatenate([drawn, point + along * move])
-        label.xy = axes.transData.inverted().transform(point)
-        label.xyann = move / dot
 
 
 def _draw_rates(axes: Any, rates: torch.Tensor, colours: Any) -> None:
