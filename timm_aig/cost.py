@@ -2,7 +2,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,8 @@ from .config import InputError
 from .convert import copy_module, residual_blocks
 
 __all__ = ['Cost', 'compute_cost', 'own_input_size', 'summary']
+
+ROW = '{:24}  {:28}  {:>9}  {:>8}  {:>15}  {:>6}'  # of a summary
 
 
 @dataclass(frozen=True)
@@ -74,48 +76,48 @@ def compute_cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = 
 def summary(
         model: nn.Module,
         input_size: Optional[Tuple[int, int, int]] = None,
-        rates: Union[torch.Tensor, Sequence[float], None] = None,
+        rates: Optional[Sequence[float]] = None,
 ) -> str:
     """Table of a model's blocks and their MACs, to print.
 
     Args:
         model: Adaptive or static model of a supported family.
         input_size: Image size (C, H, W). Default: own_input_size(model).
-        rates: Measured execution rates [L] of the L gated blocks, in [0, 1], or gates [N, L] of N images.
+        rates: Measured execution rates [L] of the L gated blocks, such as Evaluation.block_rates.
 
     Returns:
         A line per block with its kind, target rate, measured rate, MACs and their share of the total, then the rest of
         the model and the total. With rates, the last line compares the mean image with the static parent.
 
     Raises:
-        InputError: `rates` does not fit the model, or as in compute_cost.
+        InputError: Not L rates, or as in compute_cost.
     """
-    gated_by_name = gated_blocks(model)
-    gated = list(gated_by_name)
-    if rates is not None:
-        rates = _mean_rates(rates, len(gated))
+    gated = gated_blocks(model)
+    if rates is not None and len(rates) != len(gated):
+        raise InputError(f'must be {len(gated)}, one for each gated block, not {len(rates)}.', 'rates')
     macs = _count_macs(model, input_size)
-    cost = _cost(macs, gated_by_name)
-    blocks = {**residual_blocks(model), **gated_by_name}
-    blocks = {name: blocks[name] for name, _ in model.named_modules() if name in blocks}
+    cost = _cost(macs, gated)
+    mean_image = None if rates is None else torch.as_tensor(rates)[None]
+    executed = None if mean_image is None else cost.executed(mean_image).item()
+    measured = {} if mean_image is None else dict(zip(gated, mean_image[0].tolist()))
+    blocks = {**residual_blocks(model), **gated}
     rest = cost.total
-    rows = [('block', 'kind', 'gate', 'target', 'measured', 'MACs', 'share')]
-    for name, block in blocks.items():
-        own = _branch(macs, name, block)
+
+    def line(name: str, kind: str, target: str, own: int) -> str:
+        rate = f'{measured[name]:.3f}' if name in measured else ''
+        return ROW.format(name, kind, target, rate, f'{own:,}', f'{own / cost.total:.1%}')
+
+    lines = [ROW.format('block', 'kind', 'target', 'measured', 'MACs', 'share')]
+    for name in [name for name, _ in model.named_modules() if name in blocks]:
+        own = _branch(macs, name, blocks[name])
         rest -= own
-        target = measured = ''
-        if name in gated:
-            target = f'{block.target_rate:g}'
-            measured = '' if rates is None else f'{rates[gated.index(name)]:.3f}'
-        rows.append((name, type(block).__name__.removeprefix('Gated'), 'gated' if name in gated else 'always on',
-                     target, measured, f'{own:,}', f'{own / cost.total:.1%}'))
-    rows.append(('other', 'stem, shortcuts, head, gates', 'always on', '', '', f'{rest:,}', f'{rest / cost.total:.1%}'))
-    rows.append(('total', f'{len(gated)} of {len(blocks)} blocks gated', '', '',
-                 '' if rates is None or not gated else f'{rates.mean():.3f}', f'{cost.total:,}', '100.0%'))
-    lines = _align(rows)
-    if rates is not None:
-        lines.append(f'mean image: {cost.executed(rates[None]).item():,.0f} MACs, '
-                     f"{cost.share(rates[None]).item():.1%} of the static parent's {cost.static:,}")
+        target = f'{gated[name].target_rate:g}' if name in gated else 'always on'
+        lines.append(line(name, type(blocks[name]).__name__.removeprefix('Gated'), target, own))
+    lines.append(line('other', 'stem, shortcuts, head, gates', 'always on', rest))
+    lines.append(line('total', f'{len(gated)} of {len(blocks)} blocks gated', '', cost.total))
+    if executed is not None:
+        lines.append(f"mean image: {executed:,.0f} MACs, {executed / cost.static:.1%} of the static parent's "
+                     f'{cost.static:,}')
     return '\n'.join(lines)
 
 
@@ -131,27 +133,6 @@ def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
         raise InputError(
             f'must be given as (C, H, W): {type(model).__name__} has no pretrained_cfg with its own.', 'input_size')
     return (in_chans, *cfg['input_size'][1:])
-
-
-def _mean_rates(rates: Any, blocks: int) -> torch.Tensor:
-    """Rates [L] in float64, from rates [L] or gates [N, L]."""
-    rates = torch.as_tensor(rates, dtype=torch.float64).cpu()
-    mean = rates.mean(0) if rates.ndim == 2 else rates
-    if mean.shape != (blocks,) or not ((mean >= 0) & (mean <= 1)).all():
-        values = f', from {rates.min():g} to {rates.max():g}' if rates.numel() else ''
-        raise InputError(
-            f'must be {blocks} numbers in [0, 1], or gates [N, {blocks}] with N above 0, '
-            f'not {list(rates.shape)}{values}.', 'rates')
-    return mean
-
-
-def _align(rows: Sequence[Tuple[str, ...]]) -> List[str]:
-    """Lines of a table: the first three columns left-aligned, rules below the head and above the last row."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    rule = '-' * sum(widths, 2 * (len(widths) - 1))
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def _cost(macs: Callable[..., int], gated: Dict[str, Any]) -> Cost:
