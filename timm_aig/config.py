@@ -8,7 +8,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 __all__ = ['AIGConfig', 'InputError']
 
 GATE_NORMS = ('bn', 'ln', 'none')
-SCHEDULES = ('paper',)
 
 
 class InputError(ValueError):
@@ -69,17 +68,17 @@ class AIGConfig:
 
     def __post_init__(self) -> None:
         _check_rate('target_rate', self.target_rate)
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise InputError(f'must be None or one of {", ".join(SCHEDULES)}, not {self.schedule!r}.', 'schedule')
+        if self.schedule not in (None, 'paper'):
+            raise InputError(f"must be None or 'paper', not {self.schedule!r}.", 'schedule')
         if self.target_rates is not None:
-            if isinstance(self.target_rates, (str, bytes)) or not isinstance(self.target_rates, Sequence):
+            if not isinstance(self.target_rates, (list, tuple)):
                 raise InputError(f'must be a list of rates, not {self.target_rates!r}.', 'target_rates')
             for i, rate in enumerate(self.target_rates):
-                _check_rate('target_rates', rate, f'[{i}]')
+                _check_rate(f'target_rates[{i}]', rate)
             object.__setattr__(self, 'target_rates', tuple(self.target_rates))
-        if not _is_int(self.gate_channels) or self.gate_channels < 1:
+        if not isinstance(self.gate_channels, int) or self.gate_channels < 1:
             raise InputError(f'must be a whole number above 0, not {self.gate_channels!r}.', 'gate_channels')
-        if self.gate_norm is not None and self.gate_norm not in GATE_NORMS:
+        if self.gate_norm not in (None, *GATE_NORMS):
             raise InputError(f'must be None or one of {", ".join(GATE_NORMS)}, not {self.gate_norm!r}.', 'gate_norm')
         if self.version != 1:
             raise InputError(f'must be 1, not {self.version!r}: a newer timm_aig wrote this config.', 'version')
@@ -124,10 +123,6 @@ class AIGConfig:
 AIG_ARGS = tuple(f.name for f in fields(AIGConfig) if f.name != 'version')  # also keywords of the entry points
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_rate(argument: str, rate: Any, index: str = '') -> None:
-    if not (_is_int(rate) or isinstance(rate, float)) or not 0 < rate <= 1:
-        raise InputError(f'must be a number in (0, 1], not {rate!r}.', argument + index)
+def _check_rate(argument: str, rate: Any) -> None:
+    if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+        raise InputError(f'must be a number in (0, 1], not {rate!r}.', argument)
