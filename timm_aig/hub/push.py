@@ -65,7 +65,7 @@ def push_to_hub(
         model: As for save_pretrained.
         repo_id: 'user/name', created if missing.
         results: Content of a results.json or a hub_config, for the card.
-        pictures: PNG files to show on the card, such as execution_rates.png.
+        pictures: Files to show on the card, such as execution_rates.png.
         model_config: More entries for config.json, such as label_names.
         commit_message: First line of the commit message.
         private: Visibility of a new repository, None for the namespace's default.
@@ -156,8 +156,6 @@ def _write_card(
     results = checked_results(results or {}, config['architecture'])
     names = []
     for picture in map(Path, pictures):
-        if picture.read_bytes()[:8] != b'\x89PNG\r\n\x1a\n':
-            raise InputError(f'must be PNG files, {picture} is not.', 'pictures')
         shutil.copyfile(picture, folder / picture.name)
         names.append(picture.name)
     if results:
