@@ -134,7 +134,7 @@ def test_an_epoch_is_the_plain_loop_over_its_batches():
 @pytest.mark.parametrize('value,detached', [(math.nan, False), (math.inf, False), (math.inf, True), (math.nan, True)])
 def test_stop_says_at_which_step_and_keeps_the_weights(value, detached, amp_dtype):
     trainer = make_trainer(criterion=NaNAt({8}, value, detached), amp_dtype=amp_dtype)
-    with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: the loss is not finite, the outputs of all gates are'):
+    with pytest.raises(NonFiniteError, match=r'epoch 2, step 8: the loss is not finite'):
         trainer.fit()
     assert trainer.step == 8
     assert all(v.isfinite().all() for k, v in weights(trainer).items() if 'running' not in k)
@@ -159,7 +159,7 @@ def test_gradients_that_are_never_finite_in_float16_are_an_error_once_the_scale_
     trainer.model.fc.weight.register_hook(lambda grad: grad * math.nan)
     before = trainer.model.fc.weight.clone()
     if nonfinite == 'stop':
-        with pytest.raises(NonFiniteError, match='step 5: the loss is finite, gradients outside the gates are not'):
+        with pytest.raises(NonFiniteError, match='step 5: the loss is finite, a gradient is not'):
             trainer.fit()
     else:
         trainer.fit()
@@ -173,20 +173,6 @@ def test_a_skipped_update_in_float16_keeps_weights_and_statistics():
     trainer.fit()
     assert trainer.skipped == 6
     assert_equal(weights(trainer), before)
-
-
-def test_stop_names_the_first_gate_with_a_non_finite_output():
-    trainer = make_trainer()
-    trainer.model.layer2[1].gate.fc1.weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match=r'step 0: gate layer2\.1 is the first whose output is not finite'):
-        trainer.fit()
-
-
-def test_stop_names_the_gates_with_non_finite_gradients():
-    trainer = make_trainer()
-    trainer.model.layer3[0].gate.fc2.bias.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(NonFiniteError, match=r'step 0: the loss is finite, gradients of gates layer3.0 are not$'):
-        trainer.fit()
 
 
 @pytest.mark.parametrize('detached', [False, True])
@@ -347,9 +333,6 @@ def test_a_loader_with_fewer_batches_than_its_length_is_refused():
 
     trainer = make_trainer(loader=Short(batches(6)), grad_accum_steps=4)
     with pytest.raises(InputError, match='only 6 of the 8 batches'):
-        trainer.fit()
-    trainer.position = 7  # of a checkpoint of a loader with more batches
-    with pytest.raises(InputError, match='fewer batches than the 7'):
         trainer.fit()
 
 

@@ -179,10 +179,10 @@ class Trainer:
     def _train_epoch(self) -> Dict[str, float]:
         self.task.train()
         random_seed((self.seed + 10_007 * self.epoch) % 2 ** 31, self.rank)
-        for loader in (self.loader, getattr(self.loader, 'loader', None)):  # PrefetchLoader wraps another one
-            for part in ('sampler', 'dataset'):
-                if hasattr(getattr(loader, part, None), 'set_epoch'):
-                    getattr(loader, part).set_epoch(self.epoch)
+        for name in ('sampler', 'dataset'):
+            part: Any = getattr(self.loader, name, None)
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(self.epoch)
         if self.position < len(self.loader):
             self._train_batches()
             if self.distributed:
@@ -195,8 +195,8 @@ class Trainer:
     def _train_batches(self) -> None:
         """Train on the batches of the epoch that are left."""
         batches, count = iter(self.loader), len(self.loader)
-        if sum(1 for _ in islice(batches, self.position)) < self.position:
-            raise InputError(f'gave fewer batches than the {self.position} that the checkpoint has seen.', 'dataset')
+        for _ in islice(batches, self.position):  # seen before the training was stopped
+            pass
         if self._rng is not None:
             set_rng_state(self._rng)
         bar = tqdm(
@@ -249,7 +249,7 @@ class Trainer:
 
     def _finish_update(self, sums: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the weights and count the results, or deal with an update that is not finite."""
-        problem = self.updater.finish(self.step + 1, labels, loss=sums[2], rates=sums[2 + len(self.losses):])
+        problem = self.updater.finish(self.step + 1, labels, loss=sums[2])
         where = f'epoch {self.epoch + 1}, step {self.step}'
         if problem is None:
             self.sums += sums
