@@ -168,17 +168,6 @@ def test_the_temporary_file_of_a_killed_process_is_removed(checkpoints):
     assert names(checkpoints) == ['checkpoint-00000004.pt']
 
 
-def test_two_writers_of_one_file_at_once_leave_it_complete_and_nothing_else(tmp_path):
-    path = tmp_path / 'model.onnx'
-
-    def write(file):
-        file.write(b'first')
-        write_atomically(path, lambda other: other.write(b'second'), shared=True)
-
-    write_atomically(path, write, shared=True)
-    assert path.read_bytes() == b'first' and list(tmp_path.iterdir()) == [path]
-
-
 def test_on_a_full_disk_the_earlier_checkpoint_stays_and_nothing_else(checkpoints):
     checkpoints.save(1, state(1))
     before = checkpoints.files()[0].read_bytes()

@@ -6,7 +6,6 @@ import re
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -20,17 +19,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another training."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any], shared: bool = False) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that at any time it is the old one or the complete new one, even after a crash.
 
     Args:
         path: File to create or replace.
         write: Called with a temporary file beside it, open for binary writing. The file is synced and renamed
             afterwards, and removed if anything fails.
-        shared: Several processes may write the path at once. Each uses a temporary file of its own then; otherwise its
-            name is fixed, so that killed processes leave at most one behind.
     """
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp' if shared else f'.{path.name}.tmp')
+    temporary = path.with_name(f'.{path.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
