@@ -13,7 +13,7 @@ __all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'use_ga
 
 
 class GateRecord:
-    """Which answers the gated blocks of a model went by inside a `with record_gates` block."""
+    """Answers of the gated blocks of a model inside a `with record_gates` block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.answers: List[Tuple[int, torch.Tensor]] = []
@@ -65,13 +65,9 @@ def record_gates(model: nn.Module, sample: bool = False) -> Iterator[GateRecord]
         model: Any module with L gated blocks.
         sample: Draw the gates in eval too, as the authors' code does.
     """
-    outer = gate_pass.record, gate_pass.sample
     record = GateRecord(model)
-    gate_pass.record, gate_pass.sample = record.answers, sample
-    try:
+    with _set_pass(record=record.answers, sample=sample):
         yield record
-    finally:
-        gate_pass.record, gate_pass.sample = outer
 
 
 def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tuple[Any, torch.Tensor]:
@@ -119,13 +115,9 @@ def force_gates(
     if not torch.is_tensor(gates) or gates.ndim != 2 or gates.shape[1] != len(blocks):
         raise InputError(f'must be a tensor [batch, {len(blocks)}] for {len(blocks)} gated blocks, '
                          f'not {list(gates.shape) if torch.is_tensor(gates) else gates!r}.', 'gates')
-    outer = gate_pass.forced
-    answers = (gates != 0).t()
-    gate_pass.forced = {**(outer or {}), **{id(block): z for block, z in zip(blocks.values(), answers)}}
-    try:
+    answers = {id(block): z for block, z in zip(blocks.values(), (gates != 0).t())}
+    with _set_pass(forced={**(gate_pass.forced or {}), **answers}):
         yield
-    finally:
-        gate_pass.forced = outer
 
 
 @contextmanager
@@ -143,9 +135,16 @@ def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
     offset = torch.as_tensor(offset, dtype=torch.float32)
     if offset.ndim > 1 or offset.isnan().any():
         raise InputError(f'must be a number or [B] numbers, not {offset!r:.80}.', 'offset')
-    outer = gate_pass.offset
-    gate_pass.offset = offset
+    with _set_pass(offset=offset):
+        yield
+
+
+@contextmanager
+def _set_pass(**values: Any) -> Iterator[None]:
+    """Set attributes of gate_pass inside a `with` block, and restore them afterwards."""
+    outer = {name: getattr(gate_pass, name) for name in values}
+    vars(gate_pass).update(values)
     try:
         yield
     finally:
-        gate_pass.offset = outer
+        vars(gate_pass).update(outer)
