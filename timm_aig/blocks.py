@@ -18,8 +18,7 @@ Rows = Union[Sequence[int], torch.Tensor]
 SLICE_NUMEL = 2 ** 17  # elements per sample from which, on a CPU, gathering costs more than running slices in place
 
 
-# Class of a residual block -> its gated class. Of a branch, a residual branch without the sum: class of the block that
-# holds it, its name there, and its own class.
+# Gated class by the class of a residual block, or of a branch, which has no sum, by (class of its block, name, class).
 GATED: Dict[Any, Any] = {}
 
 
@@ -279,7 +278,7 @@ def gated_blocks(model: nn.Module) -> Dict[str, Any]:
     """Gated blocks of a model in order, by module name ('layer2.1'). A static model has none."""
     return {
         name: m for name, m in model.named_modules()
-        # the gate may be any module around a Gate; the block is none that hands on a block's attributes
+        # the gate may be any module around a Gate; a wrapper that only forwards a block's attributes is no block
         if m._modules.get('gate') is not None and hasattr(type(m), 'add_residual')}
 
 

@@ -23,8 +23,8 @@ if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn,
 
 
 def one_graph(x: torch.Tensor) -> Any:
-    """Context of a call in which torch.compile takes x [B, ...] with any B, and numbers of rows that depend on values,
-    into one graph: optimize_for_inference(compile=True). Without the names: a graph for each block and batch size."""
+    """Context of optimize_for_inference(compile=True) for a call with x [B, ...]: torch.compile makes one graph for any
+    B, although the number of open rows depends on values. Without the names: a graph for each block and batch size."""
     dynamo = torch._dynamo
     if not hasattr(dynamo, 'maybe_mark_dynamic') or not hasattr(dynamo.config, 'capture_dynamic_output_shape_ops'):
         return nullcontext()

@@ -69,7 +69,8 @@ def _class_of(site: _Site) -> Any:
 
 
 def _relu_input(site: _Site) -> bool:
-    """Whether a block has no last activation, or it and the one before it in the same nn.Sequential end in a ReLU."""
+    """Whether the activation after the sum leaves the block's input as it is: there is none, or this block and the one
+    before it in the same nn.Sequential end in a ReLU."""
     if _class_of(site).act_name is None:
         return True
     if not isinstance(site.parent, nn.Sequential):

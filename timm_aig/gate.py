@@ -22,7 +22,7 @@ class _GatePass(threading.local):
     """
 
     def __init__(self) -> None:  # runs in every thread; instance attributes, since torch.compile guards only those
-        self.record: Optional[List[Tuple[int, torch.Tensor]]] = None  # id of a block that ran, answers it went by
+        self.record: Optional[List[Tuple[int, torch.Tensor]]] = None  # id of a block that ran, its answers
         self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a block -> bool [B], answers instead
         self.sample = False  # draw in eval too
         self.offset: Optional[torch.Tensor] = None  # of all gates: a number or one for each sample [B]
@@ -47,11 +47,11 @@ class _GatePass(threading.local):
         return offset[self.rows] if offset.ndim else offset
 
     def note(self, block: nn.Module, z: torch.Tensor) -> torch.Tensor:
-        """The answers that a block goes by: those of its gate z [B], or forced ones. Records them.
+        """Record and return the answers of a block: those of its gate, z [B], or forced ones.
 
-        Called by the block: what a gate returns may be changed on the way, by a forward hook or a module around it.
+        The block calls this, not its gate: a forward hook or a module around the gate may have changed z.
         """
-        forced = self.forced_answers(block, len(z)) if self.forced is not None else None
+        forced = self.forced_answers(block, len(z))
         if forced is not None:
             z = forced.to(z.device, z.dtype)
         if self.record is not None:
