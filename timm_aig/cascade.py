@@ -25,7 +25,7 @@ Stage = Union[nn.Module, Tuple[nn.Module, Optional[float]]]
 
 
 class Rounds(NamedTuple):
-    """What a cascade answered for B images.
+    """Answers of a cascade for B images.
 
     Args:
         logits: Of the last stage that saw the image, [B, num_classes].
@@ -157,7 +157,7 @@ class Cascade(nn.Module):
     def _run(
             self, x: torch.Tensor, costs: Optional[List[Cost]],
     ) -> Tuple[torch.Tensor, List[Tuple[torch.Tensor, torch.Tensor]]]:
-        """Logits, and with costs for each stage that ran its rows of the batch and their MACs."""
+        """Logits, and for each stage that ran its rows of the batch and, with costs, their MACs."""
         rows = torch.arange(len(x), device=x.device)
         seen = []
         logits = answers = x.new_empty(0)

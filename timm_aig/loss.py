@@ -142,7 +142,7 @@ class AnyBudgetLoss(nn.Module):
         self.targets: List[float] = []  # of all groups but the last
 
     def draw_offsets(self, batch: int) -> torch.Tensor:
-        """Offsets [B] of the next batch. The loss is that of the same batch.
+        """Draw the offsets [B] and the targets of a batch. forward must be called for the same batch next.
 
         Raises:
             InputError: A batch with fewer images than groups.
@@ -161,7 +161,7 @@ class AnyBudgetLoss(nn.Module):
         return offsets.repeat_interleave(torch.tensor(group_sizes(batch, self.groups)))
 
     def forward(self, gates: torch.Tensor) -> torch.Tensor:
-        """Scalar loss of gates [B, L] of the batch that draw_offsets was for."""
+        """Scalar loss of the gates [B, L] of the batch of the last draw_offsets."""
         shares = torch.stack([
             self.cost.executed(global_mean(part)[None]).squeeze(0) / self.cost.total
             for part in gates.split(group_sizes(len(gates), self.groups))[:-1]])

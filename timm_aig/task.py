@@ -63,8 +63,8 @@ class AIGTask(ClassificationTask):
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             gate_loss: Loss on the gates [B, L]. If None, that of the distill recipe of scripts/finetune.py:
                 ComputeTargetLoss with weight 10. Its target MACs share is the mean target rate of all blocks, of which
-                those without a gate have rate 1. TargetRateLoss is the paper's, AnyBudgetLoss
-                trains one model for all budgets.
+                those without a gate have rate 1. TargetRateLoss is the paper's, AnyBudgetLoss trains one model for all
+                budgets.
             teacher: Model to distill from, usually the static parent, with the same input normalization. It is frozen.
             distill_weight: Share of the distillation in the classification loss, in [0, 1]. The labels have the rest.
             distill_temperature: Softmax temperature of the distillation, above 0 (Hinton et al., arXiv:1503.02531).

@@ -1,4 +1,4 @@
-"""What is counted over images: which blocks run for which classes, paths, and classes that the model confuses."""
+"""Statistics over images: execution rates by class, paths, and classes that the model confuses."""
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt

@@ -23,7 +23,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-UNREADABLE = ('skip', 'error')
 MODES = {1: 'L', 3: 'RGB'}  # number of channels -> PIL mode
 SOURCES = ('folder', 'torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 
@@ -178,7 +177,7 @@ def count_unreadable(dataset: Any, device: torch.device) -> Optional[int]:
 
 
 def start_worker(worker: Any) -> int:
-    """Make a loader worker ignore the first SIGTERM and SIGINT, as the worker_seeding of timm's create_loader.
+    """Make a loader worker ignore the first SIGTERM and SIGINT. For `worker_seeding` of timm's create_loader.
 
     A scheduler, and Ctrl-C, signal all processes of a training at once, but the trainer needs its workers until it has
     saved a checkpoint. A second signal ends the worker: the loader sends one to workers that do not stop by themselves.
@@ -216,7 +215,7 @@ def class_names(dataset: Any) -> List[str]:
 
 
 def match_classes(dataset: Any, names: Sequence[str], classes: int) -> None:
-    """Give the images of a data set the labels of a model, by the names of the classes. Folders sort their own way.
+    """Map the labels of a data set to those of a model by the names of the classes: folders sort theirs.
 
     Args:
         dataset: Data set, or a subset of one. It may lack some of the classes.

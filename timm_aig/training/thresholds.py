@@ -1,4 +1,4 @@
-"""Thresholds of a cascade: what each choice gives on held-out images, and calibrate_cascade, which chooses."""
+"""calibrate_cascade: choose the thresholds of a cascade on held-out images."""
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,7 +20,7 @@ CANDIDATES = 10_000  # combinations of thresholds to compare
 
 
 class StageAnswers(NamedTuple):
-    """What one stage answers for N images: largest probability, 1 if correct, and MACs, float64 [N] each."""
+    """Answers of one stage for N images: largest probability, 1 if correct, and MACs, float64 [N] each."""
     confidence: torch.Tensor
     right: torch.Tensor
     macs: torch.Tensor
@@ -28,7 +28,7 @@ class StageAnswers(NamedTuple):
 
 @dataclass(frozen=True)
 class CascadePoint:
-    """Thresholds and budgets of a cascade, and what they gave on the calibration images.
+    """Thresholds and budgets of a cascade, and its results on the calibration images.
 
     Args:
         thresholds: Of all stages but the last, in [0, 1].
@@ -91,7 +91,7 @@ def answer_images(
         run: Callable[[torch.Tensor], Tuple[torch.Tensor, torch.Tensor]], batches: Sequence[Batch],
         device: torch.device, title: Optional[str] = None,
 ) -> StageAnswers:
-    """What a stage answers for all images.
+    """Run a stage on all images.
 
     Args:
         run: Function from images [B, C, H, W] to logits [B, num_classes] and MACs [B].
