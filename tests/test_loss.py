@@ -1,4 +1,4 @@
-"""Losses on the gates, against values computed by hand, in one process and in two."""
+"""Losses on the gates, against values computed by hand, in one process and in three."""
 import os
 import sys
 
@@ -136,6 +136,7 @@ def test_the_losses_have_no_state():
     (lambda: TargetRateLoss([0.5], reduction='none'), "reduction must be 'sum' or 'mean', not 'none'"),
     (lambda: TargetRateLoss(TARGETS)(GATES[:, :2]), r'gates must be \[batch, 3\], not \[4, 2\]'),
     (lambda: TargetRateLoss(TARGETS)(GATES[0]), r'gates must be \[batch, 3\], not \[3\]'),
+    (lambda: TargetRateLoss(TARGETS)(GATES[:0]), 'gates must be .* with a batch of at least 1'),
     (lambda: ComputeTargetLoss(COST, 0.09), r'target must be in \[0.100, 1\]'),
     (lambda: ComputeTargetLoss(COST, 1.1), r'target must be in \[0.100, 1\]'),
     (lambda: ComputeTargetLoss(COST, float('nan')), r'target must be in \[0.100, 1\]'),
@@ -146,10 +147,11 @@ def test_bad_arguments_are_named_with_what_is_allowed(call, message):
         call()
 
 
-def losses():
+def losses(group=None):
     return {
-        'sum': TargetRateLoss(TARGETS, weight=2.), 'mean': TargetRateLoss(TARGETS, reduction='mean'),
-        'compute': ComputeTargetLoss(COST, 0.3)}
+        'sum': TargetRateLoss(TARGETS, weight=2., process_group=group),
+        'mean': TargetRateLoss(TARGETS, reduction='mean', process_group=group),
+        'compute': ComputeTargetLoss(COST, 0.3, process_group=group)}
 
 
 class Answers(nn.Module):
@@ -171,16 +173,21 @@ def inputs():
 
 
 def run_process(rank: int, folder: str) -> None:
-    """Losses of one of two processes on its share of the batch, with gradients averaged by DDP."""
+    """Losses of one process on its share of the batch, with gradients averaged by DDP.
+
+    Of three processes, two are a group and share a batch. The third runs alone in a group of its own.
+    """
     os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=3)
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    group = groups[rank // 2]
     results = {}
-    for name, loss_fn in losses().items():
+    for name, loss_fn in losses(group).items():
         for split, sizes in {'equal': [4, 4], 'unequal': [3, 5], 'empty': [8, 0]}.items():
             torch.manual_seed(0)
-            model = DistributedDataParallel(Answers())
-            loss = loss_fn(model(inputs().split(sizes)[rank]))
+            model = DistributedDataParallel(Answers(), process_group=group)
+            loss = loss_fn(model(inputs().split(sizes)[rank % 2]))
             loss.backward()
             results[name, split] = loss.item(), [p.grad.clone() for p in model.parameters()]
 
@@ -201,20 +208,22 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('gloo'))
-    mp.spawn(run_process, args=(folder,), nprocs=2)
-    return [torch.load(f'{folder}/{rank}.pt') for rank in range(2)]
+    mp.spawn(run_process, args=(folder,), nprocs=3)
+    return [torch.load(f'{folder}/{rank}.pt') for rank in range(3)]
 
 
 @pytest.mark.parametrize('split', ['equal', 'unequal', 'empty'])
 @pytest.mark.parametrize('name', ['sum', 'mean', 'compute'])
-def test_two_processes_have_the_loss_and_gradient_of_one_process_with_its_whole_batch(name, split, processes):
+def test_a_group_of_processes_has_the_loss_and_gradient_of_one_process_with_its_whole_batch(name, split, processes):
     torch.manual_seed(0)
     model = Answers()
     expected = losses()[name](model(inputs()))
     expected.backward()
     local = losses()[name](model(inputs()[:4]))
     assert local.item() != pytest.approx(expected.item(), rel=1e-2)  # a local mean would be seen
-    for loss, grads in (results[name, split] for results in processes):
+    if split == 'equal':  # the third process is a group of its own
+        assert processes[2][name, split][0] == pytest.approx(local.item(), rel=1e-6)
+    for loss, grads in (results[name, split] for results in processes[:2]):
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         for grad, p in zip(grads, model.parameters()):
             assert p.grad.abs().max() > 1e-4
@@ -222,8 +231,8 @@ def test_two_processes_have_the_loss_and_gradient_of_one_process_with_its_whole_
 
 
 def test_the_task_shares_its_rate_loss_and_gradients_between_all_processes(processes):
-    (rate_loss, rate, grads, keys), (other_loss, other_rate, other_grads, _) = (r['task'] for r in processes)
-    assert rate_loss == other_loss  # global batch
+    (rate_loss, rate, grads, keys), (other_loss, other_rate, other_grads, _), third = (r['task'] for r in processes)
+    assert rate_loss == other_loss == third[0]  # global batch
     assert rate != other_rate  # each process has its own images and draws
     for name, grad in grads.items():
         assert torch.equal(grad, other_grads[name]), name
