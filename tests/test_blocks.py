@@ -32,8 +32,8 @@ def tolerance(dtype, reference):
     return dict(rtol=eps, atol=eps * float(reference.abs().max()))
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype,channels_last', [
+    (torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 @pytest.mark.usefixtures('slices')
 def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut_where_closed(
         parent, dtype, channels_last, train_norms):
@@ -45,7 +45,7 @@ def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut
         for name in names
     ]
     with torch.no_grad():
-        static(torch.randn(32, 3, image_size(parent), image_size(parent)))
+        static(torch.randn(16, 3, image_size(parent), image_size(parent)))
     for handle in handles:
         handle.remove()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -54,7 +54,7 @@ def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut
 
     for name in names:
         block, timm_block = model.get_submodule(name), static.get_submodule(name)
-        for batch in (1, 2, 7, 32) if dtype == torch.float32 else (1, 7):  # bfloat16 is slow on most CPUs
+        for batch in (1, 2, 7, 16) if dtype == torch.float32 else (1, 7):  # bfloat16 is slow on most CPUs
             x = inputs[name][:batch].to(dtype, memory_format=memory_format)
             original = x.clone()
             with torch.no_grad():
