@@ -137,14 +137,6 @@ def test_a_wrapper_in_training_mode_around_a_model_in_eval_needs_no_gradient(opt
     assert 0 < gates.mean() < 1
 
 
-def test_forward_gates_works_on_a_backbone():
-    model = timm.create_model('resnet18_aig', features_only=True)
-    features, gates = forward_gates(model, torch.randn(2, 3, 64, 64))
-    assert [f.shape[1] for f in features] == [64, 64, 128, 256, 512]
-    assert gates.shape == (2, 8)
-    assert gates.requires_grad
-
-
 @pytest.mark.parametrize('training', [True, False])
 def test_forward_gates_works_inside_torch_compile(training, train_norms, train_gates):
     torch.compiler.reset()
