@@ -24,10 +24,20 @@ pytest_plugins = ['loopback']
 torch.set_num_threads(1)  # the nets are small: threads cost more than they bring, ten times more on a busy machine
 
 # Archs whose blocks differ. The others run with the marker all_archs.
-RESNETS = ('resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20')
-DEFAULT_ARCHS = (*RESNETS, 'seresnet18', 'resnet50_gn')
-SUITE_ARCHS = (*RESNETS, 'resnetv2_18', 'resnetv2_18d', 'regnetx_002', 'regnety_002', 'convnext_atto',
-               'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224')
+DEFAULT_ARCHS = (
+    'resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20', 'seresnet18',
+    'resnet50_gn')
+SUITE_ARCHS = (
+    'ecaresnet26t', 'cifar_resnet20', 'resnetv2_18', 'resnetv2_18d', 'regnetx_002', 'regnety_002', 'convnext_atto',
+    'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224')
+
+
+# Files that take long come first, or the last one would run alone on one of the cores.
+LONG = ('test_timm_suite.py', 'test_shipped.py', 'test_e2e_finetune.py', 'test_notebook.py', 'test_onnx.py')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_generate_tests(metafunc):
@@ -44,6 +54,13 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def kept(request, tmp_path_factory):
+    """Makes a folder by its name for what is downloaded, in pytest's cache unless that is switched off."""
+    cache = getattr(request.config, 'cache', None)
+    return cache.mkdir if cache else tmp_path_factory.mktemp
 
 
 @pytest.fixture
@@ -67,18 +84,20 @@ def train_norms():
     return _train_norms
 
 
+def open_some(model: nn.Module) -> nn.Module:
+    """Gives the gates of a model answers that differ between samples and blocks, in place."""
+    with torch.no_grad():
+        for block in timm_aig.gated_blocks(model).values():
+            block.gate.fc1.weight.normal_(std=4.)
+            block.gate.fc2.weight.normal_(std=1.)
+            block.gate.fc2.bias.zero_()
+    return model
+
+
 @pytest.fixture
 def train_gates():
-    """Gives the gates of a model answers that differ between samples and blocks, in place."""
-    def _train_gates(model: nn.Module) -> nn.Module:
-        with torch.no_grad():
-            for block in timm_aig.gated_blocks(model).values():
-                block.gate.fc1.weight.normal_(std=4.)
-                block.gate.fc2.weight.normal_(std=1.)
-                block.gate.fc2.bias.zero_()
-        return model
-
-    return _train_gates
+    """Gives the gates of a model answers as after training, see open_some."""
+    return open_some
 
 
 @pytest.fixture(scope='session')
@@ -132,13 +151,16 @@ def static_model(finetune, finetune_args, tmp_path_factory):
 def adaptive_model(static_model, tmp_path_factory):
     """local-dir: name of that model with gates that open for some images."""
     torch.manual_seed(0)
-    model = timm_aig.gate_(timm.create_model(static_model, pretrained=True))
-    with torch.no_grad():
-        for block in timm_aig.gated_blocks(model).values():
-            block.gate.fc1.weight.normal_(std=4.)
-            block.gate.fc2.weight.normal_(std=1.)
-            block.gate.fc2.bias.zero_()
+    model = open_some(timm_aig.gate_(timm.create_model(static_model, pretrained=True)))
     return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("adaptive"))}'
+
+
+@pytest.fixture(scope='session')
+def calibrated_model(adaptive_model, tmp_path_factory):
+    """The same with a table of budgets: not measured, but with offsets that differ."""
+    rows = [dict(budget=b, gate_offset=o, macs_share=b, images=9) for b, o in ((.4, -4.), (.8, 4.))]
+    model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=rows)
+    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("calibrated"))}'
 
 
 @pytest.fixture(scope='session')

@@ -31,57 +31,42 @@ class HubError(Exception):
 
 
 @dataclass
-class Commit:
-    sha: str
-    files: dict  # path -> bytes
-
-
-@dataclass
 class Repo:
     id: str
     type: str  # 'model' or 'space'
     private: bool
     refs: dict = field(default_factory=dict)  # 'refs/heads/main' -> sha
-    commits: dict = field(default_factory=dict)  # sha -> Commit, oldest first
+    commits: dict = field(default_factory=dict)  # sha -> {path: bytes}, oldest first
 
     def commit(self, ref, files):
         sha = hashlib.sha1(f'{self.id} {len(self.commits)}'.encode()).hexdigest()
-        self.commits[sha] = Commit(sha, files)
+        self.commits[sha] = files
         self.refs[ref] = sha
         return sha
 
     def at(self, revision):
-        """The commit of a branch, a pull request or a full hash."""
+        """Hash and files of a branch, a pull request or a full hash."""
         sha = self.refs.get(revision) or self.refs.get(f'refs/heads/{revision}') or revision
         if sha not in self.commits:
             raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
-        return self.commits[sha]
+        return sha, self.commits[sha]
 
     def info(self, revision):
-        commit = self.at(revision)
+        sha, files = self.at(revision)
         return dict(
-            id=self.id, sha=commit.sha, private=self.private, tags=[], downloads=0, likes=0,
-            siblings=[dict(rfilename=path) for path in sorted(commit.files)])
+            id=self.id, sha=sha, private=self.private, tags=[], downloads=0, likes=0,
+            siblings=[dict(rfilename=path) for path in sorted(files)])
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests of a method whose path matches a pattern.
-
-    Args:
-        method: HTTP method.
-        path: Pattern searched in the path.
-        status: Answer with this status.
-        cut: Take this much of an upload, or send this much of an answer, then close the connection.
-        stall: Never answer, or after what `cut` lets through.
-        times: How many requests fail.
-    """
+    """What goes wrong with the next requests of a method whose path matches a pattern."""
     method: str
-    path: str
-    status: int = 0
-    cut: int = -1
-    stall: bool = False
-    times: int = 1
+    path: str  # pattern that is searched for
+    status: int = 0  # of the answer
+    cut: int = -1  # take this much of an upload, or send this much of an answer, then close the connection
+    stall: bool = False  # never answer, or not after what cut lets through
+    times: int = 1  # how many requests fail
 
 
 class HubServer:
@@ -108,7 +93,7 @@ class HubServer:
 
     def files(self, repo_id, ref='refs/heads/main', repo_type='model'):
         """Content of each file of a repository by its path."""
-        return dict(self.repo(repo_id, repo_type).at(ref).files)
+        return dict(self.repo(repo_id, repo_type).at(ref)[1])
 
     def fault(self, **kwargs):
         """Let the next requests fail, see Fault."""
@@ -193,13 +178,13 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a request for a file, from the byte on that its Range header names."""
         match = re.fullmatch(r'/((?:spaces/)?)([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path)
         repo = self.find('space' if match[1] else 'model', match[2])
-        commit = repo.at(match[3])
-        if match[4] not in commit.files:
+        sha, files = repo.at(match[3])
+        if match[4] not in files:
             raise HubError(404, 'Entry not found', 'EntryNotFound')
-        data = commit.files[match[4]]
+        data = files[match[4]]
         start = int(re.match(r'bytes=(\d+)', self.headers.get('Range', 'bytes=0'))[1])
         self.send_response(206 if start else 200)
-        self.send_header('X-Repo-Commit', commit.sha)
+        self.send_header('X-Repo-Commit', sha)
         self.send_header('ETag', f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header('Content-Length', str(len(data) - start))
         if start:
@@ -251,13 +236,13 @@ class Handler(BaseHTTPRequestHandler):
         if method == 'GET' and action in (None, 'revision'):
             return self.find(repo_type, repo_id).info(revision or 'main')
         if method == 'GET' and action == 'tree':
-            files = self.find(repo_type, repo_id).at(revision).files
+            files = self.find(repo_type, repo_id).at(revision)[1]
             return [dict(type='file', path=path, size=len(data), oid=hashlib.sha1(data).hexdigest())
                     for path, data in sorted(files.items())]
         create_pr = 'create_pr=1' in query
         repo = self.find(repo_type, repo_id, write=not create_pr)
         if action == 'branch':
-            repo.refs[f'refs/heads/{revision}'] = repo.at(json.loads(body).get('startingPoint', 'main')).sha
+            repo.refs[f'refs/heads/{revision}'] = repo.at(json.loads(body).get('startingPoint', 'main'))[0]
             return {}
         if action == 'preupload':
             repo.at(revision)
@@ -321,10 +306,10 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repo, revision, body, create_pr):
         head, *operations = map(json.loads, body.splitlines())
         parent = head['value'].get('parentCommit')
-        old = repo.at(revision)
-        if parent and parent != old.sha:
+        sha, files = repo.at(revision)
+        if parent and parent != sha:
             raise HubError(412, 'A commit has happened since. Please refresh and try again.')
-        files = dict(old.files)
+        files = dict(files)
         for operation in operations:
             value = operation['value']
             if operation['key'] == 'file':

@@ -1,25 +1,21 @@
 """AIGConfig: schedules, JSON, bad fields."""
 import json
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given, strategies as st
 
 from timm_aig import AIGConfig
-from timm_aig.models.hub_configs import load_hub_configs
 
 rates = st.floats(0, 1, exclude_min=True) | st.just(1)
 
 
-@pytest.mark.parametrize('t', [0.4, 0.5, 0.6, 0.7])
-def test_resnet50_has_the_papers_schedule(t):
-    assert AIGConfig(t, schedule='paper').block_rates([3, 4, 6, 3]) == (
-        1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1)
-
-
 @pytest.mark.parametrize('t', [0.3, 0.5])
-def test_resnet101_has_the_papers_schedule(t):
-    assert AIGConfig(t, schedule='paper').block_rates([3, 4, 23, 3]) == (1,) * 8 + (t,) * 25
+def test_resnet50_and_resnet101_have_the_papers_schedules(t):
+    config = AIGConfig(t, schedule='paper')
+    assert config.block_rates([3, 4, 6, 3]) == (1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1)
+    assert config.block_rates([3, 4, 23, 3]) == (1,) * 8 + (t,) * 25
 
 
 @pytest.mark.parametrize('stages,bottleneck,expected', [
@@ -76,19 +72,13 @@ def test_a_config_is_frozen_and_replace_checks_its_fields():
 
 
 @pytest.mark.parametrize('fields,message', [
-    ({'target_rate': 0}, r'target_rate must be a number in \(0, 1\], not 0'),
-    ({'target_rate': 1.5}, r'target_rate must be a number in \(0, 1\], not 1.5'),
-    ({'target_rate': '0.5'}, r"target_rate must be a number in \(0, 1\], not '0.5'"),
-    ({'target_rate': None}, r'target_rate must be a number in \(0, 1\], not None'),
-    ({'target_rates': [0.5, float('nan')]}, r'target_rates\[1\] must be a number in \(0, 1\], not nan'),
     ({'target_rates': {0.5}}, 'target_rates must be a list of rates'),
     ({'target_rates': 0.5}, 'target_rates must be a list of rates'),
     ({'target_rates': '0.5'}, 'target_rates must be a list of rates'),
-    ({'schedule': 'linear'}, "schedule must be None or 'paper', not 'linear'"),
     ({'gate_norm': 'gn'}, "gate_norm must be None or one of bn, ln, none, not 'gn'"),
-    ({'target_rates': 'paper'}, 'target_rates must be a list of rates'),
     ({'schedule': 'papers'}, "schedule must be None or 'paper', not 'papers'"),
     ({'schedule': ''}, "schedule must be None or 'paper', not ''"),
+    ({'schedule': 0.5}, "schedule must be None or 'paper', not 0.5"),
     ({'gate_channels': 0}, 'gate_channels must be a whole number above 0, not 0'),
     ({'gate_channels': 16.}, 'gate_channels must be a whole number above 0, not 16.0'),
     ({'version': 2}, 'version must be 1, not 2: a newer timm_aig wrote this config'),
@@ -101,26 +91,7 @@ def test_a_bad_field_is_named_with_what_is_allowed(fields, message):
 
 @pytest.mark.parametrize('rate', [0, 0., -0.1, 1.01, float('nan'), float('inf'), '0.5', None, [0.5]])
 def test_a_bad_rate_is_named(rate):
-    with pytest.raises(ValueError, match=r'target_rate must be a number in \(0, 1\]'):
+    with pytest.raises(ValueError, match=rf'target_rate must be a number in \(0, 1\], not {re.escape(repr(rate))}'):
         AIGConfig(target_rate=rate)
     with pytest.raises(ValueError, match=r'target_rates\[1\] must be a number in \(0, 1\]'):
         AIGConfig(target_rates=[0.5, rate, *[0.5] * 6])
-
-
-@pytest.mark.parametrize('length', [0, 15, 17])
-def test_a_list_of_the_wrong_length_is_refused(length):
-    with pytest.raises(ValueError, match=f'target_rates has {length} rates, the network has 16 blocks'):
-        AIGConfig(target_rates=[0.5] * length).block_rates([3, 4, 6, 3])
-
-
-def test_each_hub_config_is_a_valid_config_of_a_checkpoint():
-    configs = load_hub_configs()
-    assert {'resnet50_aig.t04_paper', 'resnet50_aig.t05_paper', 'resnet50_aig.t06_paper', 'resnet50_aig.t07_paper',
-            'resnet101_aig.t03_paper', 'resnet101_aig.t05_paper'} <= set(configs)
-    for config in configs.values():
-        aig = AIGConfig.from_dict(config['aig'])
-        assert json.loads(json.dumps(aig.to_dict())) == config['aig']  # written out in full
-        if config['tag'].endswith('_paper'):
-            assert aig.schedule == 'paper'
-            assert config['tag'] == f't{round(aig.target_rate * 10):02d}_paper'
-            assert not {'hf_hub_id', 'url', 'file'} & set(config['pretrained_cfg'])  # no weights to be listed

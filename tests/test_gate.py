@@ -97,23 +97,28 @@ def test_training_without_noise_answers_as_eval_with_the_gradient_of_the_softmax
     assert 0 < z.sum() < 64
 
 
-def test_the_offset_acts_in_eval_only_even_without_noise():
-    gate = constant_gate(1., 0.)
-    gate.noise = False
-    gate.set_offset(5.)
-    x = torch.zeros(2, 1, 1, 1)
-    assert gate(x).tolist() == [0., 0.]
-    assert gate.eval()(x).tolist() == [1., 1.]
-
-
-def test_sampling_in_eval_draws_even_if_training_does_not():
-    gate = constant_gate(0., 0.).eval()
-    gate.noise = False
-    model = timm_aig.gate_(nn.Sequential(nn.Sequential(BasicBlock(1, 1))), timm_aig.AIGConfig())
-    model[0][0].gate = gate
+def test_the_offset_acts_in_eval_only_with_noise_and_without():
+    gate = constant_gate(0., 0.)
+    gate.set_offset(1e6)
     with torch.no_grad():
-        drawn = timm_aig.forward_gates(model.eval(), torch.zeros(10_000, 1, 1, 1), sample=True)[1]
-    assert 0.4 < drawn.mean() < 0.6
+        assert 0.4 < gate(torch.zeros(10_000, 1, 1, 1)).mean() < 0.6
+        gate.noise = False
+        assert gate(torch.zeros(2, 1, 1, 1)).tolist() == [0., 0.]
+        assert gate.eval()(torch.zeros(2, 1, 1, 1)).tolist() == [1., 1.]
+
+
+def test_sampling_in_eval_draws_even_if_training_does_not_and_changes_nothing():
+    model = timm_aig.gate_(nn.Sequential(nn.Sequential(BasicBlock(1, 1))), timm_aig.AIGConfig()).eval()
+    model[0][0].gate = constant_gate(0., 1.).eval()
+    x = torch.zeros(10_000, 1, 1, 1)
+    for noise in (True, False):
+        model[0][0].gate.noise = noise
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            drawn = timm_aig.forward_gates(model, x, sample=True)[1]
+            assert timm_aig.forward_gates(model, x)[1].min() == 1
+        assert drawn.mean().item() == pytest.approx(0.731, abs=4 * 0.0045)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @settings(max_examples=50, deadline=None)
@@ -221,30 +226,6 @@ def test_the_offset_shifts_the_threshold(closed, open, offset):
     gate = constant_gate(closed / 8, open / 8).eval()
     gate.set_offset(offset / 8)
     assert gate(torch.zeros(1, 1, 1, 1)).item() == float(open + offset > closed)
-
-
-def test_the_offset_does_not_change_what_is_drawn():
-    gate = constant_gate(0., 0.)
-    gate.set_offset(1e6)
-    with torch.no_grad():
-        assert 0.4 < gate(torch.zeros(10_000, 1, 1, 1)).mean() < 0.6
-
-
-def test_forward_gates_can_draw_in_eval(train_gates):
-    model = train_gates(timm_aig.gate_(nn.Sequential(nn.Sequential(
-        BasicBlock(4, 4))), timm_aig.AIGConfig())).eval()
-    for block in timm_aig.gated_blocks(model).values():
-        nn.init.zeros_(block.gate.fc2.weight)
-        block.gate.fc2.bias.data = torch.tensor([0., 1.])
-    x = torch.randn(10_000, 4, 1, 1)
-    before = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        drawn = timm_aig.forward_gates(model, x, sample=True)[1]
-        thresholded = timm_aig.forward_gates(model, x)[1]
-    assert drawn.mean().item() == pytest.approx(0.731, abs=4 * 0.0045)
-    assert thresholded.min() == 1
-    # drawing is not training: batch statistics stay as they are
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_without_a_norm_it_trains_at_batch_1():

@@ -1,38 +1,46 @@
 """import timm_aig: what it costs, what it imports and which names it has."""
 import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import timm_aig
 
 HEAVY = ('matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'sklearn', 'gradio', 'openvino', 'tensorboard', 'pandas')
 
 
-def run(code: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, '-c', code], check=True, capture_output=True, text=True, env={**os.environ, **env})
-    return done.stdout.strip()
+def start():
+    """In a new process: modules loaded by the import, names before any is used, processor seconds over timm's."""
+    program = (
+        'import json, sys, time, timm; start = time.process_time(); import timm_aig; end = time.process_time(); '
+        'print(json.dumps([[name.partition(".")[0] for name in sys.modules], dir(timm_aig), end - start]))')
+    env = {**os.environ, 'PYTHONDONTWRITEBYTECODE': ''}  # compiling the source, done once, does not count
+    done = subprocess.run([sys.executable, '-c', program], check=True, capture_output=True, text=True, env=env)
+    return json.loads(done.stdout)
 
 
-def test_it_imports_no_heavy_or_optional_package():
-    loaded = run('import sys, timm, timm_aig; print(*{name.partition(".")[0] for name in sys.modules})').split()
-    assert {'torch', 'timm', 'timm_aig'} <= set(loaded)
-    assert not set(HEAVY) & set(loaded)
+@pytest.fixture(scope='module')
+def imported():
+    return start()
 
 
-def test_it_costs_at_most_50_ms_over_timm():
-    # the best of five processor times: other processes do not count, nor does compiling the source, done once
-    code = ('import timm, time; start = time.process_time(); import timm_aig; '
-            'print(time.process_time() - start)')
-    assert min(float(run(code, PYTHONDONTWRITEBYTECODE='')) for _ in range(5)) <= 0.05
+def test_it_imports_no_heavy_or_optional_package(imported):
+    loaded = set(imported[0])
+    assert {'torch', 'timm', 'timm_aig'} <= loaded and not loaded & set(HEAVY)
 
 
-def test_dir_has_every_public_name_before_any_is_used():
-    names = run('import timm_aig; print(*dir(timm_aig))').split()
-    assert {*timm_aig.__all__, '__version__'} <= {*names}
-    assert {'list_trained', 'record_gates', 'evaluate', 'AIGTask', 'push_to_hub'} <= {*names}
+def test_it_costs_at_most_50_ms_over_timm(imported):
+    # the best of five processes: others of the machine slow one down
+    assert imported[2] <= 0.05 or any(start()[2] <= 0.05 for _ in range(4))
+
+
+def test_dir_has_every_public_name_before_any_is_used(imported):
+    assert {*timm_aig.__all__, '__version__'} <= {*imported[1]}
+    assert {'list_trained', 'record_gates', 'evaluate', 'AIGTask', 'push_to_hub'} <= {*imported[1]}
 
 
 def test_every_public_name_can_be_used():

@@ -59,12 +59,15 @@ def test_the_gates_of_a_pass_are_what_each_gate_answers_for_its_blocks_input(tra
 
 
 def test_a_static_model_has_no_gates():
-    model = timm.create_model('resnet18').eval()
-    x = torch.randn(5, 3, 32, 32)
+    model = timm.create_model('cifar_resnet20').eval()
+    x = torch.randn(5, 3, 16, 16)
     logits, gates = forward_gates(model, x)
-    assert gates.shape == (5, 0)
-    assert torch.equal(logits, model(x))
-    assert gated_blocks(model) == {}
+    assert gates.shape == (5, 0) and gated_blocks(model) == {}
+    with record_gates(model) as record:
+        assert torch.equal(model(x), logits)
+    assert record.gates.shape == (0, 0)
+    with pytest.raises(InputError, match='has no gated blocks'):
+        force_gates(model, torch.ones(1, 0)).__enter__()
 
 
 class Detector(nn.Module):
@@ -120,13 +123,6 @@ def test_two_passes_in_one_record_are_an_error():
         _ = record.gates
 
 
-def test_the_record_of_a_static_model_is_empty():
-    model = timm.create_model('cifar_resnet20').eval()
-    with record_gates(model) as record:
-        model(torch.randn(2, 3, 16, 16))
-    assert record.gates.shape == (0, 0)
-
-
 @pytest.mark.parametrize('optimized', [False, True])
 def test_a_wrapper_in_training_mode_around_a_model_in_eval_needs_no_gradient(optimized, train_gates):
     model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
@@ -141,17 +137,8 @@ def test_a_wrapper_in_training_mode_around_a_model_in_eval_needs_no_gradient(opt
     assert 0 < gates.mean() < 1
 
 
-def test_forward_gates_works_on_a_backbone():
-    model = timm.create_model('resnet18_aig', features_only=True)
-    features, gates = forward_gates(model, torch.randn(2, 3, 64, 64))
-    assert [f.shape[1] for f in features] == [64, 64, 128, 256, 512]
-    assert gates.shape == (2, 8)
-    assert gates.requires_grad
-
-
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 @pytest.mark.parametrize('training', [True, False])
-def test_forward_gates_works_inside_torch_compile(backend, training, train_norms, train_gates):
+def test_forward_gates_works_inside_torch_compile(training, train_norms, train_gates):
     torch.compiler.reset()
     model = train_norms(timm.create_model('cifar_resnet20', layers=(1, 1, 1)))
     train_gates(gate_(model, AIGConfig(gate_norm='none')))
@@ -160,7 +147,7 @@ def test_forward_gates_works_inside_torch_compile(backend, training, train_norms
     if not training:
         with torch.no_grad():
             expected = forward_gates(model, x)
-    compiled = torch.compile(lambda x: forward_gates(model, x), backend=backend)
+    compiled = torch.compile(lambda x: forward_gates(model, x), backend='aot_eager')
     with torch.set_grad_enabled(training):
         logits, gates = compiled(x)
     assert gates.shape == (4, 3)
@@ -220,15 +207,12 @@ def test_reentrant_checkpointing_is_an_error_since_it_drops_the_gradient_of_the_
     assert forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
 
 
-def test_forced_gates_need_no_gradient():
+def test_forced_and_frozen_gates_need_no_gradient():
     model = timm.create_model('cifar_resnet20_aig')
+    x = torch.randn(4, 3, 16, 16)
     with force_gates(model, torch.ones(4, 9)):
-        assert not forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
-
-
-def test_frozen_gates_need_no_gradient():
-    model = timm.create_model('cifar_resnet20_aig').requires_grad_(False)
-    assert not forward_gates(model, torch.randn(4, 3, 16, 16))[1].requires_grad
+        assert not forward_gates(model, x)[1].requires_grad
+    assert not forward_gates(model.requires_grad_(False), x)[1].requires_grad
 
 
 def test_a_model_can_be_copied_and_pickled_after_a_training_step():
@@ -284,8 +268,8 @@ class Wrapper(nn.Module):
 ], ids=['gates', 'blocks', 'compiled'])
 def test_wrapped_gates_and_blocks_are_recorded_and_forced(wrap_gate, wrap_block, train_gates):
     torch.compiler.reset()
-    model = train_gates(timm.create_model('cifar_resnet20_aig')).eval()
-    x, forced = torch.randn(4, 3, 16, 16), torch.rand(4, 9) < .5
+    model = train_gates(timm.create_model('cifar_resnet20_aig', layers=(1, 2, 1))).eval()
+    x, forced = torch.randn(4, 3, 16, 16), torch.rand(4, 4) < .5
     with torch.no_grad():
         expected, gates = forward_gates(model, x)
         with force_gates(model, forced):
@@ -294,7 +278,7 @@ def test_wrapped_gates_and_blocks_are_recorded_and_forced(wrap_gate, wrap_block,
         for i, block in enumerate(stage):
             block.gate = wrap_gate(block.gate)
             stage[i] = wrap_block(block)
-    assert len(gated_blocks(model)) == 9
+    assert len(gated_blocks(model)) == 4
     with torch.no_grad():
         logits, found = forward_gates(model, x)
         assert torch.equal(found, gates) and torch.allclose(logits, expected, atol=1e-5)
@@ -403,24 +387,19 @@ def test_forced_gates_answer_inside_the_block_only(train_gates):
     assert not torch.equal(own, is_open.float())
 
 
-def test_forced_gates_nest_and_the_inner_ones_win():
+def test_forced_gates_nest_and_the_inner_ones_win_and_gates_still_run():
     model = timm.create_model('cifar_resnet20_aig').eval()
-    x = torch.randn(2, 3, 16, 16)
+    x, calls = torch.randn(2, 3, 16, 16), []
+    for block in gated_blocks(model).values():
+        block.gate.fc2.register_forward_hook(lambda *args: calls.append(1))
     closed = torch.zeros(2, 9, dtype=torch.bool)
-    with force_gates(model, closed):
+    with force_gates(model, open=closed):  # its old keyword
         with force_gates(model.layer2, ~closed[:, :3]):
             assert forward_gates(model, x)[1].tolist() == [[0, 0, 0, 1, 1, 1, 0, 0, 0]] * 2
         assert forward_gates(model, x)[1].sum() == 0
-
-
-def test_forced_gates_still_run():
-    model = timm.create_model('cifar_resnet20_aig').eval()
-    calls = []
-    for block in gated_blocks(model).values():
-        block.gate.fc2.register_forward_hook(lambda *args: calls.append(1))
-    with force_gates(model, torch.zeros(2, 9, dtype=torch.bool)):
-        model(torch.randn(2, 3, 16, 16))
-    assert len(calls) == 9
+        assert len(calls) == 18
+        with pytest.raises(ValueError, match='for the 3 images of the input, not for 2'):
+            model(torch.randn(3, 3, 16, 16))
 
 
 @pytest.mark.parametrize('gates,what', [
@@ -431,18 +410,6 @@ def test_forced_gates_of_another_shape_are_refused(gates, what):
     model = timm.create_model('cifar_resnet20_aig').eval()
     with pytest.raises(InputError, match=rf'gates must be a tensor \[batch, 9\] for 9 gated blocks, not {what}'):
         force_gates(model, gates).__enter__()
-
-
-def test_gates_of_a_static_model_cannot_be_forced():
-    with pytest.raises(InputError, match='has no gated blocks'):
-        force_gates(timm.create_model('cifar_resnet20'), torch.ones(1, 0)).__enter__()
-
-
-def test_forced_gates_have_an_old_keyword():
-    model = timm.create_model('cifar_resnet20_aig').eval()
-    closed = torch.zeros(2, 9, dtype=torch.bool)
-    with force_gates(model, open=closed):
-        assert forward_gates(model, torch.randn(2, 3, 16, 16))[1].sum() == 0
 
 
 @pytest.mark.parametrize('grad', [False, True])
@@ -466,13 +433,6 @@ def test_forcing_the_gates_of_a_compiled_model_compiles_once(grad, train_norms):
                 torch.testing.assert_close(outputs[-1], model(x))
     assert len(graphs) == 1
     assert not torch.allclose(outputs[0], outputs[1])
-
-
-def test_forced_gates_for_another_batch_are_refused():
-    model = timm.create_model('cifar_resnet20_aig').eval()
-    with force_gates(model, torch.ones(2, 9, dtype=torch.bool)):
-        with pytest.raises(ValueError, match='for the 3 images of the input, not for 2'):
-            model(torch.randn(3, 3, 16, 16))
 
 
 @pytest.mark.parametrize('optimized', [False, True])

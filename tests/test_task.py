@@ -16,9 +16,14 @@ from timm_aig import AIGTask, ComputeTargetLoss, InputError, TargetRateLoss, com
 X, TARGET = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
 
+def create(**kwargs):
+    """An adaptive model with four blocks."""
+    return timm.create_model('cifar_resnet20_aig', layers=(1, 2, 1), **kwargs)
+
+
 @pytest.fixture
 def model(train_norms, train_gates):
-    return train_gates(train_norms(timm.create_model('cifar_resnet20_aig', target_rate=0.7)))
+    return train_gates(train_norms(create(target_rate=0.7)))
 
 
 def compute_loss(model, gates, target):
@@ -73,7 +78,7 @@ def test_the_default_target_is_the_mean_target_rate_of_all_blocks(kwargs, target
 
 
 def test_another_loss_on_the_gates_can_be_given(model):
-    loss = TargetRateLoss([0.5] * 9, weight=3.)
+    loss = TargetRateLoss([0.5] * 4, weight=3.)
     torch.manual_seed(1)
     result = AIGTask(model, gate_loss=loss, verbose=False)(X, TARGET)
     torch.manual_seed(1)
@@ -93,8 +98,8 @@ def test_a_model_without_a_default_loss_needs_one(make, reason):
 
 
 def test_training_moves_the_execution_rate_to_the_target():
-    model = timm.create_model('cifar_resnet20_aig', target_rate=0.3)
-    task = AIGTask(model, lambda output, target: output.sum() * 0, gate_loss=TargetRateLoss([0.3] * 9), verbose=False)
+    model = create(target_rate=0.3)
+    task = AIGTask(model, lambda output, target: output.sum() * 0, gate_loss=TargetRateLoss([0.3] * 4), verbose=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     x = torch.randn(16, 3, 8, 8)
     rates = []
@@ -117,18 +122,13 @@ def test_criterion_kwargs_create_timms_criterion_and_soft_targets_work(model):
     assert AIGTask(model, nn.CrossEntropyLoss(), verbose=False)(X, soft)['loss'].isfinite()
 
 
-def test_a_static_model_is_refused():
-    with pytest.raises(ValueError, match=r'model \(ResNet\) has no gated blocks'):
-        AIGTask(timm.create_model('resnet18'))
-
-
 def test_the_eval_model_is_the_adaptive_model_itself(model):
     task = AIGTask(model, verbose=False)
     assert task.get_eval_model() is model
     state = task.get_checkpoint_state()
     assert list(state) == ['state_dict']
     assert list(state['state_dict']) == list(model.state_dict())
-    fresh = timm.create_model('cifar_resnet20_aig')
+    fresh = create()
     fresh.load_state_dict(state['state_dict'])
 
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_timms_saver_resumes(model, tmp_path):
     assert not {'task_state', 'task_state_ema'} & set(checkpoint)
     assert list(checkpoint['state_dict']) == list(model.state_dict())
 
-    fresh = AIGTask(timm.create_model('cifar_resnet20_aig'), verbose=False)
+    fresh = AIGTask(create(), verbose=False)
     fresh.setup_ema(decay=0.0)
     assert resume_task_checkpoint(fresh, tmp_path / 'task.pth.tar', log_info=False, weights_only=False) == 3
     load_task_ema_checkpoint(fresh, tmp_path / 'task.pth.tar', weights_only=False)
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_timms_saver_resumes(model, tmp_path):
 
 def test_a_checkpoint_loads_into_a_compiled_task(model):
     state = AIGTask(model, verbose=False).get_checkpoint_state()['state_dict']
-    task = AIGTask(timm.create_model('cifar_resnet20_aig'), verbose=False)
+    task = AIGTask(create(), verbose=False)
     task.compile(backend='eager')
     task.load_checkpoint_state(state)
     assert torch.equal(task.get_eval_model()._orig_mod.fc.weight, model.fc.weight)
@@ -196,7 +196,7 @@ def test_a_compiled_task_trains_and_evaluates(model):
     assert result['output'].shape == (4, 10)
     assert 0 < result['execution_rate'] < 1
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    fresh = timm.create_model('cifar_resnet20_aig').eval()
+    fresh = create().eval()
     fresh.load_state_dict(task.get_checkpoint_state()['state_dict'])
     task.eval()
     with torch.no_grad():
@@ -239,8 +239,7 @@ def test_weight_decay_and_gradient_clipping_see_the_adaptive_models_parameters(m
     assert len(decay) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize('weight', [0., 0.3, 1.])
-@pytest.mark.parametrize('temperature', [1., 4.])
+@pytest.mark.parametrize('weight,temperature', [(0., 1.), (0.3, 1.), (0.3, 4.), (1., 4.)])
 def test_distillation_is_the_divergence_of_softened_distributions_with_its_gradient(model, weight, temperature):
     teacher, reference = timm.create_model('cifar_resnet20'), copy.deepcopy(model)
     task = AIGTask(
@@ -264,11 +263,10 @@ def test_distillation_is_the_divergence_of_softened_distributions_with_its_gradi
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
 
 
-@pytest.mark.parametrize('classes', [1, 7])
-def test_a_teacher_with_other_classes_is_an_error(classes, model):
-    teacher = timm.create_model('cifar_resnet20', num_classes=classes)
+def test_a_teacher_with_other_classes_is_an_error(model):
+    teacher = timm.create_model('cifar_resnet20', num_classes=1)
     task = AIGTask(model, teacher=teacher, verbose=False)
-    with pytest.raises(InputError, match=rf'teacher must have the classes of the model: .* \[4, {classes}\]'):
+    with pytest.raises(InputError, match=r'teacher must have the classes of the model: .* \[4, 1\]'):
         task(X, TARGET)
 
 
@@ -293,7 +291,8 @@ def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
     (dict(distill_weight=-0.1), r'distill_weight must be in \[0, 1\], not -0.1'),
     (dict(distill_weight=math.nan), r'distill_weight must be in \[0, 1\], not nan'),
     (dict(distill_temperature=0.), r'distill_temperature must be above 0, not 0.0'),
+    (dict(model=nn.Linear(1, 1)), r'model \(Linear\) has no gated blocks'),
 ])
-def test_distillation_arguments_out_of_range_are_refused(model, kwargs, message):
-    with pytest.raises(InputError, match=message):
-        AIGTask(model, **kwargs)
+def test_bad_arguments_are_refused(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AIGTask(**dict(dict(model=model), **kwargs))

@@ -128,7 +128,7 @@ def megabytes(key):
 torch.set_num_threads(1)
 classes, blocks, names = 1000, 152, [f'class {i}' for i in range(1000)]
 probability = torch.rand(classes, blocks)
-model = timm.create_model('cifar_resnet20_aig', num_classes=classes)
+model = timm.create_model('cifar_resnet8_aig', num_classes=classes)
 images = torch.zeros(250, 3, 8, 8)
 evaluate(model, [(images, torch.arange(250))])  # what torch loads to run a model is not the analysis's
 open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew

@@ -42,8 +42,7 @@ def test_int8_skips_closed_blocks_too(model, x, openvino_file, tmp_path):
         assert_agree(list(found.values()), expected(model, x[:7], pattern), atol=0.1)
 
 
-def test_signals_reach_a_process_after_several_models_were_released(model, tmp_path):
-    timm_aig.export_openvino(model, tmp_path / 'm.xml')
+def test_signals_reach_a_process_after_several_models_were_released(openvino_file):
     program = """
 import gc, signal, openvino
 from timm_aig.export.runtime import openvino_core
@@ -55,5 +54,6 @@ while compiled:
     gc.collect()
     signal.raise_signal(signal.SIGUSR1)
 """
-    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, '-c', program], cwd=openvino_file.parent, capture_output=True, text=True,
+                          check=False)
     assert (done.returncode, done.stdout) == (0, 'alive\n' * 3)

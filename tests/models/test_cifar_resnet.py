@@ -71,19 +71,13 @@ def test_it_takes_timms_arguments(kwargs, x, shape):
     assert model.eval()(torch.randn(x)).shape == shape
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match='layer_count'):
-        timm.create_model('cifar_resnet20', layer_count=3)
-
-
 def test_drop_path_grows_linearly_to_its_rate():
     model = timm.create_model('cifar_resnet20', drop_path_rate=0.4)
     rates = [getattr(b.drop_path, 'drop_prob', 0.) for s in (model.layer1, model.layer2, model.layer3) for b in s]
     assert rates == pytest.approx([0.05 * i for i in range(9)])
 
 
-@pytest.mark.parametrize('arch', ['cifar_resnet20', 'cifar_resnet20_aig'])
-@pytest.mark.parametrize('kwargs', [{}, dict(feature_cls='getter')])
+@pytest.mark.parametrize('arch,kwargs', [('cifar_resnet20', {}), ('cifar_resnet20_aig', dict(feature_cls='getter'))])
 def test_features_only_gives_the_stem_and_three_stages(arch, kwargs):
     model = timm.create_model(arch, features_only=True, **kwargs)
     assert model.feature_info.channels() == [16, 16, 32, 64]
@@ -111,16 +105,6 @@ def test_intermediates_are_the_activations_of_the_stages(train_norms):
         assert torch.equal(last, intermediates[3])
         with pytest.raises(AssertionError, match='NCHW'):
             model.forward_intermediates(x, output_fmt='NHWC')
-
-
-def test_stop_early_runs_no_later_stage():
-    model = timm.create_model('cifar_resnet20').eval()
-    ran = []
-    model.layer3.register_forward_hook(lambda *args: ran.append(3))
-    model.forward_intermediates(torch.randn(1, 3, 16, 16), indices=[1], stop_early=True)
-    assert ran == []
-    model.forward_intermediates(torch.randn(1, 3, 16, 16), indices=[1])
-    assert ran == [3]
 
 
 def test_its_default_config_is_for_cifar_images():

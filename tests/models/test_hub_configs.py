@@ -29,6 +29,10 @@ def test_a_hub_config_fits_its_schema_its_name_and_its_readers(file):
             assert config['recipe'][key] == config['pretrained_cfg'][key]
     assert checked_results(config, config['architecture']) == config
     aig = AIGConfig.from_dict(config['aig'])
+    assert aig.to_dict() == config['aig']  # written out in full
+    if file.stem.endswith('_paper'):
+        assert aig.schedule == 'paper' and config['tag'] == f't{round(aig.target_rate * 10):02d}_paper'
+        assert not {'hf_hub_id', 'url', 'file'} & set(config['pretrained_cfg'])  # no weights to be listed
     model = timm.create_model(name, device='meta')
     assert {b.target_rate for b in gated_blocks(model).values()} <= {aig.target_rate, *(aig.target_rates or ()), .7, .8}
     assert model.num_classes == config['pretrained_cfg']['num_classes']

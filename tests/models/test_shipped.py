@@ -55,9 +55,9 @@ SHIPPED = sorted(file.stem for file in (ROOT / 'hub_configs').glob('*.safetensor
 
 
 @pytest.fixture(scope='session')
-def fashion_mnist(request):
-    """Folder with Fashion-MNIST from Debian's package dataset-fashion-mnist or a download, in pytest's cache."""
-    root = request.config.cache.mkdir('fashion_mnist')
+def fashion_mnist(kept):
+    """Folder with Fashion-MNIST from Debian's package dataset-fashion-mnist or a download."""
+    root = kept('fashion_mnist')
     if not (root / 'FashionMNIST' / 'raw' / 't10k-labels-idx1-ubyte').exists():
         subprocess.run([sys.executable, ROOT / 'scripts' / 'prepare_fashion_mnist.py', root], check=True)
     return root
@@ -94,10 +94,6 @@ def test_shipped_weights_take_budgets(name):
             gates = timm_aig.forward_gates(model, images)[1]
         shares[budget] = cost.executed(gates) / (cost.total - cost.gates)
     assert shares[.4].mean() < .7 < shares[1.].mean()
-
-
-def test_shipped_weights_are_small():
-    assert SHIPPED and sum((ROOT / 'hub_configs' / f'{name}.safetensors').stat().st_size for name in SHIPPED) < 8e6
 
 
 ANALYSED = sorted(file.parent.name for file in (ROOT / 'hub_configs').glob('*/analysis.json'))
@@ -186,5 +182,6 @@ def test_the_published_pictures_are_small_and_in_the_readme(name):
     assert len(shown) >= 2
 
 
-def test_a_model_that_is_shipped_is_analysed():
+def test_shipped_weights_are_small_and_analysed():
     assert ANALYSED and set(ANALYSED) <= set(SHIPPED)
+    assert sum((ROOT / 'hub_configs' / f'{name}.safetensors').stat().st_size for name in SHIPPED) < 8e6

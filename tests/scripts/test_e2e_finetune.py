@@ -89,11 +89,11 @@ def assert_same_training(a, b):
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
         which, training, uninterrupted, fork_main, wait, tmp_path):
     whole = uninterrupted(which)
-    chance = random.Random(NAMES.index(which))
+    chance, few = random.Random(NAMES.index(which)), 'accumulation' in which  # six steps, the others have twelve
     checkpoints = tmp_path / 'killed' / 'checkpoints'
     ended, kills = False, 0
     while not ended:
-        step = last_step(checkpoints) + chance.randint(1, 3)
+        step = last_step(checkpoints) + chance.randint(*(1, 2) if few else (2, 4))
         process = fork_main(training(which, 'killed'))
         while last_step(checkpoints) < step and not ended:
             time.sleep(0.002)
@@ -140,7 +140,7 @@ def test_killed_before_after_and_in_the_middle_of_a_write_it_ends_with_the_same_
     which = 'distill, average'
     whole = uninterrupted(which)
     # an even fsync is that of a file, the odd one behind it that of its folder
-    for when, counts in (('before', (0, 3, 1)), ('writing', (4, 2, 3)), ('after', (2,))):
+    for when, counts in (('before', (0, 3)), ('writing', (4, 3)), ('after', (2,))):
         for count in counts:
             code = wait(fork_main(training(which, 'killed'), KilledAt(count, when)))
             assert code == -signal.SIGKILL, (when, count, (tmp_path / 'stderr').read_text())
@@ -290,24 +290,16 @@ def test_bad_input_is_refused_by_the_name_of_its_argument(refused, args, named):
     assert named in refused(*args)
 
 
-@pytest.mark.parametrize('model,named', [
-    ('no_such_model', '--model no_such_model'), ('local-dir:/nowhere', '--model local-dir:/nowhere'),
-    ('test_efficientnet', '--model must be a model of a family that timm_aig can gate'),
-    ('cifar_resnet20', '--distill-weight 0.5 needs a teacher'),
-    ('cifar_resnet20_aig', '--distill-weight 0.5 needs a teacher'),
+@pytest.mark.parametrize('model,args,named', [
+    ('no_such_model', [], '--model no_such_model'), ('local-dir:/nowhere', [], '--model local-dir:/nowhere'),
+    ('test_efficientnet', ['--distill-weight', 0], '--model must be a model of a family that timm_aig can gate'),
+    ('cifar_resnet20', [], '--distill-weight 0.5 needs a teacher'),
+    ('cifar_resnet20_aig', [], '--distill-weight 0.5 needs a teacher'),
+    ('cifar_resnet20_aig', ['--static'], '--model cifar_resnet20_aig has gates, --static'),
+    ('vit_tiny_patch16_224', ['--static', '--input-size', 3, 32, 32], '--input-size cannot be used: Requested'),
 ])
-def test_a_model_that_cannot_be_used_is_refused(refused, model, named):
-    extra = ['--distill-weight', '0'] if model == 'test_efficientnet' else []
-    assert named in refused(*extra, model=model)
-
-
-def test_a_size_that_the_model_does_not_take_is_refused(refused):
-    error = refused('--static', '--input-size', 3, 32, 32, model='vit_tiny_patch16_224')
-    assert '--input-size cannot be used: Requested' in error
-
-
-def test_a_static_training_of_an_adaptive_model_is_refused(refused):
-    assert '--model cifar_resnet20_aig has gates, --static' in refused('--static', model='cifar_resnet20_aig')
+def test_a_model_that_cannot_be_used_is_refused(refused, model, args, named):
+    assert named in refused(*args, model=model)
 
 
 def test_a_parent_whose_head_is_new_cannot_teach(refused, run, make_images, tmp_path):
@@ -371,12 +363,6 @@ def test_splits_with_other_classes_are_refused(refused, make_images, tmp_path):
     assert "--data-dir must have the same classes in both splits, only one has ['cat', 'dog']" in error
 
 
-def test_a_set_without_images_is_refused(refused, make_images, tmp_path):
-    data = make_images(tmp_path / 'data', splits=[('train', 16)])
-    (data / 'validation' / 'ape').mkdir(parents=True)
-    assert "split 'validation': Found 0 images" in refused('--data-dir', data)
-
-
 def test_unreadable_images_are_counted_or_an_error_that_names_the_file(run, refused, make_images, tmp_path):
     data = make_images(tmp_path / 'data')
     for bad in ('train/ape/3.png', 'train/cat/0.png', 'validation/bee/2.png'):
@@ -437,20 +423,6 @@ def test_a_training_is_not_resumed_with_other_classes(run, refused, make_images,
         (data / split / 'ape').rename(data / split / 'yak')  # now the last of the three
     error = refused(*args, '--resume', 'auto', model='cifar_resnet20')
     assert "classes was ['ape', 'bee', 'cat'] and is now ['bee', 'cat', 'yak']" in error
-
-
-def test_without_a_whole_checkpoint_a_resume_is_refused(run, refused, tmp_path):
-    assert run('--epochs', 1)[0] == 0
-    for path in (tmp_path / 'run' / 'checkpoints').iterdir():
-        path.write_bytes(b'')
-    assert '--resume auto: no checkpoint can be read' in refused('--epochs', 1, '--resume', 'auto')
-
-
-def test_an_output_that_is_no_folder_is_exit_code_3(run, tmp_path):
-    (tmp_path / 'file').write_text('')
-    for output in (tmp_path / 'file', '/proc/finetune'):
-        code, err = run('--output', output)
-        assert code == 3 and err.splitlines()[-1].startswith('error: --output must be a folder to write to')
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_1(run, tmp_path):

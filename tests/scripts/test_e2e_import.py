@@ -100,7 +100,7 @@ def save(model, path, prefix='module.', counts=False):
     ((18, 18, 18), False, 10, 'cifar_resnet110_aig'), ((5, 5, 5), False, 100, 'cifar_resnet32_aig'),
     ((1, 2, 4), False, 10, 'cifar_resnet20_aig'), ((2, 2, 2, 2), False, 7, 'resnet18_aig'),
     ((3, 4, 6, 3), True, 1000, 'resnet50_aig'), ((3, 4, 23, 3), True, 5, 'resnet101_aig'),
-    ((3, 8, 36, 3), True, 5, 'resnet152_aig'), ((1, 2, 1, 1), True, 5, 'resnet50_aig'),
+    ((1, 2, 1, 1), True, 5, 'resnet50_aig'),
 ])
 def test_an_imported_checkpoint_gives_the_originals_logits_and_gates(
         stages, bottleneck, classes, arch, tmp_path, run_script,

@@ -15,7 +15,7 @@ from gradio import __version__ as gradio_version
 SCRIPT = Path(__file__).parent.parent.parent / 'scripts' / 'push_space.py'
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')  # a second time it would not be new
 def files(hub, client):
     """Content of a published Space."""
     code, out, err = client.script('push_space.py', 'alice/page', '--private')

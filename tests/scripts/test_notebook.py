@@ -16,7 +16,9 @@ def test_it_runs_from_images_to_a_model_on_the_hub(hub, monkeypatch, tmp_path):
     monkeypatch.setenv('HF_TOKEN', 'hf_alice_write')
     monkeypatch.setenv('PYTHONPATH', str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    parameters = notebook.cells[1]
+    parameters, data = notebook.cells[1:3]
+    data.source, found = re.subn(r'zip\(digits.images, digits.target\)', r'[*\g<0>][:400]', data.source)
+    assert found == 1  # fewer images
     for name, value in {'EPOCHS': 1, 'PHOTOS': f'{tmp_path}/photos', 'OUTPUT': f'{tmp_path}/output',
                         'REPO': 'alice/photos'}.items():
         parameters.source, found = re.subn(rf'^{name} = .*', f'{name} = {value!r}', parameters.source, flags=re.M)

@@ -3,18 +3,9 @@ import csv
 import json
 
 import pytest
-import timm
 import torch
 
 import timm_aig
-
-
-@pytest.fixture(scope='module')
-def calibrated_model(adaptive_model, tmp_path_factory):
-    """The adaptive model with a table of budgets: not measured, but with offsets that differ."""
-    rows = [dict(budget=b, gate_offset=o, macs_share=b, images=9) for b, o in ((.4, -4.), (.8, 4.))]
-    model = timm.create_model(adaptive_model, pretrained=True, gate_budgets=rows)
-    return f'local-dir:{timm_aig.save_pretrained(model, tmp_path_factory.mktemp("calibrated"))}'
 
 
 @pytest.fixture

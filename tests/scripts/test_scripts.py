@@ -1,4 +1,5 @@
 """What holds for every script: how it starts, its help, and the form of its errors."""
+import json
 import os
 import subprocess
 import sys
@@ -22,25 +23,44 @@ def test_every_script_can_be_executed():
         assert script.read_text(encoding='utf-8').startswith('#!') and os.access(script, os.X_OK), script
 
 
+RUN_ALL = '''
+import contextlib, io, json, runpy, sys
+sys.modules.update(dict.fromkeys(['torch', 'timm', 'torchvision']))  # importing one is an error
+results = {}
+for script in sys.argv[1:]:
+    for flag in ('--help', '--no-such-flag'):
+        out, err, sys.argv = io.StringIO(), io.StringIO(), [script, flag]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(script, run_name='__main__')
+            except SystemExit as e:
+                results[f'{script} {flag}'] = [e.code or 0, out.getvalue(), err.getvalue()]
+print(json.dumps(results))
+'''
+
+
 @pytest.fixture(scope='module')
-def without_torch(tmp_path_factory):
-    """Runs a script in a process where importing torch or timm is an error."""
-    folder = tmp_path_factory.mktemp('without_torch')
-    for package in ('torch', 'timm', 'torchvision'):
-        (folder / f'{package}.py').write_text(f'raise ImportError("{package} was imported")')
-    return lambda name, *args: subprocess.run(
-        [sys.executable, SCRIPTS / name, *args], capture_output=True, text=True, timeout=60,
-        env={**os.environ, 'PYTHONPATH': str(folder)})
+def without_torch():
+    """Exit code, output and errors of each script with --help and with a wrong flag, in one process without torch."""
+    paths = [str(SCRIPTS / name) for name in NAMES]
+    done = subprocess.run([sys.executable, '-c', RUN_ALL, *paths], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'PYTHONPATH': str(SCRIPTS)})
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    return lambda name, flag: results[f'{SCRIPTS / name} {flag}']
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_help_and_wrong_flags_need_no_slow_import(without_torch, name):
-    shown = without_torch(name, '--help')
-    assert shown.returncode == 0, shown.stderr
-    assert 'examples:' in shown.stdout and 'exit code: 0 done' in shown.stdout
-    wrong = without_torch(name, '--no-such-flag')
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith('error: ') and wrong.stderr.count('\n') == 1
+    code, out, _ = without_torch(name, '--help')
+    assert code == 0 and 'examples:' in out and 'exit code: 0 done' in out
+    code, _, err = without_torch(name, '--no-such-flag')
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
+
+
+def test_a_script_starts_in_a_process_of_its_own():
+    done = subprocess.run([SCRIPTS / NAMES[0], '--no-such-flag'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith('error: ')
 
 
 @pytest.mark.parametrize('error,code', [

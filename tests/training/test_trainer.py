@@ -167,12 +167,23 @@ def test_gradients_that_are_never_finite_in_float16_are_an_error_once_the_scale_
     assert torch.equal(trainer.model.fc.weight, before)
 
 
-def test_a_skipped_update_in_float16_keeps_weights_and_statistics():
-    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=torch.float16)
+@pytest.mark.parametrize('amp_dtype', [None, torch.float16])
+def test_an_epoch_of_skipped_updates_keeps_weights_and_statistics_and_has_no_results(amp_dtype):
+    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip', amp_dtype=amp_dtype)
     before = weights(trainer)
-    trainer.fit()
-    assert trainer.skipped == 6
+    assert fit(trainer) == [{}] and trainer.skipped == 6
     assert_equal(weights(trainer), before)
+
+
+def test_stop_names_the_gate_whose_output_or_gradient_is_not_finite():
+    trainer = make_trainer()
+    trainer.model.layer3[0].gate.fc2.bias.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteError, match=r'step 0: the loss is finite, gradients of gates layer3.0 are not$'):
+        trainer.fit()
+    trainer = make_trainer()
+    trainer.model.layer2[1].gate.fc1.weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r'step 0: gate layer2\.1 is the first whose output is not finite'):
+        trainer.fit()
 
 
 @pytest.mark.parametrize('detached', [False, True])
@@ -210,11 +221,6 @@ def test_results_are_means_over_the_updates_that_were_not_skipped():
     assert fit(trainer)[0]['loss'] == (1 + 2 + 4 + 5 + 6) / 5
 
 
-def test_an_epoch_of_skipped_updates_has_no_results():
-    trainer = make_trainer(epochs=1, criterion=NaNAt(set(range(6))), nonfinite='skip')
-    assert fit(trainer) == [{}] and trainer.skipped == 6
-
-
 class DeviceReads(TorchDispatchMode):
     """Counts what would wait for an accelerator: item(), bool() and the like, tolist(), cpu(), numpy()."""
 
@@ -240,8 +246,12 @@ def test_an_update_reads_the_device_once_however_many_batches_it_has(amp_dtype, 
     trainer = make_trainer(
         loader=batches(12), epochs=1, grad_accum_steps=2, ema=True, clip_grad=1., amp_dtype=amp_dtype,
         nonfinite=nonfinite, cost=timm_aig.compute_cost(small_model(), (3, 8, 8)))
+    before, dtypes = trainer.model.fc.weight.clone(), set()
+    trainer.model.fc.register_forward_hook(lambda fc, args, logits: dtypes.add(logits.dtype))
     with DeviceReads(monkeypatch) as reads:
         result, = fit(trainer)
+    assert dtypes == {amp_dtype or torch.float32} and not torch.equal(trainer.model.fc.weight, before)
+    assert all(math.isfinite(v) for v in result.values())
     assert trainer.step == 6 and trainer.skipped == 0 and 'macs_share' in result
     assert reads.count <= 6 + 2  # two for the results of the epoch
 
@@ -355,15 +365,6 @@ def test_an_update_config_out_of_range_is_refused(kwargs):
     with pytest.raises(InputError, match='must be') as error:
         UpdateConfig(**kwargs)
     assert error.value.argument == next(iter(kwargs))
-
-
-def test_it_trains_finite_in_bfloat16():
-    trainer, plain = make_trainer(epochs=1, amp_dtype=torch.bfloat16), make_trainer(epochs=1)
-    result, = fit(trainer)
-    assert all(math.isfinite(v) for v in result.values())
-    assert all(v.isfinite().all() for v in weights(trainer).values())
-    plain.fit()
-    assert not torch.equal(weights(trainer)['fc.weight'], weights(plain)['fc.weight'])
 
 
 def test_a_static_model_is_trained_too():
