@@ -249,7 +249,7 @@ class Trainer:
 
     def _finish_update(self, sums: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the weights and count the results, or deal with an update that is not finite."""
-        problem = self.updater.finish(self.step + 1, labels, loss=sums[2])
+        problem = self.updater.finish(self.step + 1, labels, loss=sums[2], rates=sums[2 + len(self.losses):])
         where = f'epoch {self.epoch + 1}, step {self.step}'
         if problem is None:
             self.sums += sums

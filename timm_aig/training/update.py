@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import unwrap_model
 
+from ..blocks import gated_blocks
 from ..config import InputError
 
 __all__ = ['UpdateConfig', 'Updater', 'in_any_process']
@@ -56,6 +57,7 @@ class Updater:
         self.config = config
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=amp_dtype == torch.float16)
         self.model: Any = unwrap_model(task.get_eval_model())
+        self.blocks = gated_blocks(self.model)
         self.parameters = list(task.get_clip_parameters())
         self._buffers: List[torch.Tensor] = []  # the model's buffers before an update that may be skipped
 
@@ -69,13 +71,14 @@ class Updater:
         finite = loss.detach() * 0 + 1  # NaN if the loss is not finite, to spread that to every gradient
         self.scaler.scale(loss * finite / batches).backward()
 
-    def finish(self, step: int, labels: torch.Tensor, loss: torch.Tensor) -> Optional[str]:
+    def finish(self, step: int, labels: torch.Tensor, loss: torch.Tensor, rates: torch.Tensor) -> Optional[str]:
         """Apply the gradients if they are finite.
 
         Args:
             step: Number of updates including this one.
             labels: Labels of all its batches [N].
-            loss: Sum of the losses of its batches.
+            loss: Sum of the losses of its batches, used to find the origin of non-finite gradients.
+            rates: Sum of the execution rates of its batches [L], used for the same.
 
         Returns:
             None if the update was done, or what was not finite if it was not.
@@ -98,6 +101,7 @@ class Updater:
         faulty = not finite and (
             not self.scaler.is_enabled() or self.scaler.get_scale() < 1
             or in_any_process(not isfinite(loss), loss.device))
+        problem = self._describe_nonfinite(loss, rates) if faulty else None
         if faulty:
             for buffer, before in zip(self.model.buffers(), self._buffers):
                 buffer.copy_(before)
@@ -108,9 +112,21 @@ class Updater:
             self.task.update_ema(step)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if not faulty:
-            return None
-        return 'the loss is finite, a gradient is not' if isfinite(loss) else 'the loss is not finite'
+        return problem
+
+    def _describe_nonfinite(self, loss: torch.Tensor, rates: torch.Tensor) -> str:
+        bad_rates = [name for name, finite in zip(self.blocks, rates.isfinite().tolist()) if not finite]
+        if bad_rates:
+            return f'gate {bad_rates[0]} is the first whose output is not finite'
+        if not isfinite(loss):  # every gradient is NaN then
+            return 'the loss is not finite' + (', the outputs of all gates are' if self.blocks else '')
+        bad_gradients = [
+            name for name, block in self.blocks.items()
+            if any(p.grad is not None and not p.grad.isfinite().all() for p in block.gate.parameters())
+        ]
+        if bad_gradients:
+            return f'the loss is finite, gradients of gates {", ".join(bad_gradients)} are not'
+        return 'the loss is finite, gradients outside the gates are not'
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
