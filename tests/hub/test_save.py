@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -282,6 +283,11 @@ def with_adapter(model):
     return model
 
 
+def with_pruned_gate(model):
+    prune.l1_unstructured(model.layer1[0].gate.fc1, 'weight', 0.5)
+    return model
+
+
 @pytest.mark.parametrize('change,message', [
     (not_finite, 'layer1.0.conv1.weight has no values or values that are not finite'),
     (lambda model: model.to('meta'), 'conv1.weight has no values'),
@@ -291,6 +297,7 @@ def with_adapter(model):
     (lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}), 'save the model before it is'),
     (own_forward, 'forward of layer1 was replaced: unwrap the model first'),
     (with_adapter, 'Unexpected key.*If they are of adapters or pruning, merge these first'),
+    (with_pruned_gate, 'gate.fc1.weight is missing in the .*If they are of adapters or pruning, merge these first'),
 ])
 def test_a_model_that_would_be_rebuilt_differently_is_refused_and_nothing_is_written(change, message, tmp_path):
     save_pretrained(timm.create_model('cifar_resnet20_aig'), tmp_path)
