@@ -29,6 +29,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], shared: bool 
             afterwards, and removed if anything fails.
         shared: Several processes may write the path at once. Each uses a temporary file of its own then; otherwise its
             name is fixed, so that killed processes leave at most one behind.
+
+    Raises:
+        OSError: It cannot be written. The error names path.
     """
     temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp' if shared else f'.{path.name}.tmp')
     try:
@@ -42,6 +45,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], shared: bool 
             os.fsync(folder)  # makes the rename durable
         finally:
             os.close(folder)
+    except OSError as e:
+        if not e.errno:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e  # a full disk does not name the file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,7 +85,7 @@ class Checkpoints:
         try:
             write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         except OSError as e:
-            raise CheckpointError(f'cannot write {path}: {e}') from e
+            raise CheckpointError(f'cannot write {path}: {e.strerror or e}') from e
         # load_last skipped files of later steps because they are damaged: they do not count as one of the two
         for old in [file for file in self.files() if file <= path][2:]:
             old.unlink(missing_ok=True)
