@@ -8,6 +8,7 @@ from _common import blame
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 
 from timm_aig import Cascade, InputError
+from timm_aig.training.evaluate import check_output
 
 __all__ = ['cascade_rows', 'common_data_config', 'create_cascade_loader', 'open_cascade', 'print_cascade_table']
 
@@ -33,16 +34,21 @@ def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]
         values = [config[name] for config in configs]
         if any(value != values[0] for value in values):
             raise InputError(f'must take the same images, but {name} is {" and ".join(map(str, values))}.', 'cascade')
-    names = [model.pretrained_cfg.get('label_names') for model in cascade.models]
-    if any(name and names[0] and list(name) != list(names[0]) for name in names):
+    names = [list(model.pretrained_cfg['label_names']) for model in named_models(cascade)]
+    if any(name != names[0] for name in names):
         raise InputError('must have their classes in the same order.', 'cascade')
     return configs[0]
+
+
+def named_models(cascade: Any) -> List[Any]:
+    """The models that name their classes."""
+    return [model for model in cascade.models if model.pretrained_cfg.get('label_names')]
 
 
 def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.device) -> Any:
     """Loader of the images that all stages take. Raises as common_data_config does."""
     config = common_data_config(args, cascade)
-    dataset = open_evaluation_split(args, cascade.models[0])
+    dataset = open_evaluation_split(args, [*named_models(cascade), cascade.models[0]][0])
     return create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=device.type == 'cuda')
 
 
@@ -64,17 +70,29 @@ def cascade_rows(args: argparse.Namespace, cascade: Cascade, device: torch.devic
 def evaluate_cascade(
         cascade: Cascade, loader: Iterable[Any], device: torch.device, amp: bool = False,
 ) -> Dict[str, Any]:
-    """Accuracy, MACs, share of the images in each stage and throughput of a cascade on batches of images and labels."""
+    """Accuracy, MACs, share of the images in each stage and throughput of a cascade on batches of images and labels.
+
+    Images without a label (-1), as those that cannot be read, are left out.
+
+    Raises:
+        InputError: No labelled images, labels that are no class of the models, or logits that are nan.
+    """
     right, stages, macs, seconds = [], [], [], 0.
     for images, labels in loader:
-        images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+        images = images[labels >= 0].to(device, memory_format=torch.channels_last)
+        labels = labels[labels >= 0].to(device)
+        if not len(labels):
+            continue
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             rounds = cascade.rounds(images)
         right.append((rounds.logits.argmax(1) == labels).cpu())  # waits for the device
         seconds += time.perf_counter() - start
+        check_output(rounds.logits, labels)
         stages.append(rounds.stages.cpu())
         macs.append(rounds.macs.cpu())
+    if not right:
+        raise InputError('the data set has no labelled images.')
     reached, executed = torch.cat(stages), torch.cat(macs)
     largest = max(cost.static for cost in cascade.costs(tuple(images.shape[1:])))
     return {

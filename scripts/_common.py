@@ -26,12 +26,13 @@ import csv
 import ctypes
 import errno
 import io
+import json
 import math
 import os
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NoReturn, Optional, Union
@@ -45,7 +46,8 @@ EXIT_CODES = (
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
     'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'files': 'IMAGES', 'folder': '--output',
-    'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO', 'target': '--target-rate'}
+    'least': '--least-budget', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO', 'root': 'ROOT',
+    'stages': '--cascade', 'target': '--target-rate'}
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -169,10 +171,7 @@ def keep_freed_memory() -> bool:
     """Keep glibc from giving freed tensors back to the system, which would hand them out again page by page.
 
     On a CPU a training step of a ResNet-32 at batch 128 takes about 0.8 of the time with it (0.67 s rather than 0.77 to
-    0.87, one thread). The process keeps its peak memory. Does nothing without glibc.
-
-    Returns:
-        Whether it took effect.
+    0.87, one thread). The process keeps its peak memory. Returns whether it took effect, False without glibc.
     """
     if not sys.platform.startswith('linux'):
         return False
@@ -259,6 +258,15 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
         raise InputError(f'{value}: {reason(e)}', argument) from e
 
 
+def require_model_config(path: Path) -> None:
+    """Raise ValueError if a config.json describes no model: timm's errors do not say so."""
+    config = None
+    with suppress(ValueError):
+        config = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(config, dict) or 'architecture' not in config:
+        raise ValueError(f'{path} does not describe a model.')
+
+
 def create_model(name: str, pretrained: bool = False, argument: str = 'model', **kwargs: Any) -> Any:
     """timm.create_model; also loads the weights of local-dir: and hf-hub: names.
 
@@ -268,6 +276,8 @@ def create_model(name: str, pretrained: bool = False, argument: str = 'model', *
     import timm
 
     with blame(argument, name, Exception):  # timm, the Hub and the file formats raise all kinds
+        if name.startswith('local-dir:') and (path := Path(name.partition(':')[2], 'config.json')).is_file():
+            require_model_config(path)
         return timm.create_model(name, pretrained=pretrained or ':' in name, **kwargs)
 
 
@@ -293,8 +303,8 @@ def open_device(args: argparse.Namespace) -> 'torch.device':
     return device
 
 
-def open_folder(path: Union[str, Path]) -> Path:
-    """Make the output folder, before the work rather than after it.
+def open_folder(path: Union[str, Path], flag: str = '--output') -> Path:
+    """Make the folder that an argument names, before the work rather than after it.
 
     Raises:
         OSError: It cannot be written to.
@@ -304,7 +314,7 @@ def open_folder(path: Union[str, Path]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise OSError(f'--output must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
+        raise OSError(f'{flag} must be a folder to write to, {str(folder)!r} is not: {e.strerror}.') from e
     return folder
 
 

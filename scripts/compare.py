@@ -36,7 +36,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     arg = parser.add_argument
     arg('task', choices=TASKS, help='data set and trainings')
-    add_args(parser, 'data_dir')
+    add_args(parser, 'data_dir', required=True)
     add_args(parser, 'output', default='output/compare')
     arg('--seeds', type=integer(0), nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     arg('--only', metavar='TEXT', nargs='+', help='only trainings whose names contain one of these')
@@ -53,6 +53,8 @@ if __name__ == '__main__':
 
 from _answers import Row, rows_of_seed, time_rows
 from tqdm import tqdm
+
+from timm_aig import InputError
 
 # Train
 
@@ -71,10 +73,10 @@ def planned(args: argparse.Namespace) -> List[Training]:
         common = f'{task.data} --data-dir {shlex.quote(args.data_dir)} --workers {args.workers} --seed {seed}'
         if args.device:
             common += f' --device {args.device}'
-        own = own.format(output=args.output, seed=seed)
-        needs = next((word for word in own.split() if word.startswith('local-dir:')), None)
+        own = own.format(output=shlex.quote(args.output), seed=seed)
+        needs = next((word for word in shlex.split(own) if word.startswith('local-dir:')), None)
         command = shlex.split(f'{sys.executable} {Path(__file__).with_name("finetune.py")} {common} {own} '
-                              f'--output {args.output} --experiment {name}-s{seed} --resume auto')
+                              f'--output {shlex.quote(args.output)} --experiment {name}-s{seed} --resume auto')
         plan.append(Training(f'{name}-s{seed}', command, needs and needs.rpartition('/')[2]))
     return plan
 
@@ -157,19 +159,23 @@ def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not Path(args.data_dir).is_dir():
+        raise InputError(f'must be a folder, {args.data_dir!r} is not.', 'data_dir')
     for name in ('table', 'times'):
         if getattr(args, name):
             check_file(getattr(args, name), name)
     if not args.table and not args.times:
         train(args)
     table = times(args) if args.times else summarize(args)
+    if (args.table or args.times) and not table:
+        raise ResultError(f'no training of {args.task} is done in {args.output}.')
     if args.json:
         print(json.dumps(table, indent=2))
     else:
         for row in table:
             name, value = ('batch_size', 'ratio') if args.times else ('macs_over_resnet32', 'macs_by_severity')
             print(f'{row["model"]:36} {row["setting"]:18} {row[name]:7} {row["top1"]:6.2f} {row[value]}')
-    if (args.table or args.times) and table:
+    if args.table or args.times:
         write_csv(args.times or args.table, table[0], [row.values() for row in table])
 
 

@@ -80,6 +80,7 @@ import timm_aig
 from timm_aig import InputError
 from timm_aig.budget import BudgetPoint, budget_offset
 from timm_aig.training.data import convert_images
+from timm_aig.training.evaluate import check_output
 
 
 class Predictor(NamedTuple):
@@ -207,7 +208,9 @@ def predict(args: argparse.Namespace, predictor: Predictor, files: Sequence[Path
         if not batch:
             continue
         found = predictor.run(torch.stack([image for _, image in batch]))
-        probabilities, classes = found.pop('logits').float().softmax(1).max(1)
+        logits = found.pop('logits')
+        check_output(logits, None)
+        probabilities, classes = logits.float().softmax(1).max(1)
         columns = {key: values.tolist() for key, values in found.items()}
         for i, (file, _) in enumerate(batch):
             number = int(classes[i])

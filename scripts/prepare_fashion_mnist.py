@@ -7,7 +7,9 @@ import zlib
 from pathlib import Path
 from typing import List, Optional
 
-from _common import create_parser, run_script
+from _common import create_parser, open_folder, run_script
+
+SOURCE = Path('/usr/share/datasets/fashion-mnist')
 
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist && scripts/prepare_fashion_mnist.py data
@@ -20,7 +22,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     parser.add_argument('root', type=Path, metavar='ROOT', help='folder to write')
     parser.add_argument(
-        '--source', type=Path, default='/usr/share/datasets/fashion-mnist', metavar='DIR',
+        '--source', type=Path, default=SOURCE, metavar='DIR',
         help='folder of the four .gz files; without it they are downloaded (default: %(default)s)')
     return parser.parse_args(argv)
 
@@ -56,7 +58,9 @@ def unpack(source: Path, root: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    args.root.mkdir(parents=True, exist_ok=True)
+    if not args.source.is_dir() and args.source != SOURCE:  # a mistyped one is no wish to download
+        raise InputError(f'must be a folder, {str(args.source)!r} is not.', 'source')
+    open_folder(args.root, 'ROOT')
     if args.source.is_dir():
         unpack(args.source, args.root)
     try:

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     missing = sorted({font.package for font in FONTS + TEST_FONTS if not (FOLDER / font.file).is_file()})
     if missing:
         raise InputError(f'fonts are missing: apt-get install {" ".join(missing)}')
-    if args.root.exists() and any(args.root.iterdir()):
+    if args.root.is_file() or (args.root.exists() and any(args.root.iterdir())):
         raise InputError(f'must be a new or empty folder, {args.root} is not.', 'root')
     chars = characters(args.classes, args.seed)
     names = [f'U+{ord(char):04X}' for char in chars]

@@ -87,6 +87,8 @@ def load_model(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Dic
     if not folder and not results:
         raise InputError('SOURCE is a checkpoint, --hub-config must describe its model.')
     config = read_json(args.source / 'config.json') if folder else {}
+    if 'cascade' in config:
+        raise InputError('SOURCE is a cascade: publish it by Cascade.from_pretrained(SOURCE).push_to_hub(REPO).')
     try:
         if folder:
             model = timm.create_model(f'local-dir:{args.source}', pretrained=True)

@@ -107,7 +107,7 @@ def test_only_the_table_of_the_model_changes(model, batches):
 
 
 @pytest.mark.parametrize('budgets, kwargs, message', [
-    ((.5, .001), {}, r'budget 0\.001 is out of reach: the range is 0\.0\d+, .*, to 1'),
+    ((.5, .001), {}, r'budgets must be in reach, not 0\.001: the range is 0\.0\d+, .*, to 1'),
     ((), {}, 'at least one'), ((0.,), {}, r'in \(0, 1\]'), ((1.2,), {}, r'in \(0, 1\]'), ((float('nan'),), {}, 'in'),
     ((.5,), dict(tolerance=0), 'tolerance must be'), ((.5,), dict(max_accuracy_drop=-1), 'max_accuracy_drop must be'),
     ((.5,), dict(max_accuracy_drop=1, confidence=95), 'confidence must be'),
@@ -159,7 +159,7 @@ def test_a_budget_that_the_share_jumps_over_is_an_error(batches):
     with torch.no_grad():
         for block in gated_blocks(model).values():
             block.gate.fc2.weight.zero_()
-    with pytest.raises(ValueError, match=r'budget 0\.5 is out of reach: the nearest MACs shares are 0\.0\d+ and 1\.00'):
+    with pytest.raises(ValueError, match=r'must be in reach, not 0\.5: the nearest MACs shares are 0\.0\d+ and 1\.00'):
         calibrate_budget(model, batches, budgets=(.5,))
     assert budget_table(model) == ()
 

@@ -2,6 +2,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -190,6 +191,15 @@ def test_a_new_gate_opens_with_probability_0_87():
 def test_a_new_gate_is_open_for_every_sample_in_eval():
     z = Gate(8).eval()(torch.randn(1000, 8, 2, 2))
     assert torch.equal(z, torch.ones(1000))
+
+
+def test_gates_made_on_the_meta_device_are_open_once_timm_has_initialized_the_model():
+    with torch.device('meta'):
+        model = timm.create_model('vit_tiny_patch16_224_aig', img_size=32)
+    for tensor in model.to_empty(device='cpu').state_dict().values():
+        tensor.fill_(torch.nan)
+    model.init_weights()
+    assert timm_aig.forward_gates(model.eval(), torch.randn(2, 3, 32, 32))[1].all()
 
 
 def test_it_has_the_papers_layers():

@@ -438,10 +438,12 @@ def test_many_threads_can_share_a_model(models):
             assert torch.equal(gates, gates0)
 
 
-def test_an_optimized_model_can_be_copied_and_pickled_after_use(models):
+def test_an_optimized_model_can_be_copied_pickled_and_saved_after_use(models, tmp_path):
     _, optimized = models('cifar_resnet20')
     x = images(3, 'cifar')
     expected = optimized(x)
+    torch.save(optimized, tmp_path / 'model.pt')  # another protocol than pickle's own
+    assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(x), expected)
     assert torch.equal(copy.deepcopy(optimized)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), expected)
 

@@ -153,11 +153,12 @@ class Gate(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize fc2 so that P(open) is 0.87 for any input."""
+        """Initialize fc2 and the offset so that P(open) is 0.87 for any input."""
         nn.init.normal_(self.fc2.weight, std=0.001)
         with torch.no_grad():
             self.fc2.bias[0] = 0.1
             self.fc2.bias[1] = 2.0
+        self.set_offset(0.)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -168,7 +169,6 @@ class Gate(nn.Module):
         loaded = loaded_by_transformers(self.fc2.weight)
         if not loaded and not self.fc2.bias.any():
             self.init_weights()
-            self.set_offset(0.)
         elif loaded and not loaded_by_transformers(self.offset):  # weights of timm_aig before 0.2
             self.set_offset(0.)
 

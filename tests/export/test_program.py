@@ -1,5 +1,7 @@
 """torch.export programs compute what the model does, in processes that have no timm."""
 import copy
+import resource
+import signal
 import subprocess
 import sys
 
@@ -70,3 +72,16 @@ def test_a_convolution_with_an_adapter_is_exported_with_its_norm(model, x, tmp_p
     model = copy.deepcopy(model)
     model.layer2[1].conv2 = Adapter(model.layer2[1].conv2)
     assert timm_aig.export_program(model, tmp_path / 'm.pt2', images=x[:6])['gates_changed'] == 0
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(model, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/model.pt2'"):
+            timm_aig.export_program(model, tmp_path / 'model.pt2')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -246,7 +247,9 @@ def test_saving_leaves_the_model_its_mode_and_the_random_numbers_alone(tmp_path)
     (lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}), 'save the model before it is'),
     (lambda m: setattr(m.layer1, 'forward', lambda x: x), 'forward of layer1 was replaced: unwrap the model first'),
     (lambda m: setattr(m, 'fc', torch.nn.Sequential(m.fc)),
-     r'Unexpected key(.|\n)*Adapters and pruning must be merged first'),
+     'Unexpected key.*If they are of adapters or pruning, merge these first'),
+    (lambda m: [prune.l1_unstructured(m.layer1[0].gate.fc1, 'weight', 0.5)],
+     'gate.fc1.weight is missing in the .*If they are of adapters or pruning, merge these first'),
 ])
 def test_a_model_that_would_be_rebuilt_differently_is_refused_and_nothing_is_written(change, message, tmp_path):
     save_pretrained(create('cifar_resnet20_aig'), tmp_path)

@@ -88,12 +88,25 @@ def test_a_training_that_fails_is_named_and_what_needs_it_does_not_start(start, 
     assert 'static-r8-s0 failed, see' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('args, code, problem', [
+    (['--data-dir', '/nowhere'], 2, "--data-dir must be a folder, '/nowhere' is not"),
+    (['--table', 'table.csv'], 1, 'no training of glyphs is done in'),
+])
+def test_nothing_to_train_on_or_to_sum_up_is_an_error(start, capsys, args, code, problem):
+    assert start(*args) == code and problem in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.parse_args(['glyphs'])
+    assert '--data-dir' in capsys.readouterr().err
+
+
 def test_trainings_are_valid_command_lines(finetune, images, tmp_path):
     for task in compare.TASKS:
-        plans = compare.planned(compare.parse_args([task, '--data-dir', str(images), '--seeds', '0']))
+        plans = compare.planned(compare.parse_args([
+            task, '--data-dir', str(images), '--seeds', '0', '--output', str(tmp_path / 'two words')]))
         for training in plans:
             args = finetune.parse_args(training.command[2:])
             assert args.experiment == training.name and args.resume == 'auto'
+            assert args.output == str(tmp_path / 'two words') and training.needs in {None, *(t.name for t in plans)}
             if training.needs == 'half-r32-s0':
                 parent = next(t for t in plans if t.name == training.needs)
                 args.epochs += finetune.parse_args(parent.command[2:]).epochs

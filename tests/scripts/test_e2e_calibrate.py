@@ -57,7 +57,8 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
 
 
 @pytest.mark.parametrize('args, error', [
-    (['--budgets', '.001'], 'out of reach'), (['--budgets', '2'], '--budgets must be'), (['--budgets'], '--budgets'),
+    (['--budgets', '.001'], '--budgets must be in reach, not 0.001'),
+    (['--budgets', '2'], '--budgets must be'), (['--budgets'], '--budgets'),
     (['--holdout', '48'], '--holdout'), (['--input-size', '3', '60000', '60000'], '48 take 2074 GB'),
     (['--hub-config', '/nowhere.json'], '--hub-config'), (['--model', 'cifar_resnet20'], 'no gated blocks'),
     (['--tolerance', '0'], 'tolerance'), (['--hub-config', __file__], '--hub-config'),

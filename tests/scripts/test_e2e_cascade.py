@@ -1,5 +1,6 @@
 """--cascade of calibrate.py and validate.py: thresholds, the folder they are saved in, and bad input."""
 import json
+import shutil
 
 import pytest
 import timm
@@ -47,6 +48,28 @@ def test_only_unsure_images_reach_the_second_model(rows, plain_loop, static_mode
     final = torch.where((sure < threshold)[:, None], plain_loop(static_model)[0], logits)
     assert row['stage_shares'] == [1, pytest.approx(7 / len(labels))]
     assert row['top1'] == pytest.approx(100 * (final.argmax(1) == labels).double().mean().item())
+
+
+def test_images_that_cannot_be_read_are_left_out(rows, images, static_model, adaptive_model, tmp_path):
+    data = shutil.copytree(images, tmp_path / 'data')
+    (data / 'validation' / 'bee' / '0.png').write_bytes(b'no image')
+    alone = rows('--model', static_model, '--data-dir', data)[0]
+    row = rows('--cascade', static_model, adaptive_model, '--thresholds', 0, '--data-dir', data)[0]
+    assert row['images'] == alone['images'] == 20 and row['top1'] == pytest.approx(alone['top1'])
+
+
+def test_labels_are_those_of_any_model_that_names_its_classes(rows, static_model, tmp_path):
+    """A folder sorts its classes; the model that names them has another order."""
+    model = timm.create_model(static_model, pretrained=True)
+    with torch.no_grad():
+        for tensor in model.fc.parameters():
+            tensor.copy_(tensor.flip(0))
+    names = {'named': dict(label_names=['cat', 'bee', 'ape']), 'unnamed': dict(label_names=None)}
+    for name, config in names.items():
+        model.pretrained_cfg['label_names'] = config['label_names']
+        timm_aig.save_pretrained(model, tmp_path / name)
+    row = rows('--cascade', *(f'local-dir:{tmp_path / name}' for name in ('unnamed', 'named')), '--thresholds', 0)[0]
+    assert row['top1'] == pytest.approx(rows('--model', static_model)[0]['top1'])
 
 
 def test_a_calibrated_cascade_is_saved_and_does_what_was_measured(call, rows, static_model, adaptive_model, tmp_path):

@@ -53,6 +53,14 @@ def test_torchvision_reads_what_it_lays_out(source, tmp_path, capsys):
     assert len(FashionMNIST(str(root), train=True)) == 2
 
 
+def test_a_mistyped_source_is_an_error_and_no_download(source, tmp_path, capsys):
+    assert main([str(tmp_path / 'data'), '--source', str(tmp_path / 'typo')]) == 2
+    assert f"--source must be a folder, '{tmp_path / 'typo'}' is not" in capsys.readouterr().err
+    (tmp_path / 'file').touch()
+    assert main([str(tmp_path / 'file'), '--source', str(source)]) == 3
+    assert 'ROOT must be a folder to write to' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('fault', ['missing', 'other', 'torn'])
 def test_a_missing_other_or_torn_file_is_named_and_nothing_is_written(source, tmp_path, capsys, fault):
     file = source / 'train-labels-idx1-ubyte.gz'
@@ -108,7 +116,8 @@ def test_more_severe_images_differ_more_from_the_character(glyphs):
 def test_what_is_missing_for_the_glyphs_is_named(glyphs, tmp_path, capsys, monkeypatch):
     (tmp_path / 'file').touch()
     for args, problem in (
-            ([str(tmp_path)], 'must be a new or empty folder'),
+            ([str(tmp_path)], 'ROOT must be a new or empty folder'),
+            ([str(tmp_path / 'file')], 'ROOT must be a new or empty folder'),
             ([], 'ROOT is required'),
             ([str(tmp_path / 'new'), '--classes', '9999'], '--classes must be at most 2370, not 9999'),
             ([str(tmp_path / 'new'), '--classes', '2'], 'has no'),

@@ -70,7 +70,10 @@ def test_a_checkpoint_is_published_with_what_a_hub_config_says(hub, client, tmp_
 
 def test_bad_input_is_one_line_with_exit_code_2(client, folder, tmp_path):
     (tmp_path / 'model.pth').write_bytes(b'no checkpoint')
+    (tmp_path / 'cascade').mkdir()
+    (tmp_path / 'cascade' / 'config.json').write_text('{"cascade": {"stages": []}}')
     for args, message in (
+            ([tmp_path / 'cascade', 'alice/x'], 'SOURCE is a cascade: publish it by '),
             ([folder / 'none', 'alice/x'], 'SOURCE must be a folder or a checkpoint, there is no'),
             ([tmp_path, 'alice/x'], 'config.json cannot be read'),
             ([tmp_path / 'model.pth', 'alice/x'], 'SOURCE is a checkpoint, --hub-config must describe its model.'),

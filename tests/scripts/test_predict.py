@@ -87,6 +87,17 @@ def test_unreadable_images_are_named_and_left_out(run_script, images, adaptive_m
     assert head.split() == ['file', 'label', 'probability', 'MACs', 'blocks', 'run'] and row.startswith(str(good))
 
 
+def test_logits_that_are_no_numbers_are_an_error_and_no_class(run_script, images, static_model, capsys, monkeypatch):
+    def create_broken(*args, create=timm.create_model, **kwargs):
+        model = create(*args, **kwargs)
+        torch.nn.init.constant_(model.fc.bias, torch.nan)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create_broken)
+    assert run_script('predict.py', images / 'validation', '--model', static_model) == 2
+    assert 'the logits of the model are not numbers' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('args, code, problem', [
     (['/nowhere', '--model', '{model}'], 2, 'IMAGES must be image files or folders of them; /nowhere does not exist'),
     (['{tmp}', '--model', '{model}'], 2, 'has no images'),

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from _common import ResultError, blame, check_file, error_text, number, open_folder, run_script
+from _common import ResultError, blame, check_file, create_model, error_text, number, open_folder, run_script
 
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError
@@ -85,7 +85,17 @@ def test_an_error_in_the_program_itself_is_not_hidden():
 def test_an_error_names_the_flag_on_one_line():
     assert error_text(InputError('must be in\n(0, 1].', 'target_rate')) == '--target-rate must be in (0, 1].'
     assert error_text(InputError('must be a folder.', 'path')) == '--output must be a folder.'
+    assert error_text(InputError('must be at least two.', 'stages')) == '--cascade must be at least two.'
+    assert error_text(InputError('must be in [0.1, 1].', 'least')) == '--least-budget must be in [0.1, 1].'
     assert error_text(InputError('Traceback ...\ntimm_aig.config.InputError: cannot read a.png')) == 'cannot read a.png'
+
+
+@pytest.mark.parametrize('text', ['{"a":', '[1]', 'null', '{}', '{"cascade": {"stages": []}}'])
+def test_a_folder_that_holds_no_model_is_named(text, tmp_path):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(InputError) as caught:
+        create_model(f'local-dir:{tmp_path}')
+    assert str(caught.value) == f'model local-dir:{tmp_path}: {tmp_path}/config.json does not describe a model.'
 
 
 @pytest.mark.parametrize('error,text', [

@@ -196,7 +196,7 @@ def test_a_disk_that_fails_late_leaves_the_old_file(tmp_path, monkeypatch, call)
         raise OSError(5, 'Input/output error')
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
         write_atomically(path, lambda file: file.write(b'new'))
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 

@@ -1,20 +1,24 @@
 """Data sets: bad input, unreadable images, held-out images, loader workers."""
 import os
 import re
+import shutil
 import signal
 import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from _common import error_text
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from timm_aig import InputError
 from timm_aig.training.data import (
     class_names,
+    convert_images,
     hold_out,
     match_classes,
     open_dataset,
@@ -72,6 +76,20 @@ def test_unreadable_images_of_loader_workers_are_counted_in_the_main_process(bro
 
 
 @pytest.mark.parametrize('is_training', [True, False])
+@pytest.mark.parametrize('channels, mode', [(1, 'L'), (3, 'RGB')])
+def test_images_of_16_bits_are_scaled_and_those_of_32_bits_are_unreadable(images, tmp_path, channels, mode):
+    root, ramp = shutil.copytree(images, tmp_path / 'images'), np.arange(0, 65536, 256).reshape(16, 16)
+    folder = root / 'validation' / 'ape'
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / '0.png')
+    Image.fromarray(ramp.astype(np.float32)).save(folder / '1.tiff')
+    (folder / '1.tiff').rename(folder / '1.png')
+    dataset = open_dataset('folder', str(root), 'validation')
+    dataset.transform = np.asarray
+    convert_images(dataset, channels)
+    image = Image.fromarray((ramp // 257).astype(np.uint8)).convert(mode)
+    assert np.array_equal(dataset[0][0], np.asarray(image)) and dataset[0][1] == 0 and dataset[1][1] == -1
+
+
 def test_an_unreadable_image_can_be_an_error_that_names_the_file(broken, is_training):
     dataset = opened(broken, is_training=is_training, unreadable='error')
     with pytest.raises(InputError, match=r'cannot read .*/train/bee/1.png, UnidentifiedImageError'):

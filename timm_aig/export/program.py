@@ -1,4 +1,5 @@
 """torch.export: a model as a program that needs torch, but neither timm nor timm_aig."""
+import io
 import os
 import warnings
 from pathlib import Path
@@ -48,7 +49,9 @@ def export_program(
         return logits.numpy(), gates.numpy()
 
     found = check_export(run, model, images, 'sparse', None, TOLERANCE['float32'])
-    write_atomically(path, lambda file: torch.export.save(program, file))
+    content = io.BytesIO()  # torch.export.save to a full disk does not say that the disk is full
+    torch.export.save(program, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
     return file_report(path, 'sparse', 'float32', found)
 
 

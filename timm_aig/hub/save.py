@@ -130,9 +130,9 @@ def _require_reload(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         with torch.random.fork_rng(devices=[]), torch.device('cpu'):  # leaves the caller's random numbers alone
             reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True, **dtype).eval()
     except Exception as e:
-        raise InputError(
-            f'timm cannot rebuild this model ({type(model).__name__}): {e} Adapters and pruning must be merged first.'
-        ) from e
+        unfit = any(text in str(e) for text in ('Unexpected key', 'it lacks', 'missing in the'))
+        merge = ' If they are of adapters or pruning, merge these first.' if unfit else ''
+        raise InputError(f'timm cannot rebuild this model ({type(model).__name__}): {e}{merge}') from e
     finally:
         logger.setLevel(level)
     saved: Any = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format).eval()

@@ -43,7 +43,7 @@ class InferenceModel(nn.Module):
         super().__init__()
         self.model = model
         self.micro_batch = micro_batch
-        self.memory_format = memory_format
+        self.channels_last = memory_format == torch.channels_last  # torch.save cannot save a memory format
         self.training = False
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +66,7 @@ class InferenceModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].ndim != 4:
             return self.model(*args, **kwargs)
-        x = args[0].contiguous(memory_format=self.memory_format)
+        x = args[0].contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         size = self.micro_batch or self._micro_batch(x)
         if len(x) <= size:
             return self.model(x)

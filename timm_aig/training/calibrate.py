@@ -214,8 +214,8 @@ class _Search:
         if budget in self.found:
             return self.found[budget]
         if budget < self.all_closed.share:
-            raise OutOfReach(f'budget {budget:g} is out of reach: the range is {self.all_closed.share:.4f}, with all '
-                             f'gates closed, to 1.')
+            raise OutOfReach(f'must be in reach, not {budget:g}: the range is {self.all_closed.share:.4f}, with all '
+                             f'gates closed, to 1.', 'budgets')
         low = self.found[max(b for b in self.found if b < budget)]
         high = self.found[min(b for b in self.found if b > budget)]
         if low.share < budget < high.share:  # start from the narrowest pair of measurements
@@ -235,8 +235,8 @@ class _Search:
             measurement = self._measure(offset)
             low, high = (measurement, high) if measurement.share < budget else (low, measurement)
         if miss > self.tolerance:
-            raise OutOfReach(f'budget {budget:g} is out of reach: the nearest MACs shares are {low.share:.4f} and '
-                             f'{high.share:.4f}, at offsets that are equal to {DECIMALS} decimals.')
+            raise OutOfReach(f'must be in reach, not {budget:g}: the nearest MACs shares are {low.share:.4f} and '
+                             f'{high.share:.4f}, at offsets that are equal to {DECIMALS} decimals.', 'budgets')
         self.found[budget] = nearest
         return nearest
 

@@ -26,6 +26,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         path: File to create or replace.
         write: Called with a temporary file beside it, open for binary writing. The file is synced and renamed
             afterwards, and removed if anything fails.
+
+    Raises:
+        OSError: It cannot be written. The error names path.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -39,6 +42,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(folder)  # makes the rename durable
         finally:
             os.close(folder)
+    except OSError as e:
+        if not e.errno:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e  # a full disk does not name the file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -75,7 +82,7 @@ class Checkpoints:
         try:
             write_atomically(path, lambda file: file.write(buffer.getbuffer()))
         except OSError as e:
-            raise CheckpointError(f'cannot write {path}: {e}') from e
+            raise CheckpointError(f'cannot write {path}: {e.strerror or e}') from e
         # load_last skipped files of later steps because they are damaged: they do not count as one of the two
         for old in [file for file in self.files() if file <= path][2:]:
             old.unlink(missing_ok=True)

@@ -3,10 +3,11 @@ import io
 import logging
 import signal
 from bisect import bisect_left
-from operator import methodcaller
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -60,7 +61,7 @@ class ReadableImages(Dataset):
             try:
                 file, label = self._read(at)
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-                    image = opened.convert(self.mode or opened.mode)
+                    image = to_mode(opened, self.mode or opened.mode)
             except InputError:
                 raise
             except Exception as e:  # each decoder has its own
@@ -282,6 +283,19 @@ def resolve_config(model: Any, given: Dict[str, Any]) -> Dict[str, Any]:
         raise InputError(f'cannot be used: {e}', 'input_size') from e
 
 
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """A PIL image in another mode. 16 bits a pixel are scaled to 8: Pillow would make almost all of them white.
+
+    Raises:
+        ValueError: An image of 32 bits a pixel, whose range is not known.
+    """
+    if image.mode in ('I', 'F'):
+        raise ValueError('the image has 32 bits a pixel, scale it to 8.')
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert(mode)
+
+
 def convert_images(dataset: Any, channels: int) -> None:
     """Make a data set convert its PIL images to grey (1 channel) or RGB (3) before its transform.
 
@@ -290,7 +304,7 @@ def convert_images(dataset: Any, channels: int) -> None:
     """
     if channels not in MODES:
         raise InputError(f'must have 1 or 3 channels, not {channels}.', 'input_size')
-    dataset.transform = Compose([methodcaller('convert', MODES[channels]), dataset.transform])
+    dataset.transform = Compose([partial(to_mode, mode=MODES[channels]), dataset.transform])
 
 
 def check_same_classes(train: Any, val: Any) -> None:
