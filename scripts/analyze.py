@@ -23,20 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    create_parser,
-    integer,
-    open_device,
-    open_folder,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-    write_text,
-)
+from _args import add_args, add_evaluation_args, create_parser, integer
+from _common import blame, open_device, open_folder, require, run_script, sleep_when_idle, write_csv, write_text
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\

@@ -22,18 +22,8 @@ import sys
 import time
 from typing import Any, Dict, List, Optional
 
-from _common import (
-    add_args,
-    blame,
-    create_model,
-    create_parser,
-    integer,
-    keep_freed_memory,
-    number,
-    open_device,
-    require,
-    run_script,
-)
+from _args import add_args, create_parser, integer, number
+from _common import blame, create_model, keep_freed_memory, open_device, require, run_script
 
 EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32

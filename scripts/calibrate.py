@@ -16,19 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    open_folder,
-    run_script,
-    sleep_when_idle,
-    write_text,
-)
+from _args import add_args, add_evaluation_args, create_parser, number
+from _common import blame, check_file, open_device, open_folder, run_script, sleep_when_idle, write_text
 
 EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50

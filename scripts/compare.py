@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from _common import ResultError, add_args, check_file, create_parser, integer, run_script, write_csv
+from _args import add_args, create_parser, integer
+from _common import ResultError, check_file, run_script, write_csv
 from _rivals import TASKS, trainings
 
 EXAMPLES = """examples:

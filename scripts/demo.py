@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from _common import add_args, create_parser, integer, number, open_folder, require, run_script, sleep_when_idle
+from _args import add_args, create_parser, integer, number
+from _common import open_folder, require, run_script, sleep_when_idle
 from _recipes import parse_training_args
 
 EXAMPLES = """examples:

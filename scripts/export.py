@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from _common import ResultError, add_args, check_file, create_parser, integer, run_script
+from _args import add_args, create_parser, integer
+from _common import ResultError, check_file, run_script
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX

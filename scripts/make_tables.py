@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 
-from _common import create_parser
+from _args import create_parser
 
 EXAMPLES = """examples:
   scripts/make_tables.py              write the tables of all READMEs

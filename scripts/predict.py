@@ -16,17 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from _common import (
-    add_args,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-)
+from _args import add_args, create_parser, number
+from _common import check_file, open_device, require, run_script, sleep_when_idle, write_csv
 
 EXAMPLES = """examples:
   scripts/predict.py shirt.png shoes --model cifar_resnet32_aig.fmnist_t06 --pretrained        a file and a folder

@@ -7,7 +7,8 @@ import zlib
 from pathlib import Path
 from typing import List, Optional
 
-from _common import create_parser, run_script
+from _args import create_parser
+from _common import run_script
 
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist && scripts/prepare_fashion_mnist.py data

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-from _common import add_args, create_parser, integer, run_script, write_csv
+from _args import add_args, create_parser, integer
+from _common import run_script, write_csv
 
 EXAMPLES = """examples:
   apt-get install $(scripts/prepare_glyphs.py --packages) && scripts/prepare_glyphs.py glyphs

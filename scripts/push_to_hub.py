@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from _common import create_parser, run_script
+from _args import create_parser
+from _common import run_script
 from _push import add_push_args, publish
 
 EXAMPLES = """examples:

@@ -18,19 +18,8 @@ import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-)
+from _args import add_args, add_evaluation_args, create_parser, number
+from _common import blame, check_file, open_device, require, run_script, sleep_when_idle, write_csv
 
 EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
