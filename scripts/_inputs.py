@@ -39,8 +39,10 @@ def warn_of_random_weights(args: argparse.Namespace, name: str, consequence: str
         print(f'warning: {name} has random weights without --pretrained{consequence}.', file=sys.stderr)
 
 
-def read_image_folder(args: argparse.Namespace, config: Dict[str, Any]) -> torch.Tensor:
-    """--num-images of --images, [N, C, H, W]."""
+def load_images(args: argparse.Namespace, config: Dict[str, Any]) -> torch.Tensor:
+    """--num-images of --images, else noise, [N, C, H, W]."""
+    if not args.images:
+        return torch.randn(args.num_images, *config['input_size'], generator=torch.Generator().manual_seed(0))
     if not Path(args.images).exists():
         raise InputError(f'{args.images}: there is no such folder.', 'images')
     with blame('images', args.images, Exception):  # timm's and PIL's errors
