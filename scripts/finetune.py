@@ -56,7 +56,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from _epochs import Epochs
+from _epochs import Epochs, missed_target, print_results
 from _inputs import (
     TrainingData,
     create_calibration_loader,
@@ -65,7 +65,6 @@ from _inputs import (
     open_training_splits,
 )
 from _models import check_normalization, create_models, parent_name
-from _results import missed_target, print_table, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -214,11 +213,11 @@ def open_output(args: argparse.Namespace) -> Path:
 # Save
 
 def results_of(
-        args: argparse.Namespace, trainer: Trainer, model: nn.Module, parent: Any, data: TrainingData,
-        cost: timm_aig.Cost, epochs: Epochs, epoch: int,
+        args: argparse.Namespace, trainer: Trainer, parent: Any, data: TrainingData, cost: timm_aig.Cost,
+        epochs: Epochs, epoch: int,
 ) -> Dict[str, Any]:
     """Content of results.json."""
-    device, evaluation = trainer.device, epochs.evaluation
+    device, model, evaluation = trainer.device, epochs.model, epochs.evaluation
     assert evaluation is not None
     results = {
         'architecture': model.pretrained_cfg['architecture'],
@@ -292,9 +291,9 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         calibrate(args, epochs.model, train_set, data, cost)
         epochs.evaluation = epochs.evaluate()
     # save
-    results = results_of(args, trainer, epochs.model, parent, data, cost, epochs, epoch)
+    results = results_of(args, trainer, parent, data, cost, epochs, epoch)
     if args.rank == 0:
-        save(args, epochs.model, data, results, epochs.rows, folder)
+        epochs.save(results)
         for old in trainer.checkpoints.files()[1:]:
             old.unlink()
     return results
@@ -325,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
     if args.rank == 0 and args.json:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:
-        print_table(results)
+        print_results(results)
         print(f'Wrote epoch {results["epoch"] + 1} of {args.epochs} to {output_folder(args)}. Only --resume needs its '
               'checkpoints folder.')
     missed = missed_target(args, results, output_folder(args))
