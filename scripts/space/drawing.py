@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from network import Network, Pass, Run, Stage, Timing
+from network import TURNS, Network, Pass, Run, Stage
 from PIL import Image
-
-__all__ = ['CSS', 'draw_answers', 'draw_curve', 'draw_heatmap', 'draw_images', 'draw_network', 'draw_pair',
-           'draw_sample']
 
 CSS = """
 :focus-visible { outline: 3px solid #0072b2 !important; outline-offset: 2px }
@@ -110,21 +107,19 @@ def _png(image: Image.Image) -> str:
     return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-def draw_answers(network: Network, run: Run, timing: Optional[Timing] = None) -> str:
+def draw_answers(network: Network, run: Run, milliseconds: Optional[Sequence[float]] = None) -> str:
     """What each stage answers and what it costs, and whether a second stage was needed."""
     rows = []
     for i, (stage, one) in enumerate(zip(network.stages, run.passes)):
         best = ',<br>'.join(f'{escape(name)} {value:.0%}' for value, name in _two_best(network, one) if value >= .005)
-        time = f'{timing.milliseconds[i]:.1f}' if timing else '...'
+        time = f'{milliseconds[i]:.1f}' if milliseconds else '...'
         cells = best, _count_blocks(stage, one), f'{one.macs / 1e6:.1f} ({_share(network, one.macs):.0%})', time
         rows.append(f'<tr><th scope="row">{stage.title}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    note = 'ms: being measured.'
-    if timing:
-        note = f'ms: medians of {timing.turns} turns with this image on this computer.'
+    note = f'medians of {TURNS} turns with this image on this computer' if milliseconds else 'being measured'
     return (
         '<section class="aig" aria-label="Answers"><table><thead><tr><th></th><th>answer</th>'
         f'<th>blocks</th><th>MACs, millions</th><th>ms</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        f'{_second_stage(network, run)}<p>{note}</p></section>')
+        f'{_second_stage(network, run)}<p>ms: {note}.</p></section>')
 
 
 def _two_best(network: Network, one: Pass) -> List[Tuple[float, str]]:
@@ -248,11 +243,11 @@ def draw_pair(network: Network, pair: Sequence[Tuple[str, Image.Image, Run]]) ->
 
 def draw_heatmap(network: Network, run: Run) -> str:
     """Execution rates by class: a table with the predicted class marked, else a picture, else why there is none."""
-    if network.rates.table is not None:
+    if isinstance(network.rates, list):
         order = run.passes[0].probabilities.argsort(descending=True).tolist()
-        content = _heat_table(network, network.rates.table, order)
-    elif network.rates.picture is not None:
-        content = f'<img src="{_png(network.rates.picture)}" alt="Heatmap of execution rates by class and block">' \
+        content = _heat_table(network, network.rates, order)
+    elif network.rates:
+        content = f'<img src="{_png(network.rates)}" alt="Heatmap of execution rates by class and block">' \
                   '<p>The picture that was published with this model.</p>'
     else:
         content = '<p>No execution rates come with this model. scripts/analyze.py measures them over a data set; put ' \

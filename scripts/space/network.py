@@ -2,7 +2,6 @@
 import copy
 import math
 import statistics
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -10,7 +9,6 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from PIL import Image
-from rates import Rates, find_rates
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 import timm_aig
@@ -19,11 +17,9 @@ from timm_aig.budget import budget_offset, budget_table
 from timm_aig.convert import residual_blocks
 from timm_aig.training.data import MODES
 
-__all__ = ['ModelError', 'Network', 'Pass', 'Run', 'Slider', 'Stage', 'Timing']
-
 MAX_SIDE = 1024  # pixels of a model's input
 THRESHOLD = .9  # of the second stage that an adaptive model is given
-TIMED_SECONDS, MIN_TURNS, MAX_TURNS, WARM_UP_TURNS = .7, 5, 51, 2
+TURNS, WARM_UP_TURNS = 15, 2  # of a timing
 
 # One computation at a time: others would disturb the timing.
 _computing = threading.Lock()
@@ -77,12 +73,6 @@ class Run(NamedTuple):
     value: Any  # None without a slider
     passes: List[Pass]  # of all stages, also of those that a cascade leaves out
     needed: int  # stages that a cascade runs
-
-
-class Timing(NamedTuple):
-    """Time of one image in each stage, measured in turns."""
-    milliseconds: List[float]  # medians
-    turns: int
 
 
 class Stage:
@@ -159,11 +149,7 @@ class Network:
         self.stages = [Stage(*of_stage, self.input_size) for of_stage in zip(titles, models, model.offsets)]
         offset = self.stages[0].offset
         self.slider = None if offset is None else Slider.of(self.model, offset)  # of the first stage
-        self.rates = Rates()
-        try:
-            self.rates = find_rates(name, self.stages[0].gated, self.model.num_classes)
-        except ValueError as e:  # the page works without them
-            print(f'app.py: {name}: execution rates: {e}', file=sys.stderr)
+        self.rates: Union[List[List[float]], Image.Image, None] = None  # by class and gated block, or a picture
 
     @property
     def image_kind(self) -> str:
@@ -202,30 +188,22 @@ class Network:
         sure = [one.sure >= threshold for one, threshold in zip(passes, self.thresholds)]
         return Run(value, passes, [*sure, True].index(True) + 1)
 
-    def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[Timing]:
-        """Time one image in all stages in turn, each optimized for inference.
+    def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[List[float]]:
+        """Milliseconds of one image in each stage, optimized for inference: medians of TURNS turns.
 
         Args:
             x: Input from tensor().
             run: Its run(), whose gates the optimized models are forced to give.
-            wanted: Asked before each turn; False ends the measurement.
-
-        Returns:
-            The timing, None if it was ended.
+            wanted: Asked before each turn; False ends the measurement, and the result is None.
         """
         turns: List[List[float]] = []
-        end = time.perf_counter() + TIMED_SECONDS
-        for turn in range(-WARM_UP_TURNS, MAX_TURNS):
-            if turn >= MIN_TURNS and time.perf_counter() > end:
-                break
+        for _ in range(WARM_UP_TURNS + TURNS):
             if not wanted():
                 return None
             with _computing, torch.inference_mode():
-                times = [stage.milliseconds(x, one.gates) for stage, one in zip(self.stages, run.passes)]
-            if turn >= 0:
-                turns.append(times)
+                turns.append([stage.milliseconds(x, one.gates) for stage, one in zip(self.stages, run.passes)])
             time.sleep(.001)  # lets a waiting tab go first
-        return Timing([statistics.median(times) for times in zip(*turns)], len(turns))
+        return [statistics.median(times) for times in zip(*turns[WARM_UP_TURNS:])]
 
     def class_name(self, index: int) -> str:
         names = self.model.pretrained_cfg.get('label_names')
