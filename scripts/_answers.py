@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
-    """Of the test images in the order of their loader, from prepare_glyphs.py; None for other data."""
+    """Severity of each test image of prepare_glyphs.py, in the order of the loader; None for other data."""
     path = Path(args.data_dir, 'glyphs.csv')
     if not path.is_file():
         return None

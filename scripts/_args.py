@@ -11,7 +11,7 @@ import sys
 from typing import Any, Callable, NoReturn, Optional
 
 EXIT_CODES = (
-    'exit code: 0 done, 1 the result is no good, 2 bad input, 3 output cannot be written, 130 Ctrl-C, 143 SIGTERM')
+    'exit code: 0 done, 1 the result cannot be used, 2 bad input, 3 output cannot be written, 130 Ctrl-C, 143 SIGTERM')
 
 
 def integer(low: int, high: float = math.inf) -> Callable[[str], int]:

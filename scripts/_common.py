@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class ResultError(Exception):
-    """The script ran, but the result is no good: exit code 1."""
+    """The script ran, but its result cannot be used: exit code 1."""
 
 
 def sleep_when_idle() -> None:

@@ -34,7 +34,7 @@ def open_model(args: argparse.Namespace, name: str, argument: str = 'model') -> 
 
 
 def warn_of_random_weights(args: argparse.Namespace, name: str, consequence: str) -> None:
-    """Say so on stderr if an argument names a model of timm's registry and no weights are loaded."""
+    """Warn on stderr if a model is named without weights to load; `consequence` ends the sentence."""
     if not args.pretrained and ':' not in name:
         print(f'warning: {name} has random weights without --pretrained{consequence}.', file=sys.stderr)
 

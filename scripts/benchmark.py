@@ -34,7 +34,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     arg = parser.add_argument
     add_args(parser, 'model', default='resnet50_aig')
-    add_args(parser, 'cascade', 'pretrained', 'input_size')
+    add_args(parser, 'pretrained', 'input_size')
     add_args(parser, 'batch_size', nargs='+', default=None,
              help='images in a batch, rows for each (default: 1 8 32, with --train 32)')
     arg('--rate', type=number('[0, 1]'), nargs='+', default=[1., .7, .5, .3], metavar='R',
@@ -46,26 +46,30 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         help='rows for each: weights and arithmetic; int8 for --runtimes (default: float32)')
     arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
     arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU)')
-    arg('--train', action='store_true', help='time training steps instead, without a teacher')
     arg('--memory', action='store_true', help='peak memory of a pass too')
-    arg('--requests', action='store_true', help='serve single images of clients instead, by ONNX Runtime (CPU)')
+    other = parser.add_mutually_exclusive_group()
+    add_args(other, 'cascade')
+    other.add_argument('--train', action='store_true', help='time training steps instead, without a teacher')
+    other.add_argument(
+        '--requests', action='store_true', help='serve single images of clients instead, by ONNX Runtime (CPU)')
     arg('--clients', type=integer(1), nargs='+', metavar='N', help='clients of --requests (default: 1 4 16 64)')
     arg('--max-batch', type=integer(1), metavar='N', help='most images in a batch of --requests (default: 32)')
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
-    if args.requests and any((args.cascade, args.batch_size, args.compile, args.runtimes, args.train, args.memory)):
-        parser.error('--requests goes without --cascade, --batch-size, --compile, --runtimes, --train and --memory.')
+    for mode, refused in {'requests': ('batch_size', 'compile', 'runtimes', 'memory'),
+                          'cascade': ('compile', 'memory')}.items():
+        for name in refused:
+            if getattr(args, mode) and getattr(args, name):
+                parser.error(f'--{name.replace("_", "-")} cannot be combined with --{mode}.')
     if not args.requests and (args.clients or args.max_batch):
         parser.error('--clients and --max-batch are for --requests.')
     args.clients, args.max_batch = args.clients or [1, 4, 16, 64], args.max_batch or 32
     args.num_images = args.num_images or (128 if args.requests else 32)
     args.batch_size = args.batch_size or ([32] if args.train else [1] if args.requests else [1, 8, 32])
-    if args.cascade and (args.train or args.compile or args.memory):
-        parser.error('--cascade is timed without --train, --compile and --memory.')
     if args.train and min(args.batch_size) == 1:
         parser.error('--batch-size must be at least 2 for --train, for the batch norms of the gates.')
     if args.precision != ['float32'] and (args.cascade or args.requests or args.train):
-        parser.error('--precision goes without --cascade, --requests and --train.')
+        parser.error('--precision cannot be combined with --cascade, --requests or --train.')
     if 'int8' in args.precision and not args.runtimes:
         parser.error('--precision int8 is for --runtimes.')
     return args

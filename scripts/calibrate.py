@@ -48,7 +48,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'json')
     args = parser.parse_args(argv)
     if bool(args.cascade) != ((args.macs is None) != (args.accuracy is None)):
-        parser.error('--cascade needs --macs or --accuracy, and only it takes one of them.')
+        parser.error('--cascade needs --macs or --accuracy, one of them; both are for --cascade only.')
     if args.cascade and (args.hub_config or args.max_accuracy_drop is not None):
         parser.error('--hub-config and --max-accuracy-drop are for one adaptive model.')
     return args

@@ -50,10 +50,8 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import hashlib
-import platform
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn as nn
 from _epochs import Epochs, missed_target, print_results
@@ -74,6 +72,7 @@ from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig import InputError
+from timm_aig.run import environment
 from timm_aig.training.calibrate import BUDGETS
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
 from timm_aig.training.data import class_names, count_unreadable, match_classes
@@ -236,9 +235,7 @@ def results_of(
         'recipe': recipe_of(args),
         'command': args.command,
         'environment': {
-            'torch': torch.__version__, 'timm': timm.__version__, 'timm_aig': timm_aig.__version__,
-            'machine': platform.machine(),
-            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
+            **environment(), 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
             'processes': args.world_size, 'threads': torch.get_num_threads(),
         },
     }

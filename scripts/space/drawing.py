@@ -124,7 +124,7 @@ def draw_answers(network: Network, run: Run, milliseconds: Optional[Sequence[flo
 
 def _two_best(network: Network, one: Pass) -> List[Tuple[float, str]]:
     values, classes = one.probabilities.topk(min(2, len(one.probabilities)))
-    return [(value, network.class_name(index)) for value, index in zip(values.tolist(), classes.tolist())]
+    return [(value, network.classes[index]) for value, index in zip(values.tolist(), classes.tolist())]
 
 
 def _count_blocks(stage: Stage, one: Pass) -> str:
@@ -261,7 +261,7 @@ def _heat_table(network: Network, rates: Sequence[Sequence[float]], order: Seque
     head = ''.join(f'<th scope="col">{escape(name.removeprefix("layer"))}</th>' for name in network.stages[0].gated)
     rows = ''.join(
         f'<tr{" class=this" if i == order[0] else ""}><th scope="row">{"▸ " if i == order[0] else ""}'
-        f'{escape(network.class_name(i))}</th>{"".join(map(_cell, rates[i]))}</tr>' for i in shown)
+        f'{escape(network.classes[i])}</th>{"".join(map(_cell, rates[i]))}</tr>' for i in shown)
     which = '' if len(rates) <= MANY_CLASSES else f' Of {len(rates)} classes, the 10 most probable are shown.'
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of execution rates"><table>'

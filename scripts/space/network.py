@@ -145,6 +145,7 @@ class Network:
         if self.input_size[0] not in MODES or max(self.input_size) > MAX_SIDE:
             raise ModelError(f'{name} takes images of {" x ".join(map(str, self.input_size))}; '
                              f'this page makes 1 or 3 channels and at most {MAX_SIDE} pixels a side.')
+        self.classes = class_names(self.model)
         self.transform = create_transform(**config)
         self.stages = [Stage(*of_stage, self.input_size) for of_stage in zip(titles, models, model.offsets)]
         offset = self.stages[0].offset
@@ -155,10 +156,6 @@ class Network:
     def image_kind(self) -> str:
         channels, height, width = self.input_size
         return f'{width} x {height} pixels, {"grey" if channels == 1 else "RGB"}'
-
-    @property
-    def classes(self) -> List[str]:
-        return [self.class_name(index) for index in range(self.model.num_classes)]
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The part of an image that the network sees, in its resolution."""
@@ -205,12 +202,12 @@ class Network:
             time.sleep(.001)  # lets a waiting tab go first
         return [statistics.median(times) for times in zip(*turns[WARM_UP_TURNS:])]
 
-    def class_name(self, index: int) -> str:
-        names = self.model.pretrained_cfg.get('label_names')
-        if isinstance(names, dict):
-            names = names.get(index, names.get(str(index)))
-            return f'class {index}' if names is None else str(names)
-        if names and index < len(names):
-            return str(names[index])
-        subset = infer_imagenet_subset(self.model)
-        return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
+
+def class_names(model: Any) -> List[str]:
+    """Names of a model's classes: its own, else those of ImageNet if it has them, else numbers."""
+    own = model.pretrained_cfg.get('label_names') or {}
+    own = own if isinstance(own, dict) else dict(enumerate(own))
+    subset = None if own else infer_imagenet_subset(model)
+    if subset:
+        return ImageNetInfo(subset).label_descriptions()
+    return [str(own.get(i, own.get(str(i), f'class {i}'))) for i in range(model.num_classes)]

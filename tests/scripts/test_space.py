@@ -411,7 +411,7 @@ def test_the_answers_have_class_blocks_macs_and_time_of_both(shipped, images):
     drawn = draw_answers(shipped, run, [3., 2.])
     assert f'medians of {space_network.TURNS} turns' in drawn and '<td>3.0</td>' in drawn and '<td>2.0</td>' in drawn
     assert f'({share:.0%})' in drawn and '52.7 (100%)' in drawn and '<td>15 of 15</td>' in drawn
-    assert shipped.class_name(run.passes[0].probabilities.argmax()) in drawn
+    assert shipped.classes[run.passes[0].probabilities.argmax()] in drawn
 
 
 def make_folder(folder, rates=None, picture=None, **config):
