@@ -19,7 +19,7 @@ from timm_aig.training.data import MODES
 
 MAX_SIDE = 1024  # pixels of a model's input
 THRESHOLD = .9  # of the second stage that an adaptive model is given
-TURNS, WARM_UP_TURNS = 15, 2  # of a timing
+TURNS, WARM_UP_TURNS = 9, 2  # of a timing
 
 # One computation at a time: others would disturb the timing.
 _computing = threading.Lock()
