@@ -59,7 +59,7 @@ def collect_files() -> Dict[str, Any]:
     package += [file for pattern in ('*.json', '*.safetensors', '*/rates.csv') for file in configs.glob(pattern)]
     needed = [line for line in requires('timm_aig') or [] if 'extra ==' not in line]  # a Space installs Gradio itself
     return {
-        **{str(file.relative_to(page)): file for file in [*page.glob('*.py'), *page.glob('examples/*')]},
+        **{str(file.relative_to(page)): file for file in page.rglob('*.*') if 'pycache' not in str(file)},
         **{str(file.relative_to(CHECKOUT)): file for file in sorted(package)},
         'requirements.txt': '\n'.join([CPU_WHEELS, *needed, '']).encode()}
 

@@ -48,7 +48,7 @@ try:
 except ImportError:
     print("error: the page needs gradio: pip install 'timm_aig[space]'", file=sys.stderr)
     sys.exit(2)
-from drawing import CSS, draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair, draw_sample
+from drawing import draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair, draw_sample
 from images import MAX_BYTES, UploadError, read_image
 from loading import CASCADE, ON_A_SPACE, load_network, shipped_models
 from network import ModelError, Network, Run
@@ -242,7 +242,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         body_text_color_subdued_dark='*neutral_300', block_info_text_color_dark='*neutral_300')
     try:
         make_page(first).queue(max_size=64).launch(
-            server_port=args.port, max_file_size=MAX_BYTES, theme=theme, css=CSS, footer_links=['settings'],
+            server_port=args.port, max_file_size=MAX_BYTES, theme=theme,
+            css_paths=Path(__file__).with_name('page.css'), footer_links=['settings'],
             ssr_mode=False, show_error=False)
     except OSError as e:
         if 'empty port' not in str(e):

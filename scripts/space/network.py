@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 from contextlib import nullcontext
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from PIL import Image
@@ -62,10 +62,13 @@ class Pass(NamedTuple):
     opens: List[float]  # probability of open that each gate gives, the softmax of its two logits
     threshold: float  # a block runs where its gate's probability is above this; 0.5 at offset 0
     macs: float
+    ran: str  # blocks that ran, with those without a gate: '9 of 15'
 
     @property
-    def sure(self) -> float:
-        return self.probabilities.max().item()
+    def best(self) -> List[Tuple[int, float]]:
+        """The two most probable classes and their probabilities."""
+        values, classes = self.probabilities.topk(min(2, len(self.probabilities)))
+        return list(zip(classes.tolist(), values.tolist()))
 
 
 class Run(NamedTuple):
@@ -73,6 +76,11 @@ class Run(NamedTuple):
     value: Any  # None without a slider
     passes: List[Pass]  # of all stages, also of those that a cascade leaves out
     needed: int  # stages that a cascade runs
+
+    @property
+    def macs(self) -> float:
+        """MACs of the stages that a cascade runs."""
+        return sum(one.macs for one in self.passes[:self.needed])
 
 
 class Stage:
@@ -83,6 +91,9 @@ class Stage:
         self.model = model.eval()
         self.name = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
         self.blocks = list(residual_blocks(model))
+        self.layers: Dict[str, List[str]] = {}  # names of their blocks
+        for name in self.blocks:
+            self.layers.setdefault(name.rpartition('.')[0], []).append(name)
         self.gated = list(timm_aig.gated_blocks(model))
         self.offset = offset
         if self.gated and offset is None:
@@ -104,9 +115,11 @@ class Stage:
         finally:
             for hook in hooks:
                 hook.remove()
+        ran = len(self.blocks) - len(self.gated) + int(gates.sum())
         return Pass(
             output[0].softmax(0), gates, [pair.softmax(0)[1].item() for pair in logits],
-            torch.tensor(-(offset or 0.)).sigmoid().item(), self.cost.executed(gates).item())
+            torch.tensor(-(offset or 0.)).sigmoid().item(), self.cost.executed(gates).item(),
+            f'{ran} of {len(self.blocks)}' if self.blocks else 'all')
 
     def milliseconds(self, x: torch.Tensor, gates: torch.Tensor) -> float:
         """Time of one image in the optimized model, forced to the gates of a run."""
@@ -148,6 +161,7 @@ class Network:
         self.classes = class_names(self.model)
         self.transform = create_transform(**config)
         self.stages = [Stage(*of_stage, self.input_size) for of_stage in zip(titles, models, model.offsets)]
+        self.macs = self.stages[-1].cost.static  # of the last stage without gates, which shares are over
         offset = self.stages[0].offset
         self.slider = None if offset is None else Slider.of(self.model, offset)  # of the first stage
         self.rates: Union[List[List[float]], Image.Image, None] = None  # by class and gated block, or a picture
@@ -182,7 +196,7 @@ class Network:
             offsets[0] = self.slider.offset(value)
         with _computing, torch.inference_mode():
             passes = [stage.run(x, offset) for stage, offset in zip(self.stages, offsets)]
-        sure = [one.sure >= threshold for one, threshold in zip(passes, self.thresholds)]
+        sure = [one.best[0][1] >= threshold for one, threshold in zip(passes, self.thresholds)]
         return Run(value, passes, [*sure, True].index(True) + 1)
 
     def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[List[float]]:
