@@ -3,7 +3,8 @@
 
 Each row of the table is one way to run the network. A share r of the gates, drawn for each image (seeded), is forced
 open, or, with --images, they decide for themselves on real images. In every round each row runs the same images;
-the rows take turns of 8 images (or one batch), so that other work on the machine slows all rows alike.
+the rows take turns of 8 images (or one batch), so that other work on the machine slows all rows alike. A turn
+starts with a call that is not timed.
 
     ms/img      milliseconds per image, median of the rounds
     ratio       time over that of the parent optimized the same way: median, and range of the rounds
