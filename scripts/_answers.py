@@ -4,15 +4,15 @@ import csv
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
 import torch
 import validate
-from _cascade_times import sum_up, time_runs
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
+from _timing import Run, sum_up, time_runs
 from timm.utils import natural_key
 from tqdm import tqdm
 
@@ -61,7 +61,6 @@ def open_images(args: argparse.Namespace, name: str, model: Any, split: str) -> 
     """Loader of the images of a split, which is given as arguments of validate.py."""
     argv = ['--model', name, '--data-dir', args.data_dir, '--workers', str(args.workers), *shlex.split(split)]
     split_args = validate.parse_args([*argv, *(['--device', args.device] if args.device else [])])
-    split_args.input_size = split_args.crop_pct = None
     dataset = open_evaluation_split(split_args, model)
     return create_evaluation_loader(split_args, dataset, data_config(split_args, model), use_prefetcher=False)
 
@@ -82,7 +81,7 @@ class Row(NamedTuple):
 
 
 def severities(args: argparse.Namespace) -> Optional[torch.Tensor]:
-    """Of the test images in the order of their loader, from prepare_glyphs.py; None for other data."""
+    """Severity of each test image of prepare_glyphs.py, in the order of the loader; None for other data."""
     path = Path(args.data_dir, 'glyphs.csv')
     if not path.is_file():
         return None
@@ -145,14 +144,13 @@ def cascade_rows(
     return rows
 
 
-@torch.inference_mode()
 def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[Dict[str, Any]]:
     """Time of rows of a seed in ONNX Runtime, one thread, over that of the static ResNet-32. The rows take turns."""
     import onnxruntime
 
     runs: Dict[str, Any] = {}
     images = torch.empty(0)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+    with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(sorted({name for row in rows for name, _ in row.stages}), 'exporting', unit='model'):
             model = timm.create_model(f'local-dir:{args.output}/{name}-s{seed}', pretrained=True).eval()
             if not len(images):
@@ -162,22 +160,20 @@ def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[
             timm_aig.export_onnx(model, file, 'sparse' if blocks else 'masked', images=images[:4])
             runs[name] = open_exported(file, threads=1, spinning=False), blocks
 
-    def runner_of(row: Row) -> Callable[[torch.Tensor], Any]:
+    def runner_of(row: Row) -> Run:
         runner = CascadeRunner(
             [runs[name][0] for name, _ in row.stages], row.thresholds,
             [None if offset is None else np.full(runs[name][1], offset, np.float32) for name, offset in row.stages])
         return lambda x: runner(x.numpy())
 
-    runtime = f'ONNX Runtime {onnxruntime.__version__}'
-    runners = {f'{row.name} {row.setting}': runner_of(row) for row in rows}
     found = []
     for batch in BATCHES:
-        seconds = time_runs({runtime: runners}, images, batch, ROUNDS)[runtime]
+        seconds = time_runs({(row.name, row.setting): runner_of(row) for row in rows}, images, batch, ROUNDS)
         for row in rows:
-            figures = sum_up(
-                seconds[f'{row.name} {row.setting}'], seconds['static-r32 '], len(images) // batch * batch)
+            figures = sum_up(seconds[row.name, row.setting], seconds['static-r32', ''], batch)
             found.append({
                 'task': args.task, 'model': row.name, 'setting': row.setting, 'used': row.used,
                 'top1': round(row.top1, 3), 'batch_size': batch, **{k: round(v, 4) for k, v in figures.items()},
-                'images': len(images), 'rounds': ROUNDS, 'seed': seed, 'runtime': runtime, 'threads': 1})
+                'images': len(images), 'rounds': ROUNDS, 'seed': seed,
+                'runtime': f'ONNX Runtime {onnxruntime.__version__}', 'threads': 1})
     return found

@@ -4,13 +4,11 @@ import time
 from typing import Any, Dict, Iterable, List
 
 import torch
-from _common import blame
+from _common import blame, print_table
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 
 from timm_aig import Cascade, InputError
 from timm_aig.training.evaluate import check_output
-
-__all__ = ['cascade_rows', 'common_data_config', 'create_cascade_loader', 'open_cascade', 'print_cascade_table']
 
 
 def open_cascade(args: argparse.Namespace) -> Cascade:
@@ -103,11 +101,9 @@ def evaluate_cascade(
     }
 
 
-def print_cascade_table(rows: List[Dict[str, Any]]) -> None:
-    print(f'{"thresholds":>16}  {"top1":>6}  {"MACs":>6}  {"images of each stage":>22}  {"images/s":>8}')
-    for row in rows:
-        thresholds = ', '.join(f'{threshold:.4f}' for threshold in row['thresholds'])
-        shares = ' '.join(f'{share:.1%}' for share in row['stage_shares'])
-        print(f'{thresholds:>16}  {row["top1"]:5.2f}%  {row["macs_share"]:6.1%}  {shares:>22}  '
-              f'{row["images_per_second"]:8.0f}')
+def print_cascade_rows(rows: List[Dict[str, Any]]) -> None:
+    print_table([{
+        'thresholds': ', '.join(f'{threshold:.4f}' for threshold in row['thresholds']), 'top1': f'{row["top1"]:.2f}%',
+        'MACs': f'{row["macs_share"]:.1%}', 'images of each stage': ' '.join(f'{s:.1%}' for s in row['stage_shares']),
+        'images/s': f'{row["images_per_second"]:.0f}'} for row in rows])
     print(f'{rows[0]["images"]} images. MACs are over those of the largest model, static.')

@@ -1,22 +1,27 @@
-"""What finetune.py does after each epoch: evaluate, keep the best weights, write summary.csv, print a line."""
+"""What finetune.py does after each epoch and at the end: evaluate, keep the best weights, write files, print."""
 import argparse
 import csv
+import json
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import safetensors.torch
+import torch
 import torch.nn as nn
-from _common import blame, write_csv
+from _common import blame, print_table, write_csv, write_text
 from _inputs import TrainingData
-from _results import is_within_target
 from timm.utils import unwrap_model
 
 import timm_aig
-from timm_aig.training.checkpoint import write_atomically
+from timm_aig.analysis.figures import plot_accuracy_macs, plot_rates_over_epochs
+from timm_aig.training.checkpoint import CheckpointError, write_atomically
 from timm_aig.training.evaluate import METRICS, Evaluation, evaluate
 from timm_aig.training.trainer import Trainer
+
+TARGET_TOLERANCE = 0.02
 
 
 class Epochs:
@@ -29,7 +34,10 @@ class Epochs:
             self, args: argparse.Namespace, trainer: Trainer, data: TrainingData, cost: timm_aig.Cost, folder: Path,
     ) -> None:
         self.args, self.trainer, self.data, self.cost, self.folder = args, trainer, data, cost, folder
-        self.rows = [row for row in read_summary(folder) if int(row['epoch']) < trainer.epoch]  # others are repeated
+        self.rows: List[Dict[str, Any]] = []
+        if (folder / 'summary.csv').exists():
+            with open(folder / 'summary.csv', newline='') as file:  # later epochs are repeated
+                self.rows = [row for row in csv.DictReader(file) if int(row['epoch']) < trainer.epoch]
         self.evaluation: Optional[Evaluation] = None  # of the last epoch
         self.start, self.first_step = time.monotonic(), trainer.step
         self.writer: Any = None
@@ -74,14 +82,17 @@ class Epochs:
         print(f'epoch {epoch + 1}/{self.trainer.epochs}: {", ".join(shown)}; {self.progress()}', file=sys.stderr)
 
     def progress(self) -> str:
-        """Speed of this process's part of the training, and the time that is left."""
+        """Speed of all processes, and the time that is left."""
+        def minutes(seconds: float) -> str:
+            return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min'
+
         trainer, seconds = self.trainer, time.monotonic() - self.start
         steps = trainer.step - self.first_step
         if not steps:
             return 'already trained'
         left = (trainer.epochs * trainer.updates_per_epoch - trainer.step) * seconds / steps
         images = steps * trainer.accum_steps * self.args.batch_size * self.args.world_size / seconds
-        return f'{images:.0f} images/s, {_minutes(seconds)} so far, about {_minutes(left)} to go'
+        return f'{images:.0f} images/s, {minutes(seconds)} so far, about {minutes(left)} to go'
 
     def evaluate(self, amp_dtype: Any = None, model: Optional[nn.Module] = None) -> Evaluation:
         """Evaluate a model, or the trained one, on the validation images."""
@@ -92,11 +103,14 @@ class Epochs:
 
     def best(self) -> int:
         """The most accurate epoch that keeps to the target, the last one if none does."""
-        within = [row for row in self.rows if row['eval_top1'] != '' and is_within_target(
-            self.args, {name: float(row[f'eval_{name}']) for name in METRICS})]
+        within = [row for row in self.rows if row['eval_top1'] != '' and self.is_within_target(row)]
         if not within:
             return int(self.rows[-1]['epoch'])
         return int(max(within, key=lambda row: (float(row['eval_top1']), int(row['epoch'])))['epoch'])
+
+    def is_within_target(self, row: Dict[str, Any]) -> bool:
+        name = target_metric(self.args)
+        return name is None or float(row[f'eval_{name}']) <= self.args.target_rate + TARGET_TOLERANCE
 
     def best_file(self, epoch: int) -> Path:
         return self.folder / 'checkpoints' / f'best-{epoch:04d}.safetensors'
@@ -111,14 +125,53 @@ class Epochs:
         self.evaluation = self.evaluate()
         return best
 
+    def save(self, results: Dict[str, Any]) -> None:
+        """The model, results.json and the pictures."""
+        for left in self.folder.glob('.saving-*'):
+            shutil.rmtree(left)  # left by save_pretrained in a process that was killed
+        names = self.data.names
+        try:
+            timm_aig.save_pretrained(self.model, self.folder, model_config={'label_names': names} if names else None)
+        except ValueError as e:
+            raise CheckpointError(f'the trained model cannot be saved, its checkpoint is kept: {e}') from e
+        write_text(self.folder / 'results.json', json.dumps(results, indent=2) + '\n')
+        if self.args.static:
+            return
+        blocks = list(timm_aig.gated_blocks(self.model))
+        rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in blocks] for row in self.rows])
+        share = results['metrics']['macs_share']
+        title = f'{results["architecture"]} on {self.args.dataset}, {share:.0%} of the MACs'
+        plot_rates_over_epochs(rates, blocks, self.folder / 'rates_over_epochs.png', title)
+        points = [('after each epoch', float(row['eval_macs_share']), float(row['eval_top1']))
+                  for row in self.rows if row['eval_top1'] != '' and int(row['epoch']) != results['epoch']]
+        parent = [('static parent', 1., results['parent_metrics']['top1'])] if 'parent_metrics' in results else []
+        points.append(('adaptive', share, results['metrics']['top1']))
+        plot_accuracy_macs(points, parent, self.folder / 'accuracy_macs.png', title)
 
-def read_summary(folder: Path) -> List[Dict[str, Any]]:
-    path = folder / 'summary.csv'
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
+
+def print_results(results: Dict[str, Any]) -> None:
+    trained = 'static' if results['metrics']['macs_share'] == 1 else 'adaptive'
+    rows = {'static parent': results.get('parent_metrics'), trained: results['metrics']}
+    print_table([{
+        '': name, 'top1': f'{m["top1"]:.2f}%', 'top5': f'{m["top5"]:.2f}%', 'blocks run': f'{m["execution_rate"]:.1%}',
+        'MACs': f'{m["macs_share"]:.1%}', 'paths': m['paths']} for name, m in rows.items() if m], '')
+    print(f'{results["images"]} images of {results["dataset"]}, {results["split"]}; seed {results["seed"]}')
 
 
-def _minutes(seconds: float) -> str:
-    return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min'
+def target_metric(args: argparse.Namespace) -> Optional[str]:
+    """The metric that --target-rate is about, None for a static model or several targets."""
+    if args.static or args.gate_loss == 'budgets' or (args.gate_loss == 'rate' and args.schedule):
+        return None
+    return 'macs_share' if args.gate_loss == 'macs' else 'execution_rate'
+
+
+def missed_target(args: argparse.Namespace, results: Dict[str, Any], folder: Path) -> Optional[str]:
+    """What to do about a target that was asked for and did not come out, None if it did."""
+    name = target_metric(args)
+    if name is None or abs(results['metrics'][name] - args.target_rate) <= TARGET_TOLERANCE:
+        return None
+    what = 'MACs' if name == 'macs_share' else 'gated blocks'
+    return (f'--target-rate {args.target_rate:g} was asked for, but {results["metrics"][name]:.1%} of the {what} came '
+            f'out. More --epochs or a larger --gate-loss-weight get closer. So does the gate offset that --calibrate N '
+            f'finds on N training images, or for this model as it is "scripts/calibrate.py --model local-dir:{folder} '
+            f'--budgets {args.target_rate:g} --output FOLDER" on held-out images.')

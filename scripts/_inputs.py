@@ -34,13 +34,15 @@ def open_model(args: argparse.Namespace, name: str, argument: str = 'model') -> 
 
 
 def warn_of_random_weights(args: argparse.Namespace, name: str, consequence: str) -> None:
-    """Say so on stderr if an argument names a model of timm's registry and no weights are loaded."""
+    """Warn on stderr if a model is named without weights to load; `consequence` ends the sentence."""
     if not args.pretrained and ':' not in name:
         print(f'warning: {name} has random weights without --pretrained{consequence}.', file=sys.stderr)
 
 
-def read_image_folder(args: argparse.Namespace, config: Dict[str, Any]) -> torch.Tensor:
-    """--num-images of --images, [N, C, H, W]."""
+def load_images(args: argparse.Namespace, config: Dict[str, Any]) -> torch.Tensor:
+    """--num-images of --images, else noise, [N, C, H, W]."""
+    if not args.images:
+        return torch.randn(args.num_images, *config['input_size'], generator=torch.Generator().manual_seed(0))
     if not Path(args.images).exists():
         raise InputError(f'{args.images}: there is no such folder.', 'images')
     with blame('images', args.images, Exception):  # timm's and PIL's errors

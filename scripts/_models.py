@@ -4,7 +4,7 @@ import copy
 from typing import Any, Dict, List
 
 import torch.nn as nn
-from _common import blame, create_model, require_file
+from _common import blame, create_model
 from timm.data import resolve_input_data_config
 from timm.models import is_model, load_checkpoint
 
@@ -89,7 +89,6 @@ def create_trainable_model(args: argparse.Namespace) -> Any:
     if gate_args and not adaptive and timm_aig.gated_blocks(model):  # local-dir: or hf-hub: of an adaptive model
         model = create_model(args.model, **kwargs, **gate_args)
     if args.initial_checkpoint:
-        require_file(args.initial_checkpoint, 'initial_checkpoint')
         with blame('initial_checkpoint', args.initial_checkpoint, Exception):
             load_checkpoint(model, args.initial_checkpoint, weights_only=True)
     return model

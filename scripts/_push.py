@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable
 
-from _common import add_args, number
+from _args import add_args, number
 
 if TYPE_CHECKING:
     from timm_aig.hub.push import Upload

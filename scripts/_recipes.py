@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import yaml
-from _common import Parser, add_args, create_parser, integer, number
+from _args import Parser, add_args, create_parser, integer, number
 
 # Defaults that a recipe sets; --config and the command line override them.
 RECIPES: Dict[str, Dict[str, Any]] = {

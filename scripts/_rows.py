@@ -4,32 +4,30 @@ import copy
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional
 
 import timm.task
 import torch
+from _timing import Run
 
 import timm_aig
 from timm_aig.export.check import FORCED, own_offsets
 from timm_aig.export.runtime import open_exported
 
-__all__ = ['Row', 'draw_gates', 'forced', 'make_rows']
-
 
 class Row(NamedTuple):
     """One way to run the network."""
     name: str
-    run: Callable[[torch.Tensor], Any]
+    run: Run
     reference: str  # row that the ratio is to
     rate: Optional[float] = None  # share of the gated blocks that run; None with the gates' own decisions
     adaptive: Any = None  # the model, if it has gates
-    dtype: torch.dtype = torch.float32  # of the images
 
 
 class RuntimeModel:
     """A file in another runtime. It runs with gate offsets [L], so all images of a batch share the drawn gates."""
 
-    def __init__(self, run: Callable[[Any], Any], own: Any = None) -> None:
+    def __init__(self, run: Any, own: Any = None) -> None:
         self.run = run
         self.own = self.offset = own
 
@@ -47,10 +45,14 @@ def make_rows(args: argparse.Namespace, adaptive: Any, parent: Any, images: torc
         if precision != 'int8':
             dtype = getattr(torch, precision)
             models = [copy.deepcopy(model).to(dtype) for model in (adaptive, parent)]
-            rows += [row._replace(dtype=dtype) for row in torch_rows(args, *models, suffix)]
+            rows += [row._replace(run=in_dtype(row.run, dtype)) for row in torch_rows(args, *models, suffix)]
         if args.runtimes:
             rows += runtime_rows(args, adaptive, parent, images, batch, precision, suffix)
     return rows
+
+
+def in_dtype(run: Run, dtype: torch.dtype) -> Run:
+    return run if dtype == torch.float32 else lambda x: run(x.to(dtype))
 
 
 def torch_rows(args: argparse.Namespace, adaptive: Any, parent: Any, suffix: str) -> List[Row]:
@@ -76,29 +78,28 @@ def runtime_rows(
         suffix: str,
 ) -> List[Row]:
     """Parent and adaptive model in ONNX Runtime and OpenVINO. int8 is calibrated on the images."""
-    threads = args.threads or torch.get_num_threads()
     import onnxruntime
     import openvino
 
     runtimes: Dict[str, Any] = {
-        f"OpenVINO {openvino.__version__.split('-')[0]}": (timm_aig.export_openvino, '.xml')}
-    if precision != 'bfloat16':
-        runtimes = {f'ONNX Runtime {onnxruntime.__version__}': (timm_aig.export_onnx, '.onnx'), **runtimes}
+        f'ONNX Runtime {onnxruntime.__version__}': (timm_aig.export_onnx, '.onnx'),
+        f'OpenVINO {openvino.__version__.split("-")[0]}': (timm_aig.export_openvino, '.xml')}
     kwargs: Dict[str, Any] = {'calibration': images.split(8)} if precision == 'int8' else {}
     rows = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
-        for runtime, (export, file_type) in runtimes.items():
-            reference = f'parent, {runtime}{suffix}'
-            for model, mode in ((parent, 'masked'), (adaptive, 'sparse')):
-                path = Path(folder, mode + file_type)
+    for runtime, (export, file_type) in runtimes.items():
+        if precision == 'bfloat16' and file_type == '.onnx':
+            continue  # export_onnx does not write it
+
+        reference, runs = f'parent, {runtime}{suffix}', []
+        for model, mode in ((parent, 'masked'), (adaptive, 'sparse')):
+            with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+                path = Path(folder, f'model{file_type}')
                 export(model, path, mode=mode, images=images[:batch].clone(), precision=precision, **kwargs)
                 # spinning threads would slow the other rows
-                run = open_exported(path, threads, spinning=False, precision=precision)
-                if mode == 'masked':
-                    rows.append(Row(reference, RuntimeModel(run), reference))
-                else:
-                    file = RuntimeModel(run, own_offsets(adaptive))
-                    rows += adaptive_rows(args, file, f'adaptive, {runtime}{suffix}', reference)
+                runs.append(open_exported(path, args.threads or torch.get_num_threads(), False, precision))
+        rows.append(Row(reference, RuntimeModel(runs[0]), reference))
+        file = RuntimeModel(runs[1], own_offsets(adaptive))
+        rows += adaptive_rows(args, file, f'adaptive, {runtime}{suffix}', reference)
     return rows
 
 
@@ -110,15 +111,13 @@ def adaptive_rows(args: argparse.Namespace, model: Any, label: str, reference: s
 
 def training_rows(args: argparse.Namespace, adaptive: Any, parent: Any) -> List[Row]:
     """A training step of parent and adaptive model."""
-    rows = []
-    for step in ['training step'] + ['compiled training step'] * args.compile:
-        for name, model in (('parent', parent), ('adaptive', adaptive)):
-            run = training_step(model, args.device, step.startswith('compiled'))
-            rows.append(Row(f'{name}, {step}', run, f'parent, {step}'))
-    return rows
+    return [
+        Row(f'{name}, {step}', training_step(model, args.device, step.startswith('compiled')), f'parent, {step}')
+        for step in ['training step'] + ['compiled training step'] * args.compile
+        for name, model in (('parent', parent), ('adaptive', adaptive))]
 
 
-def training_step(model: torch.nn.Module, device: str, compiled: bool) -> Callable[[torch.Tensor], Any]:
+def training_step(model: torch.nn.Module, device: str, compiled: bool) -> Run:
     """One step of SGD on random labels, for batches of images."""
     with torch.inference_mode(False):
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -148,12 +147,11 @@ def draw_gates(args: argparse.Namespace, row: Row, images: torch.Tensor, batch: 
     return gates
 
 
-def forced(row: Row, gates: Dict[str, torch.Tensor], start: int, batch: int) -> Any:
-    """Context in which the row's gates are forced to the drawn answers of a batch."""
-    if isinstance(row.adaptive, RuntimeModel):
-        forced = FORCED * (2 * gates[row.name][start].numpy() - 1)
-        row.adaptive.offset = row.adaptive.own if row.rate is None else forced
+def forced(row: Row, gates: Optional[torch.Tensor], start: int, batch: int) -> ContextManager:
+    """Context in which the row's gates are forced to the drawn answers [N, L] of the batch that begins at an image."""
+    if isinstance(row.adaptive, RuntimeModel) and gates is not None:
+        row.adaptive.offset = row.adaptive.own if row.rate is None else FORCED * (2 * gates[start].numpy() - 1)
         return nullcontext()
-    if row.rate is None or row.adaptive is None:
+    if row.rate is None or gates is None:
         return nullcontext()
-    return timm_aig.force_gates(row.adaptive, gates[row.name][start:start + batch])
+    return timm_aig.force_gates(row.adaptive, gates[start:start + batch])

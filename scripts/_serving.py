@@ -9,7 +9,6 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +16,16 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
-from _cascade_times import quantile
+from _common import print_table
+from _timing import quantile
+from tqdm import trange
 
 import timm_aig
-
-__all__ = ['BatchQueue', 'Segment', 'measure_requests', 'print_requests', 'serve', 'spread_gates']
 
 PARENT = 'static parent'
 REQUESTS = 8  # of each client in a round, at least; all images are sent equally often
@@ -38,11 +37,6 @@ class BatchQueue:
     """Answers images from many threads by one thread, which runs those that wait as a batch."""
 
     def __init__(self, run: Run, max_batch: int) -> None:
-        """
-        Args:
-            run: What to run.
-            max_batch: Most images in a batch.
-        """
         self.run = run
         self.max_batch = max_batch
         self.batches = 0  # so far
@@ -116,9 +110,8 @@ def serve(run: Run, images: Sequence[np.ndarray], clients: int, max_batch: int) 
             stop.set()  # after an error or Ctrl-C the others send no more
         seconds = time.perf_counter() - begin
     latencies, gates = zip(*answers)
-    ordered = sorted(latencies)
     return Segment(
-        len(images) / seconds, 1e3 * quantile(ordered, .5), 1e3 * quantile(ordered, .99),
+        len(images) / seconds, 1e3 * quantile(latencies, .5), 1e3 * quantile(latencies, .99),
         len(images) / queue.batches, torch.from_numpy(np.stack(gates)))
 
 
@@ -149,18 +142,6 @@ def spread_gates(model: nn.Module, images: torch.Tensor, rate: float, seed: int 
     return model
 
 
-def named_models(
-        args: argparse.Namespace, adaptive: Any, parent: Any, images: torch.Tensor,
-) -> Iterator[Tuple[str, Optional[float], Any]]:
-    """Name, rate and model of the static parent and of each adaptive one."""
-    yield PARENT, None, parent
-    if args.images:
-        yield 'adaptive, own gates', None, adaptive
-    else:
-        for rate in args.rate:
-            yield f'adaptive, r = {rate:g}', rate, spread_gates(adaptive, images, rate, args.seed)
-
-
 def open_file(args: argparse.Namespace, model: Any, images: torch.Tensor) -> Run:
     """The model as an ONNX file in ONNX Runtime."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
@@ -177,9 +158,10 @@ def measure_requests(
     """Rows of the table: each file with each number of clients."""
     import onnxruntime
 
-    runs = []
-    for name, rate, model in named_models(args, adaptive, parent, images):
-        print(f'exporting: {name}', file=sys.stderr)
+    runs: List[Any] = [(PARENT, None, open_file(args, parent, images))]
+    for rate in [None] if args.images else args.rate:
+        name = 'adaptive, own gates' if rate is None else f'adaptive, r = {rate:g}'
+        model = adaptive if rate is None else spread_gates(adaptive, images, rate, args.seed)
         runs.append((name, rate, open_file(args, model, images)))
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
     generator = np.random.default_rng(args.seed)
@@ -187,17 +169,15 @@ def measure_requests(
     for clients in args.clients:
         passes = math.ceil(REQUESTS * clients / len(images))
         segments: List[List[Segment]] = [[] for _ in runs]
-        for round in range(-1, args.rounds):  # round -1 warms up
+        for _ in trange(args.rounds + 1, desc=f'{clients} clients', unit='round'):
             order = np.concatenate([generator.permutation(len(images)) for _ in range(passes)])
             sent = [images[i].numpy() for i in order]
             for (_, _, run), rounds in zip(runs, segments):
                 rounds.append(serve(run, sent, clients, args.max_batch))
-            print(f'\r{clients} clients: round {round + 1} of {args.rounds}', end='', file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        for (name, rate, _), rounds in zip(runs, segments):
-            gates = torch.cat([segment.gates for segment in rounds[1:]])
+        for (name, rate, _), (_, *rounds) in zip(runs, segments):  # the first round warms up
+            gates = torch.cat([segment.gates for segment in rounds])
             results.append(dict(
-                clients=clients, run=name, rate=rate, **sum_up(rounds[1:], segments[0][1:]),
+                clients=clients, run=name, rate=rate, **sum_up(rounds, segments[0][1:]),
                 macs_share=1. if name == PARENT else cost.share(gates).mean().item(),
                 max_batch=args.max_batch, runtime=f'ONNX Runtime {onnxruntime.__version__}'))
     return results
@@ -219,9 +199,9 @@ def sum_up(rounds: Sequence[Segment], reference: Sequence[Segment]) -> Dict[str,
 
 
 def print_requests(results: List[Dict[str, Any]]) -> None:
-    print(f'{"clients":>7}  {"":22} {"images/s":>8}  {"ratio":>6} {"range":>13} {"p50 ms":>8} {"ratio":>6} '
-          f'{"p99 ms":>8} {"ratio":>6} {"batch":>6} {"MACs":>6}')
-    for r in results:
-        print(f'{r["clients"]:>7}  {r["run"]:22} {r["images_per_s"]:8.1f}  {r["throughput_ratio"]:6.3f} '
-              f'{r["throughput_low"]:6.3f}-{r["throughput_high"]:<6.3f} {r["p50_ms"]:8.2f} {r["p50_ratio"]:6.3f} '
-              f'{r["p99_ms"]:8.2f} {r["p99_ratio"]:6.3f} {r["mean_batch"]:6.1f} {r["macs_share"]:6.3f}')
+    print_table([{
+        'clients': r['clients'], '': r['run'], 'images/s': f'{r["images_per_s"]:.1f}',
+        'ratio': f'{r["throughput_ratio"]:.3f}', 'range': f'{r["throughput_low"]:.3f}-{r["throughput_high"]:.3f}',
+        'p50 ms': f'{r["p50_ms"]:.2f}', 'p50 ratio': f'{r["p50_ratio"]:.3f}', 'p99 ms': f'{r["p99_ms"]:.2f}',
+        'p99 ratio': f'{r["p99_ratio"]:.3f}', 'batch': f'{r["mean_batch"]:.1f}', 'MACs': f'{r["macs_share"]:.3f}',
+    } for r in results], '')

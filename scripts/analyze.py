@@ -19,24 +19,13 @@ import argparse
 import json
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    create_parser,
-    integer,
-    open_device,
-    open_folder,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-    write_text,
-)
+from _args import add_args, add_evaluation_args, create_parser, integer
+from _common import blame, open_device, open_folder, require, run_script, sleep_when_idle, write_csv, write_text
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
@@ -72,45 +61,27 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import torch
-import torch.nn as nn
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 import timm_aig
 from timm_aig import InputError
+from timm_aig.analysis import counts, figures
 from timm_aig.analysis.claims import check_claims
-from timm_aig.analysis.counts import (
-    ClassGates,
-    block_kinds,
-    cluster_classes,
-    extreme_images,
-    path_statistics,
-    wilson_interval,
-)
-from timm_aig.analysis.figures import (
-    MAX_GROUPS,
-    plot_blocks_run,
-    plot_contact_sheet,
-    plot_execution_rates,
-)
 from timm_aig.training.data import class_names, count_unreadable
 from timm_aig.training.evaluate import Evaluation, evaluate
 
 
-class Classes(NamedTuple):
-    """Classes of the data set and their groups."""
-    names: List[str]
-    groups: Dict[str, List[int]]  # only classes that have images
-
-
-def create_adaptive_model(args: argparse.Namespace) -> Any:
-    model = open_model(args, args.model)
-    if not timm_aig.gated_blocks(model):
-        raise InputError(f'must be adaptive, {args.model} has no gates.', 'model')
-    if args.gate_offset is not None:
-        timm_aig.set_gate_offset(model, args.gate_offset)
-    return model
+class Seen(NamedTuple):
+    """What the gates did."""
+    evaluation: Evaluation
+    gates: counts.ClassGates
+    cost: timm_aig.Cost
+    blocks: List[str]  # names of the L gated blocks
+    kinds: Dict[str, List[str]]  # blocks of each kind
+    names: List[str]  # of the classes
+    groups: Dict[str, List[int]]  # classes that have images
 
 
 def names_of_classes(model: Any, dataset: Any) -> List[str]:
@@ -129,45 +100,35 @@ def read_groups(path: str, names: Sequence[str]) -> Dict[str, List[int]]:
     if not isinstance(groups, dict) or not all(isinstance(group, list) and group for group in groups.values()):
         raise InputError(f'{path} must be an object of lists of class names, none of them empty.', 'groups')
     given = [str(name) for group in groups.values() for name in group]
-    wrong = {
-        'not classes of the data set': set(given) - set(names), 'in no group': set(names) - set(given),
-        'named twice': {name for name in given if given.count(name) > 1}}
-    for what, which in wrong.items():
-        if which:
-            raise InputError(f'{path}: {what}: {", ".join(sorted(which)[:5])}.', 'groups')
-    if len(groups) > MAX_GROUPS:
-        raise InputError(f'{path} must have at most {MAX_GROUPS} groups, not {len(groups)}.', 'groups')
-    index = {name: i for i, name in enumerate(names)}
-    return {str(group): [index[str(name)] for name in members] for group, members in groups.items()}
+    wrong = (Counter(given) - Counter(names)) + (Counter(names) - Counter(given))
+    if wrong:
+        raise InputError(f'{path} must have each class of the data set in one group; not so: '
+                         f'{", ".join(sorted(wrong)[:5])}.', 'groups')
+    if len(groups) > figures.MAX_GROUPS:
+        raise InputError(f'{path} must have at most {figures.MAX_GROUPS} groups, not {len(groups)}.', 'groups')
+    return {group: [names.index(str(name)) for name in members] for group, members in groups.items()}
 
 
-def results_of(
-        args: argparse.Namespace, model: nn.Module, evaluation: Evaluation, gates: ClassGates, classes: Classes,
-        cost: timm_aig.Cost,
-) -> Dict[str, Any]:
+def results_of(args: argparse.Namespace, seen: Seen, offset: float) -> Dict[str, Any]:
     """Content of analysis.json."""
-    blocks = list(timm_aig.gated_blocks(model))
-    kinds = block_kinds(model)
-    images = len(evaluation.labels)
-    metrics = evaluation.metrics(cost)
-    low, high = wilson_interval(evaluation.gates.sum(0), images)
-    paths = path_statistics(evaluation.labels, evaluation.gates, args.permutations, args.seed)
+    evaluation, metrics = seen.evaluation, seen.evaluation.metrics(seen.cost)
+    intervals = torch.stack(counts.wilson_interval(evaluation.gates.sum(0), len(evaluation.labels)), 1)
+    paths = counts.path_statistics(evaluation.labels, evaluation.gates, args.permutations, args.seed)
     claims = check_claims(
-        gates, {kind: [blocks.index(name) for name in members] for kind, members in kinds.items()}, classes.groups,
-        args.groups is not None, paths, args.permutations, args.seed)
+        seen.gates, {kind: [seen.blocks.index(name) for name in members] for kind, members in seen.kinds.items()},
+        seen.groups, args.groups is not None, paths, args.permutations, args.seed)
     return {
         'model': args.model, 'dataset': args.dataset,
         'split': f'{args.split}, {args.holdout} held out' if args.holdout else args.split,
-        'gate_offset': timm_aig.gated_blocks(model)[blocks[0]].gate.offset.item(),
-        'images': images,
+        'gate_offset': offset,
+        'images': len(evaluation.labels),
         **{name: metrics[name] for name in ('top1', 'execution_rate', 'macs_share')},
         'blocks': {
-            name: {'rate': rate, 'interval': interval, 'kinds': [kind for kind in kinds if name in kinds[kind]]}
-            for name, rate, interval in zip(
-                blocks, evaluation.block_rates.tolist(), torch.stack([low, high], 1).tolist())},
-        'groups': {group: [classes.names[i] for i in members] for group, members in classes.groups.items()},
+            name: {'rate': rate, 'interval': interval, 'kinds': [k for k, some in seen.kinds.items() if name in some]}
+            for name, rate, interval in zip(seen.blocks, evaluation.block_rates.tolist(), intervals.tolist())},
+        'groups': {group: [seen.names[i] for i in members] for group, members in seen.groups.items()},
         'groups_from': 'file' if args.groups else 'clusters of the classes that the model confuses',
-        'classes_without_images': [name for name, n in zip(classes.names, gates.images.tolist()) if not n],
+        'classes_without_images': [name for name, n in zip(seen.names, seen.gates.images.tolist()) if not n],
         'paths': asdict(paths),
         'permutations': args.permutations,
         'seed': args.seed,
@@ -175,14 +136,14 @@ def results_of(
     }
 
 
-def write_tables(folder: Path, gates: ClassGates, blocks: Sequence[str], classes: Classes) -> None:
-    names = classes.names
-    group_of = {i: group for group, members in classes.groups.items() for i in members}
+def write_tables(folder: Path, seen: Seen) -> None:
+    names, gates = seen.names, seen.gates
+    group_of = {i: group for group, members in seen.groups.items() for i in members}
     rows = [(i, [names[i], group_of[i], int(gates.images[i])]) for i in sorted(group_of)]
     head = ['class', 'group', 'images']
-    write_csv(folder / 'rates.csv', [*head, *blocks], (
+    write_csv(folder / 'rates.csv', [*head, *seen.blocks], (
         [*row, *(f'{rate:.6f}' for rate in gates.rates[i].tolist())] for i, row in rows))
-    write_csv(folder / 'blocks_run.csv', [*head, *range(len(blocks) + 1)], (
+    write_csv(folder / 'blocks_run.csv', [*head, *range(len(seen.blocks) + 1)], (
         [*row, *gates.blocks_run[i].tolist()] for i, row in rows))
     write_csv(folder / 'likeness.csv', ['class', *names], (
         [names[i], *(f'{p:.3e}' for p in gates.likeness[i].tolist())] for i, _ in rows))
@@ -191,57 +152,47 @@ def write_tables(folder: Path, gates: ClassGates, blocks: Sequence[str], classes
         for label, path, n in zip(*(t if t.ndim > 1 else t.tolist() for t in gates.paths()))))
 
 
-def title_of(args: argparse.Namespace, results: Dict[str, Any]) -> str:
-    """Model, data and budget, for the pictures."""
+def draw(args: argparse.Namespace, folder: Path, dataset: Any, seen: Seen, results: Dict[str, Any]) -> None:
     data = Path(args.data_dir or '').name if args.dataset == 'folder' else args.dataset.rpartition('/')[2]
-    return (f'{args.model} on {data} {results["split"]} ({results["images"]:,} images), '
-            f'{results["macs_share"]:.0%} of the MACs')
+    title = (f'{args.model} on {data} {results["split"]} ({results["images"]:,} images), '
+             f'{results["macs_share"]:.0%} of the MACs')
+    figures.plot_execution_rates(
+        seen.gates.rates, seen.blocks, seen.names, folder / 'execution_rates.png', seen.kinds['downsampling'],
+        seen.groups, args.width, title, seen.cost.blocks, seen.gates.images)
+    figures.plot_blocks_run(seen.gates.blocks_run, seen.groups, folder / 'blocks_run.png', args.width, title)
+    if isinstance(dataset, IterableDataset):
+        print(f'No contact sheets: {args.dataset} gives no access to single images.', file=sys.stderr)
+    elif args.extremes:
+        draw_contact_sheets(args, folder, dataset, seen, title)
 
 
-def draw(
-        folder: Path, gates: ClassGates, model: nn.Module, classes: Classes, cost: timm_aig.Cost, title: str,
-        pixels: int,
-) -> None:
-    blocks, marked = list(timm_aig.gated_blocks(model)), block_kinds(model)['downsampling']
-    plot_execution_rates(
-        gates.rates, blocks, classes.names, folder / 'execution_rates.png', marked, classes.groups, pixels, title,
-        cost.blocks, gates.images)
-    plot_blocks_run(gates.blocks_run, classes.groups, folder / 'blocks_run.png', pixels, title)
-
-
-def draw_contact_sheets(
-        args: argparse.Namespace, folder: Path, dataset: Any, evaluation: Evaluation, classes: Classes,
-        cost: timm_aig.Cost, title: str,
-) -> None:
+def draw_contact_sheets(args: argparse.Namespace, folder: Path, dataset: Any, seen: Seen, title: str) -> None:
     """Read the images with the fewest and the most MACs of each class once more, page by page."""
     dataset.transform = None  # gives the images as they are
-    shown = [i for members in classes.groups.values() for i in members]
+    shown = [i for members in seen.groups.values() for i in members]
     pages = [shown[start:start + PAGE] for start in range(0, len(shown), PAGE)]
-    written = [folder / f'contact_sheet_{n:0{len(str(len(pages)))}}.png' for n in range(1, len(pages) + 1)]
-
-    macs, blocks_run = cost.executed(evaluation.gates), evaluation.gates.sum(1).tolist()
+    evaluation = seen.evaluation
+    macs, blocks_run = seen.cost.executed(evaluation.gates), evaluation.gates.sum(1).tolist()
 
     def read(label: int) -> Tuple[str, Any, Any]:
         fast, slow = ([(dataset[int(evaluation.positions[i])][0], blocks_run[i]) for i in images]
-                      for images in extreme_images(evaluation.labels, macs, label, args.extremes))
-        return classes.names[label], fast, slow
+                      for images in counts.extreme_images(evaluation.labels, macs, label, args.extremes))
+        return seen.names[label], fast, slow
 
-    for path, page in zip(written, tqdm(pages, desc='contact sheets', unit='page', disable=None)):
-        plot_contact_sheet([read(label) for label in page], path, args.width, title)
-    for old in set(folder.glob('contact_sheet_*.png')) - set(written):
+    for old in folder.glob('contact_sheet_*.png'):
         old.unlink()
+    for number, page in enumerate(tqdm(pages, desc='contact sheets', unit='page', disable=None), 1):
+        path = folder / f'contact_sheet_{number:0{len(str(len(pages)))}}.png'
+        figures.plot_contact_sheet([read(label) for label in page], path, args.width, title)
 
 
-def format_results(results: Dict[str, Any]) -> str:
-    """The printed text; the README shows it for the shipped weights."""
-    lines = [
-        f'{results["images"]:,} images of {results["dataset"]}, {results["split"]}: top-1 {results["top1"]:.2f} %, '
-        f'blocks run {results["execution_rate"]:.1%}, MACs {results["macs_share"]:.1%}', '']
+def print_results(results: Dict[str, Any]) -> None:
+    print(f'{results["images"]:,} images of {results["dataset"]}, {results["split"]}: top-1 {results["top1"]:.2f} %, '
+          f'blocks run {results["execution_rate"]:.1%}, MACs {results["macs_share"]:.1%}\n')
     for claim in results['claims']:
         p = '' if claim['p_value'] is None else f'; p = {claim["p_value"]:.3g}'
-        lines += textwrap.wrap(
-            f'{claim["verdict"] + ":":16}{claim["claim"]}: {claim["finding"]}{p}.', 110, subsequent_indent=' ' * 16)
-    return '\n'.join(lines)
+        print(textwrap.fill(
+            f'{claim["verdict"] + ":":16}{claim["claim"]}: {claim["finding"]}{p}.', 110, subsequent_indent=' ' * 16))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -249,7 +200,12 @@ def run(args: argparse.Namespace) -> None:
     if args.distributed:
         raise InputError('analyze.py runs in one process, without torchrun.')
     require('train', 'matplotlib')
-    model = create_adaptive_model(args)
+    model = open_model(args, args.model)
+    gated = timm_aig.gated_blocks(model)
+    if not gated:
+        raise InputError(f'must be adaptive, {args.model} has no gates.', 'model')
+    if args.gate_offset is not None:
+        timm_aig.set_gate_offset(model, args.gate_offset)
     config = data_config(args, model)
     dataset = open_evaluation_split(args, model)
     names = names_of_classes(model, dataset)
@@ -261,25 +217,23 @@ def run(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last)
     with blame('split', args.split):
         evaluation = evaluate(model, loader, device, torch.bfloat16 if args.amp else None, likeness=True)
-    assert evaluation.likeness is not None
-    gates = ClassGates(evaluation.labels, evaluation.gates, evaluation.likeness)
-    groups = groups or cluster_classes(gates.likeness, names, gates.images.nonzero().flatten().tolist())
+    gates = counts.ClassGates(evaluation.labels, evaluation.gates, evaluation.likeness)
+    groups = groups or counts.cluster_classes(gates.likeness, names, gates.images.nonzero().flatten().tolist())
     groups = {group: [i for i in members if gates.images[i]] for group, members in groups.items()}
-    classes = Classes(names, {group: members for group, members in groups.items() if members})
+    groups = {group: members for group, members in groups.items() if members}
+    seen = Seen(evaluation, gates, cost, list(gated), counts.block_kinds(model), names, groups)
 
-    results = results_of(args, model, evaluation, gates, classes, cost)
+    results = results_of(args, seen, next(iter(gated.values())).gate.offset.item())
     results['unreadable'] = count_unreadable(dataset, torch.device('cpu'))
-    text = json.dumps(results, indent=2, ensure_ascii=False) + '\n'
+    text = json.dumps(results, indent=2, ensure_ascii=False)
     # print first: a file that cannot be written does not lose the figures
-    print(text if args.json else f'{format_results(results)}\n', end='')
-    write_text(folder / 'analysis.json', text)
-    write_tables(folder, gates, list(results['blocks']), classes)
-    title = title_of(args, results)
-    draw(folder, gates, model, classes, cost, title, args.width)
-    if isinstance(dataset, IterableDataset):
-        print(f'No contact sheets: {args.dataset} gives no access to single images.', file=sys.stderr)
-    elif args.extremes:
-        draw_contact_sheets(args, folder, dataset, evaluation, classes, cost, title)
+    if args.json:
+        print(text)
+    else:
+        print_results(results)
+    write_text(folder / 'analysis.json', f'{text}\n')
+    write_tables(folder, seen)
+    draw(args, folder, dataset, seen, results)
     if not args.json:
         print(f'\nWrote tables, pictures and analysis.json to {folder}.')
 

@@ -16,27 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    open_folder,
-    run_script,
-    sleep_when_idle,
-    write_text,
-)
+from _args import add_args, add_evaluation_args, create_parser, number
+from _common import blame, check_file, open_device, open_folder, print_table, run_script, sleep_when_idle, write_text
 
 EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
   scripts/calibrate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
       --data-dir data --holdout 5000 --budgets 0.5 0.6 0.7 --max-accuracy-drop 0.5 --output output/fmnist
-  scripts/calibrate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --holdout 10000 --macs 0.6 \
-      --output cascade
-  scripts/validate.py --model local-dir:output/fmnist --dataset torch/fashion_mnist --data-dir data --budgets 0.5 0.6"""
+  scripts/calibrate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --holdout 10000 --macs 0.6 \\
+      --output cascade"""
 
 MAX_BYTES = 32 * 10 ** 9  # of calibration images, which are kept in memory
 
@@ -60,7 +48,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'json')
     args = parser.parse_args(argv)
     if bool(args.cascade) != ((args.macs is None) != (args.accuracy is None)):
-        parser.error('--cascade needs --macs or --accuracy, and only it takes one of them.')
+        parser.error('--cascade needs --macs or --accuracy, one of them; both are for --cascade only.')
     if args.cascade and (args.hub_config or args.max_accuracy_drop is not None):
         parser.error('--hub-config and --max-accuracy-drop are for one adaptive model.')
     return args
@@ -100,11 +88,10 @@ def read_hub_config(path: str, architecture: str) -> Dict[str, Any]:
     return config
 
 
-def print_table(result: Calibration) -> None:
-    print(f'{"budget":>6}  {"offset":>9}  {"MACs":>7}  {"top1":>6}')
-    for p in result.table:
-        top1 = '' if p.top1 is None else f'{p.top1:5.2f}%'
-        print(f'{p.budget:6.4g}  {p.gate_offset:9.4f}  {p.macs_share:7.2%}  {top1:>6}')
+def print_result(result: Calibration) -> None:
+    print_table([{
+        'budget': f'{p.budget:.4g}', 'offset': f'{p.gate_offset:.4f}', 'MACs': f'{p.macs_share:.2%}',
+        'top1': '' if p.top1 is None else f'{p.top1:.2f}%'} for p in result.table])
     print(f'{result.table[0].images} images, {result.passes} passes; '
           f'the MACs share is {result.lowest:.1%} with all gates closed.')
     if result.smallest:
@@ -166,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result), indent=2))
     else:
-        print_table(result)
+        print_result(result)
     if args.output:
         with blame('model', args.model):
             timm_aig.save_pretrained(model, args.output)

@@ -17,17 +17,16 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from _common import ResultError, add_args, check_file, create_parser, integer, run_script, write_csv
+from _args import add_args, create_parser, integer
+from _common import ResultError, check_file, run_script, write_csv
 from _rivals import TASKS, trainings
 
 EXAMPLES = """examples:
-  scripts/prepare_glyphs.py glyphs
   scripts/compare.py glyphs --data-dir glyphs --jobs 2              train, or go on with it; then the table
-  scripts/compare.py glyphs --data-dir glyphs --only 'static' --seeds 0
   scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    the table of what is trained so far
   scripts/compare.py glyphs --data-dir glyphs --times times.csv     and the time of its rows, of the first seed"""
 
@@ -85,35 +84,29 @@ def train(args: argparse.Namespace) -> None:
     """Run the trainings that are not done, args.jobs at a time, each once what it needs is done."""
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = planned(args)
-    waiting = [training for training in plan if not is_done(folder, training.name)]
-    running: Dict[str, subprocess.Popen] = {}
-    failed: List[str] = []
+    submitted: Dict[str, Future] = {}
+
+    def run_training(training: Training) -> Optional[str]:
+        """What went wrong, None if it is trained."""
+        if training.needs in submitted:
+            wait([submitted[training.needs]])
+        if training.needs and not is_done(folder, training.needs):
+            return f'{training.name} needs {training.needs}, which is not trained.'
+        if is_done(folder, training.name):
+            return None
+        with open(folder / f'{training.name}.log', 'ab') as log:
+            code = subprocess.run(training.command, stdout=log, stderr=log).returncode
+        return f'{training.name} failed, see {log.name}.' if code else None
+
+    pool = ThreadPoolExecutor(args.jobs)
     try:
-        with tqdm(total=len(plan), initial=len(plan) - len(waiting), unit='training', desc=args.task) as bar:
-            while waiting or running:
-                for training in list(waiting):
-                    ready = training.needs is None or is_done(folder, training.needs)
-                    if ready and len(running) < args.jobs:
-                        log = open(folder / f'{training.name}.log', 'ab')
-                        running[training.name] = subprocess.Popen(training.command, stdout=log, stderr=log)
-                        waiting.remove(training)
-                if not running:
-                    raise ResultError(f'{waiting[0].name} needs {waiting[0].needs}, which is not trained.')
-                time.sleep(1)
-                for name, process in list(running.items()):
-                    if process.poll() is not None:
-                        del running[name]
-                        bar.update(not process.returncode)
-                        failed += [name] if process.returncode else []
-                bar.set_postfix_str(', '.join(running), refresh=False)
+        for training in planned(args):  # in an order in which none waits for a later one
+            submitted[training.name] = pool.submit(run_training, training)
+        problems = [future.result() for future in tqdm(submitted.values(), args.task, unit='training')]
     finally:
-        for process in running.values():  # SIGTERM lets finetune.py save
-            process.terminate()
-        for process in running.values():
-            process.wait()
-    if failed:
-        raise ResultError(f'{", ".join(failed)} failed, see {folder}/{failed[0]}.log.')
+        pool.shutdown(cancel_futures=True)  # Ctrl-C reaches the trainings too, and they save
+    if any(problems):
+        raise ResultError(' '.join(filter(None, problems)))
 
 
 def is_done(folder: Path, name: str) -> bool:

@@ -9,14 +9,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from _common import add_args, create_parser, integer, number, open_folder, require, run_script, sleep_when_idle
+from _args import add_args, create_parser, integer, number
+from _common import open_folder, print_table, require, run_script, sleep_when_idle
 from _recipes import parse_training_args
 
 EXAMPLES = """examples:
   scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
-  scripts/demo.py --budgets 0.5 0.8 --output output/t05
   scripts/demo.py --dataset torch/fashion_mnist --data-dir data --dataset-download
   scripts/demo.py --data-dir photos --model resnet18 --input-size 3 128 128
                                                         photos/train/<class>/*.jpg, photos/validation/<class>/*.jpg"""
@@ -55,9 +55,7 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import platform
-import statistics
 import tempfile
-import time
 from contextlib import suppress
 
 import finetune
@@ -65,8 +63,9 @@ import timm
 import torch
 import torch.nn as nn
 from _cascade import evaluate_cascade
+from _timing import sum_up, time_runs
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import timm_aig
 from timm_aig import Cascade, InputError
@@ -149,7 +148,8 @@ def train(args: argparse.Namespace, datasets: List[Any], names: List[str], folde
 
     def fit(experiment: str, epochs: int, *more: Any) -> Any:
         finetune.train(training_args(args, folder, '--epochs', epochs, '--experiment', experiment, *more), datasets)
-        return load(folder / experiment)
+        model = timm.create_model(f'local-dir:{folder / experiment}', pretrained=True)
+        return model.to(memory_format=torch.channels_last).eval()
 
     parent = fit('parent', args.epochs, '--static', '--model', args.model, *classes, *size)
     config = timm.data.resolve_data_config(model=parent)
@@ -159,19 +159,6 @@ def train(args: argparse.Namespace, datasets: List[Any], names: List[str], folde
     adaptive = fit('adaptive', args.finetune_epochs, '--model', f'local-dir:{folder}/parent', '--recipe', 'any',
                    '--least-budget', args.budgets[0])
     return [parent, small, adaptive]
-
-
-def load(folder: Path) -> nn.Module:
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    return model.to(memory_format=torch.channels_last).eval()
-
-
-def spread_images(loader: DataLoader, count: int) -> torch.Tensor:
-    """`count` images spread over the data set, repeated if it has fewer."""
-    step = max(1, len(loader.dataset) // count)
-    images = [image for i, image in enumerate(image for batch, _ in loader for image in batch) if i % step == 0]
-    images = [images[i % len(images)] for i in range(count)]
-    return torch.stack(images).contiguous(memory_format=torch.channels_last)
 
 
 def calibrate(args: argparse.Namespace, adaptive: nn.Module, cascade: Cascade, loader: DataLoader) -> None:
@@ -185,30 +172,18 @@ def calibrate(args: argparse.Namespace, adaptive: nn.Module, cascade: Cascade, l
 
 
 @torch.inference_mode()
-def measure(run: Sequence[Callable], images: torch.Tensor, batch_size: int, rounds: int) -> List[float]:
-    """Median milliseconds per image of each function; they take turns on the same batches."""
-    times: List[List[float]] = [[] for _ in run]
-    for batch in (images.split(batch_size) * (rounds + 1)):
-        for model, model_times in zip(run, times):
-            start = time.perf_counter()
-            model(batch)
-            model_times.append((time.perf_counter() - start) * 1000 / len(batch))
-    warm_up = len(images) // batch_size
-    return [statistics.median(model_times[warm_up:]) for model_times in times]
-
-
-@torch.inference_mode()
 def compare(args: argparse.Namespace, models: List[Any], cascade: Cascade, loader: DataLoader) -> List[Dict[str, Any]]:
     """The rows of the table. The adaptive model is left at the higher budget."""
     *static, adaptive = models
-    images = spread_images(loader, max(TIMED_BATCHES))
+    drawn = RandomSampler(loader.dataset, True, max(TIMED_BATCHES), torch.Generator().manual_seed(args.seed))
+    images = torch.stack([loader.dataset[i][0] for i in drawn]).contiguous(memory_format=torch.channels_last)
     cost = timm_aig.compute_cost(adaptive, tuple(images.shape[1:]))
     rows: List[Dict[str, Any]] = []
-    runs: List[Callable] = []
+    runs: Dict[str, Callable] = {}
 
     def add(name: str, run: Callable, top1: float, blocks_run: float, blocks: int, macs_share: float) -> None:
         rows.append(dict(name=name, accuracy=top1 / 100, blocks_run=blocks_run, blocks=blocks, macs_share=macs_share))
-        runs.append(run)
+        runs[name] = run
 
     for name, model in zip((args.model, args.small), static):
         blocks, macs = len(residual_blocks(model)), timm_aig.compute_cost(model, tuple(images.shape[1:])).static
@@ -223,8 +198,10 @@ def compare(args: argparse.Namespace, models: List[Any], cascade: Cascade, loade
     add('cascade of both static', cascade, found['top1'], small + found['stage_shares'][1] * large, small + large,
         found['macs'] / cost.static)
     for size in TIMED_BATCHES:
-        for row, ms in zip(rows, measure(runs, images, size, rounds=max(3, size // 4))):
-            row.setdefault('ms_per_image', {})[str(size)] = ms
+        seconds = time_runs(runs, images, size, rounds=max(3, size // 4))
+        for row in rows:
+            figures = sum_up(seconds[row['name']], seconds[rows[0]['name']], size)
+            row.setdefault('ms_per_image', {})[str(size)] = figures['ms_per_image']
     return rows
 
 
@@ -238,12 +215,12 @@ def at_budget(model: nn.Module, budget: float) -> Callable:
     return run
 
 
-def print_table(results: Dict[str, Any]) -> None:
-    print(f'\n{"":22}  test accuracy   blocks run   MACs' + ''.join(f'  ms/image at {size}' for size in TIMED_BATCHES))
-    for row in results['rows']:
-        times = ''.join(f'{row["ms_per_image"][str(s)]:{14 + len(str(s))}.2f}' for s in TIMED_BATCHES)
-        blocks = f'{row["blocks_run"]:.1f} of {row["blocks"]}'
-        print(f'{row["name"]:22}  {row["accuracy"]:12.1%}  {blocks:>12}  {row["macs_share"]:5.0%}{times}')
+def print_results(results: Dict[str, Any]) -> None:
+    print_table([{
+        '': row['name'], 'test accuracy': f'{row["accuracy"]:.1%}',
+        'blocks run': f'{row["blocks_run"]:.1f} of {row["blocks"]}', 'MACs': f'{row["macs_share"]:.0%}',
+        **{f'ms/image at {size}': f'{ms:.2f}' for size, ms in row['ms_per_image'].items()},
+    } for row in results['rows']], '')
     print(f'\n{results["test_images"]} test images. Budgets and the cascade are calibrated on {results["held_out"]} '
           'training images that were left out.')
     print(f'Milliseconds are medians, all timed in turn. {results["environment"]}, seed {results["seed"]}')
@@ -277,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        print_table(results)
+        print_results(results)
         print(f'Wrote model.safetensors, config.json and execution_rates.png to {output}.')
         print(f"Reload: timm.create_model('local-dir:{output}', pretrained=True). Saving checked: logits are equal.")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Dict, List, Optional, Tuple
 
-from _common import create_parser, run_script
+from _args import create_parser
+from _common import run_script
 
 EXAMPLES = """examples:
   scripts/draw_results.py              after a change of hub_configs/results/fmnist*.csv or glyphs.csv"""

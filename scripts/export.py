@@ -11,24 +11,21 @@ timed against the static parent in the same runtime, in turns.
 """
 import argparse
 import copy
-import itertools
 import json
 import re
-import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
-from _common import ResultError, add_args, check_file, create_parser, integer, run_script
+from _args import add_args, create_parser, integer
+from _common import ResultError, check_file, print_table, run_script
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
   scripts/export.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --images shirts
-  scripts/export.py --model resnet50_aig --format openvino --output r50.xml
-  scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200      calibrated on 200
-  scripts/export.py --model resnet50_aig --batch-size 8 --json"""
+  scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200      calibrated on 200"""
 
 SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'program': '.pt2'}
 
@@ -47,7 +44,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'num_images', default=8)
     add_args(parser, 'input_size', 'gate_offset')
     add_args(parser, 'batch_size', default=1, help='images in a batch of the timing (default: %(default)s)')
-    add_args(parser, 'rounds', type=integer(0), default=20, help='timing rounds, 0: none (default: %(default)s)')
+    add_args(parser, 'rounds', type=integer(0), default=5,
+             help='how often all images are timed, 0: not at all (default: %(default)s)')
     add_args(parser, 'threads', 'json')
     args = parser.parse_args(argv)
     if args.precision == 'int8' and not args.images:
@@ -61,21 +59,14 @@ if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
 import torch
-from _inputs import open_model, read_image_folder, warn_of_random_weights
+from _inputs import load_images, open_model, warn_of_random_weights
+from _timing import sum_up, time_runs
 
 import timm_aig
 from timm_aig import InputError
 from timm_aig.export.check import FORCED, ExportError, own_offsets
 from timm_aig.export.runtime import open_exported
 from timm_aig.training.data import resolve_config
-
-
-def load_images(args: argparse.Namespace, model: Any) -> torch.Tensor:
-    """Normalised images [N, C, H, W]."""
-    config = resolve_config(model, {'input_size': args.input_size})
-    if not args.images:
-        return torch.randn(args.num_images, *config['input_size'], generator=torch.Generator().manual_seed(0))
-    return read_image_folder(args, config)
 
 
 def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path, mode: str) -> Dict[str, Any]:
@@ -94,36 +85,29 @@ def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path
     return timm_aig.export_onnx(model, path, **kwargs)
 
 
-def load(args: argparse.Namespace, path: Path) -> Callable[[Dict[str, Any]], Any]:
-    """A function that runs a file on its inputs by name."""
-    # spinning threads of one session would slow the other
-    return open_exported(path, args.threads or torch.get_num_threads(), spinning=False, precision=args.precision)
-
-
 def time_file(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path) -> List[Dict[str, Any]]:
     """Milliseconds a batch of the file and of the static parent in the same runtime, in turns."""
+    def load(path: Path) -> Any:
+        # spinning threads of one session would slow the other
+        return open_exported(path, args.threads or torch.get_num_threads(), spinning=False, precision=args.precision)
+
     own = own_offsets(model)
     with tempfile.TemporaryDirectory() as folder:
         parent = Path(folder, f'parent{SUFFIXES[args.format]}')
         write(args, timm_aig.ungate_(copy.deepcopy(model)), images, parent, 'masked')
-        static, adaptive = load(args, parent), load(args, path)
-        runs: Dict[str, Any] = {'static parent': (static, {}), 'path': (adaptive, {})}
-        if args.mode != 'path':
-            runs = {'static parent': (static, {}), 'own gates': (adaptive, {'gate_offset': own}),
-                    'all open': (adaptive, {'gate_offset': own * 0 + FORCED})}
-        seconds: Dict[str, List[float]] = {name: [] for name in runs}
-        batches = itertools.cycle(images.repeat(args.batch_size, 1, 1, 1).split(args.batch_size))
-        for i, x in zip(range(-2, args.rounds), batches):  # two to warm up
-            for name, (call, feeds) in runs.items():
-                begin = time.perf_counter()
-                call({'x': x.numpy(), **feeds})
-                if i >= 0:
-                    seconds[name].append(time.perf_counter() - begin)
+        static, adaptive = load(parent), load(path)
+    runs = {'static parent': lambda x: static({'x': x.numpy()}), 'path': lambda x: adaptive({'x': x.numpy()})}
+    if args.mode != 'path':
+        del runs['path']
+        for name, offset in {'own gates': own, 'all open': own * 0 + FORCED}.items():
+            runs[name] = partial(lambda offset, x: adaptive({'x': x.numpy(), 'gate_offset': offset}), offset)
+    images = images.repeat(-(-args.batch_size // len(images)), 1, 1, 1)
+    seconds = time_runs(runs, images, args.batch_size, args.rounds)
     rows = []
-    for name, values in seconds.items():
-        ratios = [s / r for s, r in zip(values, seconds['static parent'])]
-        rows.append({'name': name, 'ms': 1e3 * statistics.median(values), 'ratio': statistics.median(ratios),
-                     'ratio_min': min(ratios), 'ratio_max': max(ratios)})
+    for name, rounds in seconds.items():
+        figures = sum_up(rounds, seconds['static parent'], args.batch_size)
+        rows.append({'name': name, 'ms': figures['ms_per_image'] * args.batch_size,
+                     **{key: figures[key] for key in ('ratio', 'ratio_min', 'ratio_max')}})
     return rows
 
 
@@ -133,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     model = open_model(args, args.model)
     if args.gate_offset is not None:
         timm_aig.set_gate_offset(model, args.gate_offset)
-    images = load_images(args, model)
+    images = load_images(args, resolve_config(model, {'input_size': args.input_size}))
     path = args.output or Path(re.split('[/:]', args.model.rstrip('/'))[-1] + SUFFIXES[args.format])
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f'must be a file in a folder that exists, not {path}.', 'output')
@@ -152,9 +136,10 @@ def run(args: argparse.Namespace) -> None:
     print(f'Wrote {e["path"]}: {e["mode"]}, {e["precision"]}, {e["bytes"] / 1e6:.1f} MB, sha256 {e["sha256"]}.')
     print(f'Checked on {e["images"]} images: {e["patterns"]} patterns of gates, {e["gates_changed"]} gates changed, '
           f'logits differ by at most {e["max_difference"]:.1g}.')
-    for row in result.get('times', ()):
-        print(f'{row["name"]:14} {row["ms"]:8.2f} ms  {row["ratio"]:6.3f} of the parent '
-              f'({row["ratio_min"]:.3f}-{row["ratio_max"]:.3f})')
+    if 'times' in result:
+        print_table([{
+            '': row['name'], 'ms': f'{row["ms"]:.2f}', 'over the parent': f'{row["ratio"]:.3f}',
+            'range': f'{row["ratio_min"]:.3f}-{row["ratio_max"]:.3f}'} for row in result['times']], '')
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -50,13 +50,11 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import hashlib
-import platform
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn as nn
-from _epochs import Epochs
+from _epochs import Epochs, missed_target, print_results
 from _inputs import (
     TrainingData,
     create_calibration_loader,
@@ -65,7 +63,6 @@ from _inputs import (
     open_training_splits,
 )
 from _models import check_normalization, create_models, parent_name
-from _results import missed_target, print_table, save
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -75,6 +72,7 @@ from torch.utils.data import IterableDataset
 
 import timm_aig
 from timm_aig import InputError
+from timm_aig.run import environment
 from timm_aig.training.calibrate import BUDGETS
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
 from timm_aig.training.data import class_names, count_unreadable, match_classes
@@ -214,11 +212,11 @@ def open_output(args: argparse.Namespace) -> Path:
 # Save
 
 def results_of(
-        args: argparse.Namespace, trainer: Trainer, model: nn.Module, parent: Any, data: TrainingData,
-        cost: timm_aig.Cost, epochs: Epochs, epoch: int,
+        args: argparse.Namespace, trainer: Trainer, parent: Any, data: TrainingData, cost: timm_aig.Cost,
+        epochs: Epochs, epoch: int,
 ) -> Dict[str, Any]:
     """Content of results.json."""
-    device, evaluation = trainer.device, epochs.evaluation
+    device, model, evaluation = trainer.device, epochs.model, epochs.evaluation
     assert evaluation is not None
     results = {
         'architecture': model.pretrained_cfg['architecture'],
@@ -237,9 +235,7 @@ def results_of(
         'recipe': recipe_of(args),
         'command': args.command,
         'environment': {
-            'torch': torch.__version__, 'timm': timm.__version__, 'timm_aig': timm_aig.__version__,
-            'machine': platform.machine(),
-            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
+            **environment(), 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
             'processes': args.world_size, 'threads': torch.get_num_threads(),
         },
     }
@@ -292,9 +288,9 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
         calibrate(args, epochs.model, train_set, data, cost)
         epochs.evaluation = epochs.evaluate()
     # save
-    results = results_of(args, trainer, epochs.model, parent, data, cost, epochs, epoch)
+    results = results_of(args, trainer, parent, data, cost, epochs, epoch)
     if args.rank == 0:
-        save(args, epochs.model, data, results, epochs.rows, folder)
+        epochs.save(results)
         for old in trainer.checkpoints.files()[1:]:
             old.unlink()
     return results
@@ -325,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
     if args.rank == 0 and args.json:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:
-        print_table(results)
+        print_results(results)
         print(f'Wrote epoch {results["epoch"] + 1} of {args.epochs} to {output_folder(args)}. Only --resume needs its '
               'checkpoints folder.')
     missed = missed_target(args, results, output_folder(args))

@@ -8,11 +8,13 @@ timm_aig.forward_gates(model, images, sample=True) does; the imported model itse
 The recorded preprocessing is that of their training scripts. Nothing in the checkpoint is executed.
 """
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from _common import blame, create_parser, number, require_file, run_script
+from _args import create_parser, number
+from _common import blame, run_script
 
 EXAMPLES = """examples:
   scripts/import_convnet_aig.py runs/cifar/model_best.pth.tar output/cifar110
@@ -28,6 +30,8 @@ FAMILIES: Dict[Tuple[bool, int], Tuple[str, Dict[Tuple[int, ...], str]]] = {
     (True, 4): ('resnet50_aig', {
         (3, 4, 6, 3): 'resnet50_aig', (3, 4, 23, 3): 'resnet101_aig', (3, 8, 36, 3): 'resnet152_aig'}),
 }
+RENAMED = {
+    r'\.shortcut\.': '.downsample.', r'\.fc1bn\.': '.gate.bn.', r'\.(fc1|fc2)\.': r'.gate.\1.', r'^linear\.': 'fc.'}
 ORIGIN: Dict[str, Any] = dict(
     origin_url='https://github.com/andreasveit/convnet-aig', paper_ids='arXiv:1711.11503', first_conv='conv1',
     classifier='fc')
@@ -60,43 +64,29 @@ from timm.models import load_state_dict
 import timm_aig
 
 
-def renamed(key: str) -> str:
-    """timm's name of one of their tensors."""
-    for theirs, ours in (
-            ('.shortcut.', '.downsample.'), ('.fc1bn.', '.gate.bn.'), ('.fc1.', '.gate.fc1.'), ('.fc2.', '.gate.fc2.'),
-    ):
-        key = key.replace(theirs, ours)
-    return key.replace('linear.', 'fc.') if key.startswith('linear.') else key
-
-
 def convert(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Their state dict as a timm_aig one."""
     converted = {}
     for key, value in state_dict.items():
-        name = renamed(key)
-        if name.endswith(('gate.fc1.weight', 'gate.fc2.weight')):
-            value = value.flatten(1)  # they are 1x1 convolutions there
-        converted[name] = value
-        if name.endswith('.running_var'):  # torch 0.3 did not count batches
-            converted.setdefault(name.replace('running_var', 'num_batches_tracked'), torch.tensor(0))
+        for theirs, ours in RENAMED.items():
+            key = re.sub(theirs, ours, key)
+        # the layers of a gate are 1x1 convolutions there
+        converted[key] = value.flatten(1) if key.endswith(('gate.fc1.weight', 'gate.fc2.weight')) else value
     return converted
 
 
 def architecture(state_dict: Dict[str, torch.Tensor]) -> Tuple[str, Dict[str, Any]]:
     """Architecture and model arguments of one of their checkpoints."""
-    parts = [key.split('.') for key in state_dict]
-    stages: List[int] = []
-    while indices := {int(p[1]) for p in parts if p[0] == f'layer{len(stages) + 1}' and p[1].isdigit()}:
-        stages.append(len(indices))
+    gates = [key.split('.')[0] for key in state_dict if key.endswith('.fc1bn.weight')]
+    stages = tuple(gates.count(layer) for layer in dict.fromkeys(gates))
     family = FAMILIES.get(('layer1.0.conv3.weight' in state_dict, len(stages)))
-    if family is None or 'layer1.0.fc1bn.weight' not in state_dict or 'linear.weight' not in state_dict:
+    if family is None or 'linear.weight' not in state_dict:
         raise ValueError("holds none of the networks of the authors' code (layerN.i.fc1bn, linear, 3 or 4 stages).")
-    known = family[1].get(tuple(stages))
+    known = family[1].get(stages)
     return (known, {}) if known else (family[0], dict(layers=stages))
 
 
 def run(args: argparse.Namespace) -> None:
-    require_file(args.checkpoint, 'checkpoint')
     with blame('checkpoint', args.checkpoint, Exception):  # a file that is no checkpoint raises all kinds
         state_dict = load_state_dict(args.checkpoint)  # timm's: weights only, without the prefixes of wrappers
         if not state_dict or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 
-from _common import create_parser
+from _args import create_parser
 
 EXAMPLES = """examples:
   scripts/make_tables.py              write the tables of all READMEs
@@ -138,20 +138,18 @@ def cell(template: str, row: Dict[str, str]) -> str:
     return fill(parts[0]) and ''.join(map(fill, parts))
 
 
+def is_shown(row: Dict[str, str], where: Dict[str, Union[str, Sequence[str]]]) -> bool:
+    return all(row[name] != '' if value == '*' else row[name] in ([value] if isinstance(value, str) else value)
+               for name, value in where.items())
+
+
 def make_table(table: Table, results: Path) -> str:
     """The Markdown of a table."""
     with open(results / table.file, newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if all(
-            row[name] != '' if value == '*' else row[name] in ([value] if isinstance(value, str) else value)
-            for name, value in table.where.items())]
+        rows = [row for row in csv.DictReader(file) if is_shown(row, table.where)]
     lines: List[List[str]] = [list(table.columns), ['---'] * len(table.columns)]
     lines += [[cell(template, row) for template in table.columns.values()] for row in rows]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-
-
-def update(text: str, results: Path) -> str:
-    """A README's text with its tables made anew."""
-    return MARKED.sub(lambda match: match[1] + make_table(TABLES[match[2]], results) + match[4], text)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -161,29 +159,23 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> bool:
-    """Write or compare the READMEs. Returns whether one was found to differ."""
-    results = args.root / RESULTS
-    differs = False
-    for name in READMES:
-        path = args.root / name
-        text = path.read_text(encoding='utf-8')
-        new = update(text, results)
-        if new != text:
-            print(f'{name} differs from {RESULTS}' if args.check else f'wrote {name}')
-            differs |= args.check
-            if not args.check:
-                path.write_text(new, encoding='utf-8')
-    return differs
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
+    results, differing = args.root / RESULTS, []
     try:
-        return int(run(args))
+        for path in (args.root / name for name in READMES):
+            text = path.read_text(encoding='utf-8')
+            new = MARKED.sub(lambda match: match[1] + make_table(TABLES[match[2]], results) + match[4], text)
+            if new != text:
+                differing.append(path)
+                if not args.check:
+                    path.write_text(new, encoding='utf-8')
     except (KeyError, OSError) as e:
         print(f'error: no table or column {e}.' if isinstance(e, KeyError) else f'error: {e}', file=sys.stderr)
         return 2
+    for path in differing:
+        print(f'{path} differs from {RESULTS}' if args.check else f'wrote {path}')
+    return int(args.check and bool(differing))
 
 
 if __name__ == '__main__':

@@ -12,21 +12,11 @@ A file of export.py does not hold MACs, so it has no such column. Images that ca
 import argparse
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from _common import (
-    add_args,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-)
+from _args import add_args, create_parser, number
+from _common import check_file, open_device, print_table, require, run_script, sleep_when_idle, write_csv
 
 EXAMPLES = """examples:
   scripts/predict.py shirt.png shoes --model cifar_resnet32_aig.fmnist_t06 --pretrained        a file and a folder
@@ -34,8 +24,7 @@ EXAMPLES = """examples:
   scripts/predict.py photos --model r50.onnx --json                                            a file of export.py
   scripts/predict.py photos --cascade resnet18 resnet50 --pretrained                           images come first"""
 
-HEADS = {'file': 'file', 'label': 'label', 'probability': 'probability', 'macs_share': 'MACs',
-         'blocks_run': 'blocks run', 'stages': 'stages'}
+HEADS = {'macs_share': 'MACs', 'blocks_run': 'blocks run'}  # of the table, where they are not the keys of the rows
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -82,6 +71,8 @@ from timm_aig.budget import BudgetPoint, budget_offset
 from timm_aig.training.data import convert_images
 from timm_aig.training.evaluate import check_output
 
+WARNING = ': its answers mean nothing'
+
 
 class Predictor(NamedTuple):
     """A model, cascade or file."""
@@ -122,12 +113,14 @@ def find_files(paths: Sequence[str]) -> List[Path]:
     return found
 
 
-@contextmanager
-def blame_budget(args: argparse.Namespace) -> Iterator[None]:
+def offset_of(args: argparse.Namespace, table: Sequence[BudgetPoint]) -> float:
+    """Gate offset for --budget, from the table of a model or file."""
+    if not table:
+        raise InputError(f'--budget: {args.model} has no calibrated budgets.')
     try:
-        yield
+        return budget_offset(table, args.budget)
     except InputError as e:
-        raise InputError(f'--budget {args.budget:g}, {args.model}: {e.problem}') from e
+        raise InputError(f'--budget {e.problem}') from e
 
 
 def open_predictor(args: argparse.Namespace) -> Predictor:
@@ -135,24 +128,25 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
         return open_stages(args)
     if args.model.endswith('.onnx'):
         return open_file(args)
+    warn_of_random_weights(args, args.model, WARNING)
     device, model = open_device(args), open_model(args, args.model)
     if args.budget:
-        with blame_budget(args):
-            timm_aig.set_budget(model, args.budget)
+        timm_aig.set_gate_offset(model, offset_of(args, timm_aig.budget_table(model)))
     config = data_config(args, model)
     cost = timm_aig.compute_cost(model, config['input_size'])
-    gated = bool(timm_aig.gated_blocks(model))
     model = model.to(device)
 
     def run(images: torch.Tensor) -> Dict[str, Any]:
         logits, gates = timm_aig.forward_gates(model, images.to(device))
-        blocks = {'blocks_run': gates.sum(1).int()} if gated else {}
+        blocks = {'blocks_run': gates.sum(1).int()} if gates.shape[1] else {}
         return dict(logits=logits, macs_share=cost.share(gates), **blocks)
 
     return Predictor(config, model.pretrained_cfg.get('label_names') or (), run)
 
 
 def open_stages(args: argparse.Namespace) -> Predictor:
+    for name in dict.fromkeys(args.cascade if len(args.cascade) > 1 else ()):  # one name is a saved cascade
+        warn_of_random_weights(args, name, WARNING)
     device, cascade = open_device(args), open_cascade(args)
     config = common_data_config(args, cascade)
     largest = max(cost.static for cost in cascade.costs(config['input_size']))
@@ -176,16 +170,14 @@ def open_file(args: argparse.Namespace) -> Predictor:
     data = session.get_modelmeta().custom_metadata_map
     known = {key: json.loads(data[key]) for key in (
         'input_size', 'mean', 'std', 'crop_pct', 'labels', 'budgets', 'gates') if key in data}
-    config = {key: known[key] for key in ('input_size', 'mean', 'std', 'crop_pct')}
-    config.update(interpolation=data['interpolation'], **({'crop_pct': args.crop_pct} if args.crop_pct else {}))
+    config = {**{key: known[key] for key in ('input_size', 'mean', 'std')},
+              'crop_pct': args.crop_pct or known['crop_pct'], 'interpolation': data['interpolation']}
     feeds = {}
     if args.budget:
-        table = [BudgetPoint(budget, offset, budget, images=0) for budget, offset in known.get('budgets', ())]
         shapes = [value.shape for value in session.get_overridable_initializers() if value.name == 'gate_offset']
-        with blame_budget(args):
-            if not table or not shapes:
-                raise InputError('has no calibrated budgets.', 'model')
-            feeds['gate_offset'] = np.full(shapes[0], budget_offset(table, args.budget), np.float32)
+        table = [BudgetPoint(budget, offset, budget, images=0) for budget, offset in known.get('budgets', ()) if shapes]
+        offset = offset_of(args, table)
+        feeds['gate_offset'] = np.full(shapes[0], offset, np.float32)
 
     def run(images: torch.Tensor) -> Dict[str, Any]:
         logits, *gates = map(torch.from_numpy, session.run(None, {'x': images.numpy(), **feeds}))
@@ -201,43 +193,27 @@ def predict(args: argparse.Namespace, predictor: Predictor, files: Sequence[Path
     rows = []
     images = Images(files, predictor.config)
     for batch in DataLoader(images, args.batch_size, num_workers=args.workers, collate_fn=list):
+        read = [(file, image) for file, image in batch if not isinstance(image, str)]
         for file, problem in batch:
             if isinstance(problem, str):
                 print(f'Left out {file}, {problem}', file=sys.stderr)
-        batch = [(file, image) for file, image in batch if not isinstance(image, str)]
-        if not batch:
+        if not read:
             continue
-        found = predictor.run(torch.stack([image for _, image in batch]))
+        found = predictor.run(torch.stack([image for _, image in read]))
         logits = found.pop('logits')
         check_output(logits, None)
         probabilities, classes = logits.float().softmax(1).max(1)
-        columns = {key: values.tolist() for key, values in found.items()}
-        for i, (file, _) in enumerate(batch):
-            number = int(classes[i])
-            rows.append({
-                'file': str(file), 'label': predictor.labels[number] if predictor.labels else number,
-                'probability': probabilities[i].item(), **{key: values[i] for key, values in columns.items()}})
+        columns = {'probability': probabilities, **found}
+        for i, ((file, _), label) in enumerate(zip(read, classes.tolist())):
+            rows.append({'file': str(file), 'label': predictor.labels[label] if predictor.labels else label,
+                         **{key: values[i].item() for key, values in columns.items()}})
     return rows
-
-
-def print_table(rows: List[Dict[str, Any]]) -> None:
-    def cell(key: str, value: Any) -> str:
-        return f'{value:.1%}' if key in ('probability', 'macs_share') else str(value)
-
-    table = [[HEADS[key] for key in rows[0]], *([cell(*item) for item in row.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print('  '.join(f'{text:{"<" if i < 2 else ">"}{width}}' for i, (text, width) in enumerate(zip(line, widths))))
 
 
 def run(args: argparse.Namespace) -> None:
     files = find_files(args.files)
     if args.csv:
         check_file(args.csv, 'csv')
-    names = args.cascade or [args.model]
-    if not names[0].endswith('.onnx') and not (args.cascade and len(names) == 1):  # neither a file nor a saved cascade
-        for name in dict.fromkeys(names):
-            warn_of_random_weights(args, name, ': its answers mean nothing')
     with torch.inference_mode():
         rows = predict(args, open_predictor(args), files)
     if not rows:
@@ -248,7 +224,9 @@ def run(args: argparse.Namespace) -> None:
         write_csv(args.csv, rows[0], (row.values() for row in rows))
         print(f'Wrote {args.csv}: {len(rows)} images.')
     else:
-        print_table(rows)
+        print_table([{
+            HEADS.get(key, key): f'{value:.1%}' if isinstance(value, float) else value for key, value in row.items()
+        } for row in rows], 'file', 'label')
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -7,7 +7,8 @@ import zlib
 from pathlib import Path
 from typing import List, Optional
 
-from _common import create_parser, open_folder, run_script
+from _args import create_parser
+from _common import open_folder, run_script
 
 SOURCE = Path('/usr/share/datasets/fashion-mnist')
 

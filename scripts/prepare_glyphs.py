@@ -10,10 +10,12 @@ chances that neighbouring characters show and that a patch is covered. Half of t
 """
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-from _common import add_args, create_parser, integer, run_script, write_csv
+from _args import add_args, create_parser, integer
+from _common import run_script, write_csv
 
 EXAMPLES = """examples:
   apt-get install $(scripts/prepare_glyphs.py --packages) && scripts/prepare_glyphs.py glyphs
@@ -77,22 +79,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from timm_aig import InputError
 
 
 def characters(count: int, seed: int) -> List[str]:
     """Characters of GB 2312 level 1 that Shift-JIS has too, so that Chinese and Japanese fonts have them all."""
-    found = []
-    for high in range(0xB0, 0xD8):
-        for low in range(0xA1, 0xFF):
-            try:
-                character = bytes([high, low]).decode('gb2312')
-                character.encode('shift_jis')
-            except UnicodeError:
-                continue
-            found.append(character)
+    level_1 = (bytes(pair).decode('gb2312', 'ignore') for pair in product(range(0xB0, 0xD8), range(0xA1, 0xFF)))
+    found = [char for char in level_1 if char and char.encode('shift_jis', 'ignore')]
     if count > len(found):
         raise InputError(f'must be at most {len(found)}, not {count}.', 'classes')
     return sorted(found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count])
@@ -172,7 +167,7 @@ def grid(*matrix: Any) -> torch.Tensor:
 
 def write_split(
         root: Path, split: str, count: int, fonts: Tuple[Font, ...], glyphs: torch.Tensor, names: List[str],
-        generator: torch.Generator, bar: Any,
+        generator: torch.Generator,
 ) -> List[List[Any]]:
     """Write the images of a split; every character has the same number of them, or one more.
 
@@ -182,7 +177,7 @@ def write_split(
     for name in names:
         (root / split / name).mkdir(parents=True)
     rows = []
-    for start in range(0, count, BATCH):
+    for start in trange(0, count, BATCH, desc=split, unit='batch'):
         label = torch.arange(start, min(start + BATCH, count)) % len(names)
         font = torch.randint(len(fonts), label.shape, generator=generator)
         severity = torch.rand(label.shape, generator=generator)
@@ -191,7 +186,6 @@ def write_split(
             file = f'{split}/{names[label[i]]}/{start + i:06}.png'
             Image.fromarray(image).save(root / file)
             rows.append([file, Path(fonts[font[i]].file).name, f'{severity[i]:.4f}'])
-        bar.update(len(images))
     return rows
 
 
@@ -205,23 +199,15 @@ def run(args: argparse.Namespace) -> None:
     if args.root.is_file() or (args.root.exists() and any(args.root.iterdir())):
         raise InputError(f'must be a new or empty folder, {args.root} is not.', 'root')
     chars = characters(args.classes, args.seed)
-    names = [f'U+{ord(char):04X}' for char in chars]
+    glyphs = {some: torch.stack([render(font, chars, 2 * args.size) for font in tqdm(some, 'render', unit='font')])
+              for some in (FONTS, TEST_FONTS)}
     generator = torch.Generator().manual_seed(args.seed)
     counts = {split: getattr(args, split) for split in SPLITS}
-    fonts = dict.fromkeys(SPLITS, FONTS) | {'test_fonts': TEST_FONTS}
-    with tqdm(total=len(FONTS + TEST_FONTS), desc='render fonts', unit='font') as bar:
-        glyphs = {}
-        for some in (FONTS, TEST_FONTS):
-            images = []
-            for font in some:
-                images.append(render(font, chars, 2 * args.size))
-                bar.update()
-            glyphs[some] = torch.stack(images)
     rows = []
-    with tqdm(total=sum(counts.values()), desc='draw images', unit='image') as bar:
-        for split, count in counts.items():
-            some = fonts[split]
-            rows += write_split(args.root, split, count, some, glyphs[some], names, generator, bar)
+    for split, count in counts.items():
+        fonts = TEST_FONTS if split == 'test_fonts' else FONTS
+        names = [f'U+{ord(char):04X}' for char in chars]
+        rows += write_split(args.root, split, count, fonts, glyphs[fonts], names, generator)
     write_csv(args.root / 'fonts.csv', ['font', 'package', 'licence', 'splits'], [
         [Path(font.file).name, font.package, font.licence, 'test_fonts' if font in TEST_FONTS else 'the others']
         for font in FONTS + TEST_FONTS])

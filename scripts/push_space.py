@@ -9,25 +9,23 @@ The token is the one of `hf auth login`, or HF_TOKEN.
 import argparse
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import requires, version
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
-from _common import create_parser, run_script
+from _args import create_parser
+from _common import run_script
 from _push import add_push_args, publish
 
 EXAMPLES = """examples:
   scripts/push_space.py user/adaptive-resnets --dry-run
-  scripts/push_space.py user/adaptive-resnets --private
-  scripts/push_space.py user/adaptive-resnets --package 'timm_aig @ git+https://github.com/user/timm_aig'"""
+  scripts/push_space.py user/adaptive-resnets --private"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = create_parser(__doc__, EXAMPLES)
     add_push_args(parser, 'Update the page')
-    parser.add_argument(
-        '--package', metavar='REQUIREMENT', help='line of requirements.txt that installs timm_aig with the shipped '
-        "models (default: upload this checkout's)")
     return parser.parse_args(argv)
 
 
@@ -54,19 +52,16 @@ CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'  # a tenth
 OURS = re.compile(r'space_\w+\.py|(space_)?examples/.*|timm_aig/.*|hub_configs/.*')
 
 
-def collect_files(package: Optional[str]) -> Dict[str, Any]:
+def collect_files() -> Dict[str, Any]:
     """All files but README.md: path in the Space -> local file, or the content itself."""
     page, configs = CHECKOUT / 'scripts' / 'space', CHECKOUT / 'hub_configs'
-    files: Dict[str, Any] = {'LICENSE': CHECKOUT / 'LICENSE'}
-    files.update((str(file.relative_to(page)), file) for file in [*page.glob('*.py'), *page.glob('examples/*')])
-    checkout = list(configs.glob('*/rates.csv'))
-    if not package:
-        checkout += [*(CHECKOUT / 'timm_aig').rglob('*.py'), *configs.glob('*.json'), *configs.glob('*.safetensors')]
-    files.update((str(file.relative_to(CHECKOUT)), file) for file in sorted(checkout))
-    # A Space installs Gradio itself, in the version that its README.md asks for.
-    needed = [package] if package else [line for line in requires('timm_aig') or [] if 'extra ==' not in line]
-    files['requirements.txt'] = '\n'.join([CPU_WHEELS, *needed, '']).encode()
-    return files
+    package = [*(CHECKOUT / 'timm_aig').rglob('*.py'), CHECKOUT / 'LICENSE']
+    package += [file for pattern in ('*.json', '*.safetensors', '*/rates.csv') for file in configs.glob(pattern)]
+    needed = [line for line in requires('timm_aig') or [] if 'extra ==' not in line]  # a Space installs Gradio itself
+    return {
+        **{str(file.relative_to(page)): file for file in page.rglob('*.*') if 'pycache' not in str(file)},
+        **{str(file.relative_to(CHECKOUT)): file for file in sorted(package)},
+        'requirements.txt': '\n'.join([CPU_WHEELS, *needed, '']).encode()}
 
 
 def make_card(existing: Optional[str]) -> SpaceCard:
@@ -83,47 +78,42 @@ def make_card(existing: Optional[str]) -> SpaceCard:
     return SpaceCard(f'---\n{card.data}\n---\n{card.text}')
 
 
-def look_up(api: HfApi, repo_id: str) -> Tuple[Any, Optional[str]]:
-    """The Hub's data on the Space, and its README.md. None where there is none."""
-    try:
-        info = api.space_info(repo_id)
-    except RepositoryNotFoundError:
-        return None, None
-    card = None
-    if any(file.rfilename == 'README.md' for file in info.siblings or []):
-        path = api.hf_hub_download(repo_id, 'README.md', repo_type='space', revision=info.sha)
-        card = Path(path).read_text(encoding='utf-8-sig')
-    return info, card
+def read_readme(api: HfApi, repo_id: str, info: Any) -> Optional[str]:
+    """README.md of an existing Space."""
+    if not any(file.rfilename == 'README.md' for file in info.siblings or []):
+        return None
+    path = api.hf_hub_download(repo_id, 'README.md', repo_type='space', revision=info.sha)
+    return Path(path).read_text(encoding='utf-8-sig')
 
 
 def push(args: argparse.Namespace) -> Upload:
     """Publish the Space, unless it is a dry run."""
     api = HfApi(library_name='timm_aig', library_version=version('timm_aig'))
+    info = None
     with hub_timeout(args.timeout):
-        info, existing = look_up(api, args.repo_id)
+        with suppress(RepositoryNotFoundError):
+            info = api.space_info(args.repo_id)
         private = bool(info.private) if info else args.private or None
         if args.private and not private:
             raise InputError(f'is set, but {args.repo_id} exists and is public.', 'private')
-        card = make_card(existing)
-        files = {**collect_files(args.package), 'README.md': str(card).encode()}
+        card = make_card(info and read_readme(api, args.repo_id, info))
+        files = {**collect_files(), 'README.md': str(card).encode()}
         names = [file.rfilename for file in info.siblings or []] if info else []
         deleted = [name for name in names if OURS.fullmatch(name) and name not in files]
         sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
         url = None
         if not args.dry_run:
-            if info is None:
+            if not info:
                 api.create_repo(args.repo_id, repo_type='space', space_sdk='gradio', private=private)
             additions = [CommitOperationAdd(name, file) for name, file in files.items()]
             url = api.create_commit(
                 args.repo_id, [*additions, *map(CommitOperationDelete, deleted)], commit_message=args.message,
-                repo_type='space', parent_commit=info.sha if info else None).commit_url
-    return Upload(args.repo_id, info is not None, private, files=sizes, deleted=deleted, card=str(card), url=url)
+                repo_type='space', parent_commit=info and info.sha).commit_url
+    return Upload(args.repo_id, bool(info), private, files=sizes, deleted=deleted, card=str(card), url=url)
 
 
 def run(args: argparse.Namespace) -> None:
     check_repo_id(args.repo_id)
-    if args.package is not None and not re.match(r'timm[-_.]aig\b[^\r\n]*$', args.package):
-        raise InputError(f'must be a requirement of timm_aig, one line, not {args.package!r}.', 'package')
     publish(args, push, args)
 
 

@@ -18,28 +18,15 @@ import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from _common import (
-    add_args,
-    add_evaluation_args,
-    blame,
-    check_file,
-    create_parser,
-    number,
-    open_device,
-    require,
-    run_script,
-    sleep_when_idle,
-    write_csv,
-)
+from _args import add_args, add_evaluation_args, create_parser, number
+from _common import blame, check_file, open_device, print_table, require, run_script, sleep_when_idle, write_csv
 
 EXAMPLES = """examples:
   scripts/validate.py --model resnet50_aig --pretrained --data-dir imagenet
-  scripts/validate.py --model local-dir:output/finetune/r32 --dataset torch/fashion_mnist --data-dir data
   scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
   scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
       --data-dir data --budgets 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot all.png
   scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
-  scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos --split train --holdout 5000
   scripts/validate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --thresholds 0.5 0.7 0.9
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet"""
 
@@ -79,7 +66,7 @@ sleep_when_idle()
 
 import torch
 import torch.nn as nn
-from _cascade import cascade_rows, open_cascade, print_cascade_table
+from _cascade import cascade_rows, open_cascade, print_cascade_rows
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 from torch.utils.data import IterableDataset, Subset
 
@@ -200,16 +187,13 @@ def mcnemar(a: Evaluation, b: Evaluation) -> Dict[str, Any]:
         'p_value': min(1., 2 * tail / 2 ** n)}
 
 
-def print_table(rows: List[Dict[str, Any]]) -> None:
-    width = max(len(row['model']) for row in rows)
-    print(f'{"model":{width}}  {"offset":>6}  {"top1":>6}  {"top5":>6}  {"blocks run":>10}  {"MACs":>6}  '
-          f'{"90 % of images":>14}  {"paths":>6}  {"images/s":>8}')
-    for r in rows:
-        q = r['macs_share_quantiles']
-        spread = f'{100 * q[.05]:.1f}-{100 * q[.95]:.1f}%'
-        print(f'{r["model"]:{width}}  {r["gate_offset"]:6.2f}  {r["top1"]:5.2f}%  {r["top5"]:5.2f}%  '
-              f'{r["execution_rate"]:10.1%}  {r["macs_share"]:6.1%}  {spread:>14}  {r["paths"]:6}  '
-              f'{r["images_per_second"]:8.0f}')
+def print_rows(rows: List[Dict[str, Any]]) -> None:
+    print_table([{
+        'model': r['model'], 'offset': f'{r["gate_offset"]:.2f}', 'top1': f'{r["top1"]:.2f}%',
+        'top5': f'{r["top5"]:.2f}%', 'blocks run': f'{r["execution_rate"]:.1%}', 'MACs': f'{r["macs_share"]:.1%}',
+        '90 % of images': '{:.1%}-{:.1%}'.format(*(r['macs_share_quantiles'][q] for q in (.05, .95))),
+        'paths': r['paths'], 'images/s': f'{r["images_per_second"]:.0f}',
+    } for r in rows], 'model')
     unreadable = f', {rows[0]["unreadable"]} unreadable ones left out' if rows[0]['unreadable'] else ''
     print(f'{rows[0]["images"]} images{unreadable}.')
 
@@ -241,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
         if args.distributed:
             raise InputError('validate.py --cascade runs in one process, without torchrun.')
         found = cascade_rows(args, open_cascade(args), device)
-        print(json.dumps({'rows': found}, indent=2)) if args.json else print_cascade_table(found)
+        print(json.dumps({'rows': found}, indent=2)) if args.json else print_cascade_rows(found)
         return
     if args.plot:
         require('train', 'matplotlib')
@@ -268,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:  # print first: a file that cannot be written does not lose the figures
         print(json.dumps({'rows': rows + other_rows, 'comparison': comparison}, indent=2))
     else:
-        print_table(rows + other_rows)
+        print_rows(rows + other_rows)
         if comparison:
             print(f'{args.model} is right on {comparison["only_first_right"]} images where {args.against} is wrong, '
                   f'and wrong on {comparison["only_second_right"]} where it is right: '

@@ -48,7 +48,7 @@ try:
 except ImportError:
     print("error: the page needs gradio: pip install 'timm_aig[space]'", file=sys.stderr)
     sys.exit(2)
-from drawing import CSS, draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair, draw_sample
+from drawing import draw_answers, draw_curve, draw_heatmap, draw_images, draw_network, draw_pair, draw_sample
 from images import MAX_BYTES, UploadError, read_image
 from loading import CASCADE, ON_A_SPACE, load_network, shipped_models
 from network import ModelError, Network, Run
@@ -69,17 +69,16 @@ class Session:
     title: str = ''  # of the image
     sample: bool = False  # the image is one of the samples
     shown: Optional[Tuple[Network, Any, Run]] = None  # on the page now; time_it stops when another object replaces it
-    pictured: Tuple[Any, ...] = ()  # what the pictures on the page show
 
     def take_sample(self, path: Path) -> None:
-        self.image, self.title, self.sample = read_image(path)[0], f'sample: {title_of(path)}', True
+        self.image, self.title, self.sample = read_image(path), f'sample: {title_of(path)}', True
 
 
 def title_of(path: Path) -> str:
     return path.stem[2:].replace('_', ' ')
 
 
-PAIR = [(title_of(path), read_image(path)[0]) for path in SAMPLES if 'Pullover' in path.stem]  # an easy and a hard one
+PAIR = [(title_of(path), read_image(path)) for path in SAMPLES if 'Pullover' in path.stem]  # an easy and a hard one
 
 
 def controls(network: Network) -> Tuple[Any, str]:
@@ -128,37 +127,38 @@ def upload(file: Optional[Dict[str, Any]], session: Session) -> None:
         return
     path, title = Path(file['path']), str(file.get('orig_name') or 'your image')
     try:
-        session.image, notes = read_image(path)
+        session.image = read_image(path)
     except UploadError as e:
         gr.Warning(escape(f'{title[:30]}: {e}'))
         return
     finally:
         path.unlink(missing_ok=True)
     session.title, session.sample = title, False
-    if notes:
-        gr.Info(escape(' '.join([f'{title[:30]}:', *notes])))
 
 
 def pick(index: int, session: Session) -> None:
     session.take_sample(SAMPLES[index])
 
 
-def show(value: Any, session: Session) -> Tuple[Any, ...]:
-    """Everything about the image at a value of the slider, except the time."""
+def show_image(session: Session) -> str:
+    if session.image is None:
+        return ''
+    return draw_images(session.image, session.title, load_network(session.model))
+
+
+def show(value: Any, session: Session) -> Tuple[str, ...]:
+    """What the network does with the image at a value of the slider, except the time."""
     network = load_network(session.model)
     curve = draw_curve(network, value)
     if session.image is None:
-        session.shown, session.pictured = None, ()
-        return '', '', 'Upload an image to see which blocks run.', curve, '', ''
+        session.shown = None
+        return '', 'Upload an image to see which blocks run.', curve, '', ''
     x = network.tensor(session.image)
     run = network.run(x, value)
     session.shown = network, x, run
-    images, pictured = gr.skip(), (session.title, session.image, network)
-    if session.pictured != pictured:  # they are not sent again when the slider moves
-        images, session.pictured = draw_images(session.image, session.title, network), pictured
     pair = [(title, image, network.run(network.tensor(image), value))
             for title, image in (PAIR if samples_suit(network) else [])]
-    return (images, draw_answers(network, run), draw_network(network, run), curve, draw_pair(network, pair),
+    return (draw_answers(network, run), draw_network(network, run), curve, draw_pair(network, pair),
             draw_heatmap(network, run))
 
 
@@ -168,8 +168,8 @@ def time_it(session: Session) -> Any:
     if shown is None:
         return gr.skip()
     network, x, run = shown
-    timing = network.measure(x, run, wanted=lambda: session.shown is shown)
-    return gr.skip() if timing is None else draw_answers(network, run, timing)
+    milliseconds = network.measure(x, run, wanted=lambda: session.shown is shown)
+    return gr.skip() if milliseconds is None else draw_answers(network, run, milliseconds)
 
 
 def make_page(first: Network) -> gr.Blocks:
@@ -213,17 +213,18 @@ def make_page(first: Network) -> gr.Blocks:
         about = gr.Markdown(description, elem_id='about')
 
         options: Dict[str, Any] = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
+        pictured: Dict[str, Any] = dict(options, fn=show_image, inputs=session, outputs=images)
         shown: Dict[str, Any] = dict(
-            options, fn=show, inputs=[slider, session], outputs=[images, answers, network, curve, pair, heatmap],
+            options, fn=show, inputs=[slider, session], outputs=[answers, network, curve, pair, heatmap],
             preprocess=False)  # the slider would raise an error for a typed number outside of its range
         timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=answers)
         asked: Dict[str, Any] = dict(options, show_progress='minimal')
-        page.load(**shown).then(**timed)
         slider.input(**shown, trigger_mode='always_last').then(**timed)
         for event in (
-                model.input(choose_model, [model, session], [model, slider, about, samples], **asked),
-                file.input(upload, [file, session], file, preprocess=False, **asked),
-                samples.click(pick, [samples, session], **asked)):
+                page.load(**pictured),
+                model.input(choose_model, [model, session], [model, slider, about, samples], **asked).then(**pictured),
+                file.input(upload, [file, session], file, preprocess=False, **asked).then(**pictured),
+                samples.click(pick, [samples, session], **asked).then(**pictured)):
             event.then(**shown).then(**timed)
     return page
 
@@ -241,7 +242,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         body_text_color_subdued_dark='*neutral_300', block_info_text_color_dark='*neutral_300')
     try:
         make_page(first).queue(max_size=64).launch(
-            server_port=args.port, max_file_size=MAX_BYTES, theme=theme, css=CSS, footer_links=['settings'],
+            server_port=args.port, max_file_size=MAX_BYTES, theme=theme,
+            css_paths=Path(__file__).with_name('page.css'), footer_links=['settings'],
             ssr_mode=False, show_error=False)
     except OSError as e:
         if 'empty port' not in str(e):

@@ -1,13 +1,16 @@
 """Load a network of the page by name: a shipped one, or an adaptive model or a cascade of the Hub or of a folder."""
+import csv
 import json
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, List, Union
 
 import timm
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -15,18 +18,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from images import read_image
 from network import ModelError, Network
-from rates import download
+from PIL import Image
 
 import timm_aig
 from timm_aig.models.hub_configs import load_hub_configs
 
-__all__ = ['CASCADE', 'load_network', 'shipped_models']
+__all__ = ['CASCADE', 'ON_A_SPACE', 'load_network', 'shipped_models']
 
 ON_A_SPACE = 'SPACE_ID' in os.environ
+HERE = Path(__file__).resolve().parent
 CASCADE = 'cascade of fmnist_t04 and fmnist_t06'  # as calibrated in hub_configs/results/fmnist_cascades.csv
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
 MAX_STAGES = 4
+MAX_CSV = 10_000_000  # characters
 REASONS = (
     (HFValidationError, 'is not a name of a model on the Hub: hf-hub:user/name.'),
     ((RepositoryNotFoundError, RevisionNotFoundError), 'is not on the Hub, or not public.'),
@@ -54,12 +60,7 @@ def load_network(name: str) -> Network:
 @lru_cache(maxsize=4)
 def _load(name: str) -> Network:
     try:
-        if name == CASCADE:
-            models = [timm.create_model(f'cifar_resnet32_aig.fmnist_{tag}', pretrained=True) for tag in ('t04', 't06')]
-            return Network(name, timm_aig.Cascade(list(zip(models, (.4, .7))), .7469))
-        if name not in shipped_models() and 'cascade' in _read_checked_config(name):
-            return Network(name, timm_aig.Cascade.from_pretrained(name))
-        return Network(name, timm.create_model(name, pretrained=True))
+        network = Network(name, _create(name))
     except ModelError:
         raise
     except Exception as e:  # a repository may contain anything
@@ -70,18 +71,25 @@ def _load(name: str) -> Network:
         reason = str(e) if isinstance(e, (ValueError, RuntimeError)) else ''
         reason = re.sub(r'(?<![\w:])(/[^\s/:\'"]+){2,}', '...', ' '.join(reason.split()))  # paths of this machine
         raise ModelError(f'{name} cannot be loaded: {reason[:300] or type(e).__name__}') from e
+    network.rates = _find_rates(name, network.stages[0].gated, network.model.num_classes)
+    return network
 
 
-def _read_checked_config(name: str) -> Dict[str, Any]:
-    """The config.json of a folder or repository that the page may load. No weights are read."""
-    path = _find_config(name, 'config.json')
+def _create(name: str) -> Any:
+    """The model or cascade of a name. A foreign one is looked at before its weights are read."""
+    if name == CASCADE:
+        models = [timm.create_model(f'cifar_resnet32_aig.fmnist_{tag}', pretrained=True) for tag in ('t04', 't06')]
+        return timm_aig.Cascade(list(zip(models, (.4, .7))), .7469)
+    if name in shipped_models():
+        return timm.create_model(name, pretrained=True)
+    path = _find_file(name, 'config.json')
     config = json.loads(path.read_text(encoding='utf-8'))
     folders = [path.parent]
     if 'cascade' in config:
         stages = [str(stage['model']) for stage in config['cascade']['stages']]
         if len(stages) > MAX_STAGES:
             raise ModelError(f'{name} has {len(stages)} stages; this page runs at most {MAX_STAGES}.')
-        folders = [_find_config(name, f'{model}/config.json').parent for model in {*stages}
+        folders = [_find_file(name, f'{model}/config.json').parent for model in {*stages}
                    if re.fullmatch(r'model_\d+', model)]
     elif not str(config['architecture']).endswith('_aig'):
         raise ModelError(f'{name} has the architecture {str(config["architecture"])[:80]!r}; this page shows adaptive '
@@ -90,15 +98,33 @@ def _read_checked_config(name: str) -> Dict[str, Any]:
     parameters = sum(p.numel() for model in models for p in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
-    return config
+    return timm_aig.Cascade.from_pretrained(name) if 'cascade' in config else timm.create_model(name, pretrained=True)
 
 
-def _find_config(name: str, filename: str) -> Path:
+def _find_file(name: str, filename: str) -> Path:
+    """A file of a folder or repository that the page may load, or one beside a shipped model."""
     source, _, place = name.partition(':')
     if source == 'hf-hub':
-        return download(place, filename)
+        repo_id, _, revision = place.partition('@')
+        return Path(hf_hub_download(repo_id, filename, revision=revision or None))
     if source == 'local-dir' and not ON_A_SPACE:
         return Path(place, filename)
+    if name in shipped_models():
+        folders = [root / 'hub_configs' / name for root in (HERE, HERE.parent.parent)]  # in a Space and in a checkout
+        return next((folder / filename for folder in folders if folder.is_dir()), Path(filename))
     folder = '' if ON_A_SPACE else ' or local-dir:folder'
     raise ModelError(
         f'must be {", ".join([*shipped_models(), CASCADE])}, hf-hub:user/name{folder}, not {name[:80]!r}.')
+
+
+def _find_rates(name: str, blocks: List[str], classes: int) -> Union[List[List[float]], Image.Image, None]:
+    """Execution rates beside a model, as analyze.py writes them: by class and block, else as a picture, else None."""
+    with suppress(Exception):  # none, or of another form: the page works without it
+        with open(_find_file(name, 'rates.csv'), newline='', encoding='utf-8') as file:
+            rows = list(csv.DictReader(file.read(MAX_CSV).splitlines()))
+        rates = [[float(row[block] or 'nan') for block in blocks] for row in rows]
+        if len(rates) == classes and not any(rate < 0 or rate > 1 for row in rates for rate in row):
+            return rates
+    with suppress(Exception):
+        return read_image(_find_file(name, 'execution_rates.png'))
+    return None

@@ -2,15 +2,13 @@
 import copy
 import math
 import statistics
-import sys
 import threading
 import time
 from contextlib import nullcontext
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from PIL import Image
-from rates import Rates, find_rates
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 import timm_aig
@@ -19,11 +17,9 @@ from timm_aig.budget import budget_offset, budget_table
 from timm_aig.convert import residual_blocks
 from timm_aig.training.data import MODES
 
-__all__ = ['ModelError', 'Network', 'Pass', 'Run', 'Slider', 'Stage', 'Timing']
-
 MAX_SIDE = 1024  # pixels of a model's input
 THRESHOLD = .9  # of the second stage that an adaptive model is given
-TIMED_SECONDS, MIN_TURNS, MAX_TURNS, WARM_UP_TURNS = .7, 5, 51, 2
+TURNS, WARM_UP_TURNS = 9, 2  # of a timing
 
 # One computation at a time: others would disturb the timing.
 _computing = threading.Lock()
@@ -66,10 +62,13 @@ class Pass(NamedTuple):
     opens: List[float]  # probability of open that each gate gives, the softmax of its two logits
     threshold: float  # a block runs where its gate's probability is above this; 0.5 at offset 0
     macs: float
+    ran: str  # blocks that ran, with those without a gate: '9 of 15'
 
     @property
-    def sure(self) -> float:
-        return self.probabilities.max().item()
+    def best(self) -> List[Tuple[int, float]]:
+        """The two most probable classes and their probabilities."""
+        values, classes = self.probabilities.topk(min(2, len(self.probabilities)))
+        return list(zip(classes.tolist(), values.tolist()))
 
 
 class Run(NamedTuple):
@@ -78,11 +77,10 @@ class Run(NamedTuple):
     passes: List[Pass]  # of all stages, also of those that a cascade leaves out
     needed: int  # stages that a cascade runs
 
-
-class Timing(NamedTuple):
-    """Time of one image in each stage, measured in turns."""
-    milliseconds: List[float]  # medians
-    turns: int
+    @property
+    def macs(self) -> float:
+        """MACs of the stages that a cascade runs."""
+        return sum(one.macs for one in self.passes[:self.needed])
 
 
 class Stage:
@@ -93,6 +91,9 @@ class Stage:
         self.model = model.eval()
         self.name = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
         self.blocks = list(residual_blocks(model))
+        self.layers: Dict[str, List[str]] = {}  # names of their blocks
+        for name in self.blocks:
+            self.layers.setdefault(name.rpartition('.')[0], []).append(name)
         self.gated = list(timm_aig.gated_blocks(model))
         self.offset = offset
         if self.gated and offset is None:
@@ -114,9 +115,11 @@ class Stage:
         finally:
             for hook in hooks:
                 hook.remove()
+        ran = len(self.blocks) - len(self.gated) + int(gates.sum())
         return Pass(
             output[0].softmax(0), gates, [pair.softmax(0)[1].item() for pair in logits],
-            torch.tensor(-(offset or 0.)).sigmoid().item(), self.cost.executed(gates).item())
+            torch.tensor(-(offset or 0.)).sigmoid().item(), self.cost.executed(gates).item(),
+            f'{ran} of {len(self.blocks)}' if self.blocks else 'all')
 
     def milliseconds(self, x: torch.Tensor, gates: torch.Tensor) -> float:
         """Time of one image in the optimized model, forced to the gates of a run."""
@@ -155,24 +158,18 @@ class Network:
         if self.input_size[0] not in MODES or max(self.input_size) > MAX_SIDE:
             raise ModelError(f'{name} takes images of {" x ".join(map(str, self.input_size))}; '
                              f'this page makes 1 or 3 channels and at most {MAX_SIDE} pixels a side.')
+        self.classes = class_names(self.model)
         self.transform = create_transform(**config)
         self.stages = [Stage(*of_stage, self.input_size) for of_stage in zip(titles, models, model.offsets)]
+        self.macs = self.stages[-1].cost.static  # of the last stage without gates, which shares are over
         offset = self.stages[0].offset
         self.slider = None if offset is None else Slider.of(self.model, offset)  # of the first stage
-        self.rates = Rates()
-        try:
-            self.rates = find_rates(name, self.stages[0].gated, self.model.num_classes)
-        except ValueError as e:  # the page works without them
-            print(f'app.py: {name}: execution rates: {e}', file=sys.stderr)
+        self.rates: Union[List[List[float]], Image.Image, None] = None  # by class and gated block, or a picture
 
     @property
     def image_kind(self) -> str:
         channels, height, width = self.input_size
         return f'{width} x {height} pixels, {"grey" if channels == 1 else "RGB"}'
-
-    @property
-    def classes(self) -> List[str]:
-        return [self.class_name(index) for index in range(self.model.num_classes)]
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The part of an image that the network sees, in its resolution."""
@@ -199,40 +196,32 @@ class Network:
             offsets[0] = self.slider.offset(value)
         with _computing, torch.inference_mode():
             passes = [stage.run(x, offset) for stage, offset in zip(self.stages, offsets)]
-        sure = [one.sure >= threshold for one, threshold in zip(passes, self.thresholds)]
+        sure = [one.best[0][1] >= threshold for one, threshold in zip(passes, self.thresholds)]
         return Run(value, passes, [*sure, True].index(True) + 1)
 
-    def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[Timing]:
-        """Time one image in all stages in turn, each optimized for inference.
+    def measure(self, x: torch.Tensor, run: Run, wanted: Callable[[], bool] = lambda: True) -> Optional[List[float]]:
+        """Milliseconds of one image in each stage, optimized for inference: medians of TURNS turns.
 
         Args:
             x: Input from tensor().
             run: Its run(), whose gates the optimized models are forced to give.
-            wanted: Asked before each turn; False ends the measurement.
-
-        Returns:
-            The timing, None if it was ended.
+            wanted: Asked before each turn; False ends the measurement, and the result is None.
         """
         turns: List[List[float]] = []
-        end = time.perf_counter() + TIMED_SECONDS
-        for turn in range(-WARM_UP_TURNS, MAX_TURNS):
-            if turn >= MIN_TURNS and time.perf_counter() > end:
-                break
+        for _ in range(WARM_UP_TURNS + TURNS):
             if not wanted():
                 return None
             with _computing, torch.inference_mode():
-                times = [stage.milliseconds(x, one.gates) for stage, one in zip(self.stages, run.passes)]
-            if turn >= 0:
-                turns.append(times)
+                turns.append([stage.milliseconds(x, one.gates) for stage, one in zip(self.stages, run.passes)])
             time.sleep(.001)  # lets a waiting tab go first
-        return Timing([statistics.median(times) for times in zip(*turns)], len(turns))
+        return [statistics.median(times) for times in zip(*turns[WARM_UP_TURNS:])]
 
-    def class_name(self, index: int) -> str:
-        names = self.model.pretrained_cfg.get('label_names')
-        if isinstance(names, dict):
-            names = names.get(index, names.get(str(index)))
-            return f'class {index}' if names is None else str(names)
-        if names and index < len(names):
-            return str(names[index])
-        subset = infer_imagenet_subset(self.model)
-        return ImageNetInfo(subset).index_to_description(index) if subset else f'class {index}'
+
+def class_names(model: Any) -> List[str]:
+    """Names of a model's classes: its own, else those of ImageNet if it has them, else numbers."""
+    own = model.pretrained_cfg.get('label_names') or {}
+    own = own if isinstance(own, dict) else dict(enumerate(own))
+    subset = None if own else infer_imagenet_subset(model)
+    if subset:
+        return ImageNetInfo(subset).label_descriptions()
+    return [str(own.get(i, own.get(str(i), f'class {i}'))) for i in range(model.num_classes)]

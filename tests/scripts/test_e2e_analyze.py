@@ -115,9 +115,9 @@ def test_an_output_that_cannot_be_written_is_exit_code_3(run_script, images, ada
     ('[1', 'groups.json: '),
     ('["ape"]', 'must be an object of lists'),
     ('{"a": []}', 'must be an object of lists'),
-    ('{"a": ["ape", "bee", "cat", "dog"]}', 'not classes of the data set: dog'),
-    ('{"a": ["ape", "bee"]}', 'in no group: cat'),
-    ('{"a": ["ape", "bee", "cat"], "b": ["bee"]}', 'named twice: bee'),
+    ('{"a": ["ape", "bee", "cat", "dog"]}', 'in one group; not so: dog'),
+    ('{"a": ["ape", "bee"]}', 'in one group; not so: cat'),
+    ('{"a": ["ape", "bee", "cat"], "b": ["bee"]}', 'in one group; not so: bee'),
 ])
 def test_groups_that_do_not_fit_are_refused(run_script, images, adaptive_model, tmp_path, capsys, text, error):
     groups = tmp_path / 'groups.json'

@@ -141,7 +141,7 @@ def test_times_are_of_each_stage_and_the_cascade_in_turns(call, run_script, imag
 
 
 @pytest.mark.parametrize('args, problem', [
-    ([], '--images must be given'), (['--train'], '--cascade is timed without'),
+    ([], '--images must be given'), (['--train'], '--train not allowed with argument --cascade'),
     (['--images', '/nowhere'], '--images /nowhere: there is no such folder.'),
     (['--batch-size', '99', '--images', '{images}'], '--batch-size 99'),
 ])

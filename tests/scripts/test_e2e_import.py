@@ -158,7 +158,7 @@ def test_what_is_not_a_checkpoint_of_theirs_is_refused_without_executing_it(tmp_
     for path, message in (
             (evil, 'weights_only=True blocked'), (other, "none of the networks of the authors' code"),
             (empty, 'holds no state dict'), (shape, 'size mismatch for layer2.1.gate.fc1.weight'),
-            (tmp_path / 'missing', f'CHECKPOINT {tmp_path / "missing"}: there is no such file.'),
+            (tmp_path / 'missing', f'CHECKPOINT {tmp_path / "missing"}: FileNotFoundError'),
             (junk, 'KeyError: ')):
         assert run_script(SCRIPT, path, tmp_path / 'out') == 2
         err = capsys.readouterr().err

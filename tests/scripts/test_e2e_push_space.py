@@ -95,24 +95,13 @@ def test_a_dry_run_shows_everything_and_uploads_nothing(hub, client):
     assert hub.repo('alice/dry', 'space') is None
 
 
-def test_the_package_may_come_from_elsewhere(hub, client):
-    code, _, err = client.script(
-        'push_space.py', 'alice/other', '--package', 'timm_aig @ git+https://example.org/timm_aig')
-    assert code == 0, err
-    files = hub.files('alice/other', repo_type='space')
-    assert 'timm_aig @ git+https://example.org/timm_aig' in files['requirements.txt'].decode().split('\n')
-    assert not [name for name in files if name.startswith('timm_aig')]
-
-
 def test_bad_input_and_refusals_are_one_line_with_their_exit_code(hub, client):
     hub.fault(method='POST', path='/repos/create', stall=True)
     for args, expected, message in (
             (['alice/x', '--timeout', '.2'], 3, 'TimeoutError: the Hub stalled for 0.2 s at POST'),
             (['bob/x'], 3, "You don't have the rights to create a space"),
             (['alice'], 2, "REPO must be 'user/name', not 'alice'"),
-            (['a b/x'], 2, "REPO must be 'user/name', not 'a b/x'"),
-            (['alice/x', '--package', 'evil'], 2, '--package must be a requirement of timm_aig'),
-            (['alice/x', '--package', 'timm_aig\nevil'], 2, '--package must be a requirement of timm_aig')):
+            (['a b/x'], 2, "REPO must be 'user/name', not 'a b/x'")):
         code, _, err = client.script('push_space.py', *args)
         assert code == expected and message in err and err.splitlines()[-1].startswith('error: '), err
         assert 'Traceback' not in err

@@ -3,6 +3,7 @@ import csv
 import json
 
 import pytest
+import timm
 import torch
 
 import timm_aig

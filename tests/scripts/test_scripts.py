@@ -7,7 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from _common import ResultError, blame, check_file, create_model, error_text, number, open_folder, run_script
+from _args import number
+from _common import ResultError, blame, check_file, create_model, error_text, open_folder, run_script
 
 from timm_aig import InputError
 from timm_aig.training.checkpoint import CheckpointError

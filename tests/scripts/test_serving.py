@@ -136,8 +136,10 @@ def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys):
 
 
 @pytest.mark.parametrize('args, message', [
-    *(([*ARGS, *other], '--requests goes without --cascade') for other in (
-        ['--train'], ['--compile'], ['--memory'], ['--runtimes'], ['--cascade', 'a', 'b'], ['--batch-size', '8'])),
+    *(([*ARGS, *other], f'{other[0]} cannot be combined with --requests') for other in (
+        ['--compile'], ['--memory'], ['--runtimes'], ['--batch-size', '8'])),
+    *(([*ARGS, *other], f'{other[0]} not allowed with argument --requests') for other in (
+        ['--train'], ['--cascade', 'a', 'b'])),
     *((other, '--clients and --max-batch are for --requests') for other in (
         ['--clients', '4'], ['--max-batch', '4'])),
     ([*ARGS, '--clients', '0'], '--clients must be a whole number from 1'),

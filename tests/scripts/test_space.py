@@ -22,7 +22,7 @@ from drawing import draw_answers, draw_curve, draw_heatmap, draw_images, draw_ne
 from hypothesis import given, settings, strategies as st
 from images import KEPT_SIDE, MAX_BYTES, UploadError, read_image
 from loading import CASCADE, load_network, shipped_models
-from network import ModelError, Network, Timing
+from network import ModelError, Network
 from PIL import Image
 
 import timm_aig
@@ -65,7 +65,7 @@ BAD = {
     'not an image': (b'<html>no image</html>', 'not an image'),
     'PostScript, which Pillow would run': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not an image'),
     '100 megapixels': (saved(Image.new('1', (10_000, 10_000)), 'PNG'), '100 megapixels (10000 x 10000), the limit'),
-    '4,000 megapixels': (png(63_000, 63_000), 'more than 179 megapixels, the limit is 64'),
+    '4,000 megapixels': (png(63_000, 63_000), 'too many pixels, the limit is 64 megapixels'),
     'a stripe': (saved(Image.new('L', (2100, 100)), 'PNG'), 'at most 20 times'),
     'cut off': (saved(PHOTO, 'JPEG')[:1500], 'damaged'),
     'a header alone': (png(28, 28), 'damaged'),
@@ -88,35 +88,30 @@ def test_a_file_that_is_too_large_is_not_opened(tmp_path):
 
 def test_16_bits_are_scaled_and_not_clipped(read):
     grey = np.array([[0, 257, 32768, 65535]], dtype='>u2')
-    image, notes = read(png(4, 1, 16, 0, b'\0' + grey.tobytes()))
-    assert image.mode == 'L' and np.asarray(image).tolist() == [[0, 1, 128, 255]] and '16 bits' in notes[0]
+    image = read(png(4, 1, 16, 0, b'\0' + grey.tobytes()))
+    assert image.mode == 'L' and np.asarray(image).tolist() == [[0, 1, 128, 255]]
     colour = np.array([[[65535, 32768, 0]]], dtype='>u2')
-    image, _ = read(png(1, 1, 16, 2, b'\0' + colour.tobytes()))
+    image = read(png(1, 1, 16, 2, b'\0' + colour.tobytes()))
     assert image.mode == 'RGB' and image.getpixel((0, 0)) == (255, 128, 0)
 
 
 @pytest.mark.parametrize('values', [[[-1., 0., 3.]], [[0., .25, 1.]]])
 def test_floats_are_scaled_from_their_range(read, values):
-    image, notes = read(saved(Image.fromarray(np.array(values, dtype=np.float32)), 'TIFF'))
-    assert np.asarray(image)[0].tolist() == [0, 64, 255] and '32 bits' in notes[0]
+    image = read(saved(Image.fromarray(np.array(values, dtype=np.float32)), 'TIFF'))
+    assert np.asarray(image)[0].tolist() == [0, 64, 255]
 
 
-@pytest.mark.parametrize('kind,image,pixel,note', [
-    ('JPEG', RED.convert('CMYK'), (255, 0, 0), 'CMYK'),
-    ('PNG', RED.convert('P'), (255, 0, 0), None),
-    ('WEBP', RED, (255, 0, 0), None),
-    ('PNG', RED.convert('1'), None, None),
-    ('PNG', Image.new('RGBA', (8, 6), (0, 0, 0, 0)), (255, 255, 255), 'white'),
-    ('PNG', Image.new('RGBA', (8, 6), (9, 8, 7, 255)), (9, 8, 7), None),
-    ('PNG', Image.new('LA', (8, 6), (0, 0)), 255, 'white'),
-    ('BMP', Image.new('L', (8, 6), 7), 7, None),
+@pytest.mark.parametrize('kind,image,pixel', [
+    ('JPEG', RED.convert('CMYK'), (255, 0, 0)), ('PNG', RED.convert('P'), (255, 0, 0)), ('WEBP', RED, (255, 0, 0)),
+    ('PNG', RED.convert('1'), None), ('PNG', Image.new('RGBA', (8, 6), (0, 0, 0, 0)), (255, 255, 255)),
+    ('PNG', Image.new('RGBA', (8, 6), (9, 8, 7, 255)), (9, 8, 7)), ('PNG', Image.new('LA', (8, 6), (0, 0)), 255),
+    ('BMP', Image.new('L', (8, 6), 7), 7),
 ])
-def test_every_kind_of_pixel_becomes_grey_or_rgb(read, kind, image, pixel, note):
-    read_back, notes = read(saved(image, kind))
+def test_every_kind_of_pixel_becomes_grey_or_rgb(read, kind, image, pixel):
+    read_back = read(saved(image, kind))
     assert read_back.size == (8, 6) and read_back.mode in ('L', 'RGB')
     if pixel is not None:
         assert np.abs(np.subtract(read_back.getpixel((3, 3)), pixel)).max() <= 3
-    assert [note in n for n in notes] == ([True] if note else [])
 
 
 def test_a_photo_is_turned_as_its_exif_says(read):
@@ -124,21 +119,20 @@ def test_a_photo_is_turned_as_its_exif_says(read):
     image.paste((0, 0, 255), (0, 0, 4, 6))  # its left half is blue
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it by 90 degrees clockwise: what was left is on top
-    result, notes = read(saved(image, 'JPEG', exif=exif, quality=100, subsampling=0))
-    assert result.size == (6, 8) and 'turned' in notes[0]
+    result = read(saved(image, 'JPEG', exif=exif, quality=100, subsampling=0))
+    assert result.size == (6, 8)
     assert result.getpixel((3, 0))[2] > 200 and result.getpixel((3, 7))[0] > 200
 
 
-@pytest.mark.parametrize('kind,word', [('GIF', 'animated'), ('PNG', 'animated'), ('TIFF', 'of several pages')])
-def test_of_several_frames_the_first_is_taken_and_it_says_so(read, kind, word):
+@pytest.mark.parametrize('kind', ['GIF', 'PNG', 'TIFF'])
+def test_of_several_frames_the_first_is_taken(read, kind):
     frames = [Image.new('RGB', (8, 6), colour) for colour in ('red', 'lime', 'blue')]
-    image, notes = read(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
+    image = read(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert image.getpixel((2, 2))[0] > 250 and image.getpixel((2, 2))[1] < 5
-    assert notes == [f'The image is {word}: the first of 3 is used.']
 
 
 def test_a_large_image_is_kept_small(read):
-    image, _ = read(saved(Image.new('L', (4100, 3000), 77), 'PNG'))
+    image = read(saved(Image.new('L', (4100, 3000), 77), 'PNG'))
     assert KEPT_SIDE <= min(image.size) <= 2 * KEPT_SIDE and image.getpixel((5, 5)) == 77
 
 
@@ -152,8 +146,7 @@ def test_damage_of_any_kind_gives_an_image_or_a_sentence(tmp_path_factory, data,
     path = tmp_path_factory.getbasetemp() / 'damaged'
     path.write_bytes(content[:data.draw(st.integers(0, len(content)))])
     try:
-        image, notes = read_image(path)
-        assert image.mode in ('L', 'RGB') and all(isinstance(note, str) for note in notes)
+        assert read_image(path).mode in ('L', 'RGB')
     except UploadError as e:
         assert str(path) not in str(e)
 
@@ -309,13 +302,13 @@ def test_tabs_with_different_budgets_do_not_disturb_each_other(images):
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert not differ and timings[0].turns >= 5
+    assert not differ and all(ms > 0 for ms in timings[0])
 
 
 def test_the_timing_is_of_the_run_and_ends_when_it_is_not_wanted(shipped, images):
     run = shipped.run(images[0], shipped.slider.low)
     timing = shipped.measure(images[0], run)
-    assert len(timing.milliseconds) == 2 and all(0 < ms < 1e4 for ms in timing.milliseconds) and 5 <= timing.turns <= 51
+    assert len(timing) == 2 and all(0 < ms < 1e4 for ms in timing)
     asked = []
     assert shipped.measure(images[0], run, lambda: len(asked) < 3 and not asked.append(0)) is None
     assert len(asked) == 3
@@ -329,8 +322,8 @@ def test_the_timing_is_of_the_run_and_ends_when_it_is_not_wanted(shipped, images
 def test_the_times_are_the_medians_of_the_turns(shipped, images, monkeypatch):
     times = iter([9, 9, 9, 9, *[1, 4, 2, 1, 3, 6, 9, 3, 5, 5]])  # two turns warm up
     monkeypatch.setattr(space_network.Stage, 'milliseconds', lambda stage, x, gates: next(times))
-    monkeypatch.setattr(space_network, 'TIMED_SECONDS', 0)
-    assert shipped.measure(images[0], shipped.run(images[0])) == Timing([3, 4], 5)
+    monkeypatch.setattr(space_network, 'TURNS', 5)
+    assert shipped.measure(images[0], shipped.run(images[0])) == [3, 4]
 
 
 def test_colour_images_become_grey_and_grey_ones_colour_for_the_network(shipped, partly_gated):
@@ -415,10 +408,10 @@ def test_the_answers_have_class_blocks_macs_and_time_of_both(shipped, images):
     run = shipped.run(images[0])
     share = run.passes[0].macs / shipped.stages[0].cost.static
     assert 'being measured' in draw_answers(shipped, run)
-    drawn = draw_answers(shipped, run, Timing([3., 2.], 9))
-    assert 'medians of 9 turns' in drawn and '<td>3.0</td>' in drawn and '<td>2.0</td>' in drawn
+    drawn = draw_answers(shipped, run, [3., 2.])
+    assert f'medians of {space_network.TURNS} turns' in drawn and '<td>3.0</td>' in drawn and '<td>2.0</td>' in drawn
     assert f'({share:.0%})' in drawn and '52.7 (100%)' in drawn and '<td>15 of 15</td>' in drawn
-    assert shipped.class_name(run.passes[0].probabilities.argmax()) in drawn
+    assert shipped.classes[run.passes[0].probabilities.argmax()] in drawn
 
 
 def make_folder(folder, rates=None, picture=None, **config):
@@ -464,8 +457,8 @@ def test_without_a_table_the_published_picture_is_shown(tmp_path):
 @pytest.mark.parametrize('name', shipped_models())
 def test_the_heatmap_of_a_shipped_model_is_beside_its_weights(name):
     network = load_network(name)
-    assert len(network.rates.table) == 10
-    assert {len(row) for row in network.rates.table} == {len(network.stages[0].gated)}
+    assert len(network.rates) == 10
+    assert {len(row) for row in network.rates} == {len(network.stages[0].gated)}
 
 
 def test_text_from_outside_is_escaped(shipped, images):
