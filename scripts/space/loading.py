@@ -23,7 +23,6 @@ from network import ModelError, Network
 from PIL import Image
 
 import timm_aig
-from timm_aig.models.hub_configs import load_hub_configs
 
 __all__ = ['CASCADE', 'ON_A_SPACE', 'load_network', 'shipped_models']
 
@@ -41,8 +40,8 @@ REASONS = (
 
 
 def shipped_models() -> List[str]:
-    """Names of the trained models in the package."""
-    return [name for name, config in load_hub_configs().items() if 'file' in config['pretrained_cfg']]
+    """Names of the adaptive models with weights in the package."""
+    return [name for name in timm_aig.list_trained() if timm.get_pretrained_cfg(name).file]
 
 
 def load_network(name: str) -> Network:

@@ -61,8 +61,8 @@ def test_the_registered_default_tag_is_the_parents_even_if_hub_configs_have_weig
     assert cfgs['cifar_resnet32_aig'].default_with_tag[0] == 'untrained'
 
 
-@pytest.mark.parametrize('arch', ['cifar_resnet32_aig', 'cifar_resnet110_aig'])
-def test_a_family_whose_parent_has_no_weights_loads_its_trained_default(arch, tmp_path):
+def test_a_family_whose_parent_has_no_weights_loads_its_trained_default():
+    arch = 'cifar_resnet32_aig'
     model, named = (timm.create_model(name, pretrained=True).eval() for name in (arch, f'{arch}.fmnist_t06'))
     assert model.pretrained_cfg == named.pretrained_cfg
     assert timm.models.get_model_args(model) == timm.models.get_model_args(named)
@@ -92,14 +92,14 @@ def test_given_weights_win_over_the_trained_default(tmp_path):
 
 def test_list_trained_names_the_models_with_trained_gates():
     names = list_trained()
-    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet110_aig.fmnist_t06'} <= {*names}
+    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet32_aig.glyphs'} <= {*names}
     pretrained = timm.list_models('*_aig', pretrained=True)
     assert set(names) < set(pretrained) and len(names) == len(set(names))
-    for name in names:
-        weights = timm.models.load_state_dict(timm.get_pretrained_cfg(name).file)
-        assert any('.gate.' in key for key in weights), name
-    others = [timm.get_pretrained_cfg(name) for name in {*pretrained} - {*names}]
-    assert all(cfg.hf_hub_id or cfg.url for cfg in others)
+    for name in pretrained:
+        cfg = timm.get_pretrained_cfg(name)
+        assert bool(cfg.file) != bool(cfg.hf_hub_id or cfg.url), name
+        if cfg.file:
+            assert any('.gate.' in key for key in timm.models.load_state_dict(cfg.file)) == (name in names), name
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50d'])

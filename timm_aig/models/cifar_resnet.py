@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 
 from ..convert import checkpoint_filter_fn
 from ..hub.config_json import pin_weights
+from .hub_configs import pretrained_cfgs
 
 __all__ = ['CifarResNet']
 
@@ -132,7 +133,11 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    f'cifar_resnet{depth}.untrained': _cfg() for depth in (8, 14, 20, 32, 44, 56, 110)})
+    **{f'{arch}.{tag}': cfg for arch, cfgs in pretrained_cfgs().items() if not arch.endswith('_aig')
+       for tag, cfg in cfgs.items()},
+    # * is the default, also where weights of hub_configs come first
+    **{f'cifar_resnet{depth}.untrained*': _cfg() for depth in (8, 14, 20, 32, 44, 56, 110)},
+})
 
 
 @register_model

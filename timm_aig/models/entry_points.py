@@ -30,7 +30,7 @@ from ..config import AIG_ARGS, AIGConfig, InputError
 from ..convert import checkpoint_filter_fn, gate_
 from ..hub.config_json import config_file, pin_weights
 from ..hub.timeout import stalled_request
-from .hub_configs import load_hub_configs
+from .hub_configs import load_hub_configs, pretrained_cfgs
 
 __all__ = ['Family', 'list_trained', 'register_family']
 
@@ -60,11 +60,7 @@ class Family(NamedTuple):
 
 def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
     """Pretrained cfgs by '<arch>_aig': those of the parent, and of hub_configs. The parent's default is the default."""
-    configs: Dict[str, Dict[str, PretrainedCfg]] = {}
-    for config in _HUB_CONFIGS.values():  # lists of JSON become tuples, as timm has them
-        cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
-        configs.setdefault(config['architecture'], {})[config['tag']] = PretrainedCfg(**cfg)
-    cfgs = {}
+    configs, cfgs = pretrained_cfgs(), {}
     for parent in parents:
         # timm copies what it registers; its functions, which copy too, would take three times as long as all the rest
         cfg = sys.modules[model_entrypoint(parent).__module__].default_cfgs[parent]
@@ -74,7 +70,7 @@ def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
                 theirs[tag] = tag_cfg = copy.copy(tag_cfg)
                 tag_cfg.hf_hub_id = f'timm/{parent}.{tag}' if tag else f'timm/{parent}'
         own = configs.get(f'{parent}_aig', {})
-        cfgs[f'{parent}_aig'] = DefaultCfg(deque([*cfg.tags, *own]), {**theirs, **own}, cfg.is_pretrained)
+        cfgs[f'{parent}_aig'] = DefaultCfg(deque(dict.fromkeys([*cfg.tags, *own])), {**theirs, **own}, cfg.is_pretrained)
     return cfgs
 
 

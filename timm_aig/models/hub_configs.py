@@ -1,11 +1,15 @@
 """Checkpoints of the zoo: reads hub_configs, one JSON file for each checkpoint or recipe."""
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict
 
-__all__ = ['load_hub_configs']
+from timm.models import PretrainedCfg
+
+__all__ = ['load_hub_configs', 'pretrained_cfgs']
 
 
+@cache
 def load_hub_configs() -> Dict[str, Dict[str, Any]]:
     """Contents of the files in hub_configs by their names, '<architecture>.<tag>'.
 
@@ -22,3 +26,12 @@ def load_hub_configs() -> Dict[str, Dict[str, Any]]:
             config['pretrained_cfg']['file'] = str(weights)
         configs[file.stem] = config
     return configs
+
+
+def pretrained_cfgs() -> Dict[str, Dict[str, PretrainedCfg]]:
+    """timm's PretrainedCfg of each file, by architecture and tag."""
+    cfgs: Dict[str, Dict[str, PretrainedCfg]] = {}
+    for config in load_hub_configs().values():  # lists of JSON become tuples, as timm has them
+        cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items()}
+        cfgs.setdefault(config['architecture'], {})[config['tag']] = PretrainedCfg(**cfg)
+    return cfgs
