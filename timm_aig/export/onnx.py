@@ -48,7 +48,7 @@ def export_onnx(
     model, `budgets`: pairs of a MACs share and the gate offset that gives it, the same for all gates.
 
     Args:
-        model: timm ResNet, adaptive, or static for mode 'masked'. It is not changed.
+        model: Classifier of a family that gate_ knows, adaptive, or static for mode 'masked'. It is not changed.
         path: File to write.
         mode: 'sparse', a block is computed for the open rows of the batch only; 'masked', a block is computed for the
             whole batch and multiplied by its gate; 'path', a static network of the blocks in `gates`, without
@@ -126,9 +126,13 @@ def to_onnx(
         weight, bias = (op.Reshape(values, constant(-1, 1, 1)) for values in (weight, bias))
         return op.Add(op.Mul(normed, weight), bias)
 
+    def batch_norm(x, weight, bias, mean, var, training: bool, momentum: float, eps: float):
+        return op.BatchNormalization(x, weight, bias, mean, var, epsilon=eps), None, None
+
     aten = torch.ops.aten
     table: Any = {
         aten.mean.dim: mean,
+        aten.native_batch_norm.default: batch_norm,
         aten.group_norm.default: group_norm,
         aten.nonzero.default: lambda z: column(op.NonZero(z)),  # z is [B]
         aten.index_select.default: lambda x, dim, index: op.GatherND(x, column(index)),
