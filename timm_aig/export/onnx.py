@@ -126,13 +126,9 @@ def to_onnx(
         weight, bias = (op.Reshape(values, constant(-1, 1, 1)) for values in (weight, bias))
         return op.Add(op.Mul(normed, weight), bias)
 
-    def batch_norm(x, weight, bias, mean, var, training: bool, momentum: float, eps: float):
-        return op.BatchNormalization(x, weight, bias, mean, var, epsilon=eps), None, None
-
     aten = torch.ops.aten
     table: Any = {
         aten.mean.dim: mean,
-        aten.native_batch_norm.default: batch_norm,
         aten.group_norm.default: group_norm,
         aten.nonzero.default: lambda z: column(op.NonZero(z)),  # z is [B]
         aten.index_select.default: lambda x, dim, index: op.GatherND(x, column(index)),
