@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time an adaptive ResNet against its static parent, both optimized the same way, in turns in one process.
+"""Time an adaptive network against its static parent, both optimized the same way, in turns in one process.
 
 Each row of the table is one way to run the network. A share r of the gates, drawn for each image (seeded), is forced
 open, or, with --images, they decide for themselves on real images. In every round each row runs the same images;

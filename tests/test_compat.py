@@ -24,6 +24,21 @@ def without():
     importlib.reload(compat)
 
 
+def test_without_torchs_function_batch_norms_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3, eps=.1).train()
+    norm(2 + 3 * torch.randn(8, 3, 2, 2))
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    args = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    for x in (torch.randn(4, 3, 2, 2), torch.zeros(0, 3, 2, 2)):
+        expected = norm.eval()(x)
+        assert torch.allclose(compat.batch_norm(x, *args), expected, atol=1e-6)
+        monkeypatch.delattr(torch, 'native_batch_norm', raising=False)
+        assert torch.allclose(compat.batch_norm(x, *args), expected, atol=1e-6)
+        monkeypatch.undo()
+
+
 def test_recorded_arguments_are_those_that_timm_exports():
     model = timm.create_model('resnet18', num_classes=7)
     compat.set_model_args(model, {**compat.model_args(model), 'target_rate': 0.3})

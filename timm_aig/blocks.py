@@ -134,6 +134,9 @@ class GatedBranch(GatedBlock):
             self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> torch.Tensor:
         raise NotImplementedError
 
+    def shortcut_of(self, x: torch.Tensor) -> Any:
+        return None  # its caller has it
+
     @staticmethod
     def in_channels(block: Any) -> Optional[int]:
         return next(m for m in block.modules() if isinstance(m, nn.Linear)).in_features

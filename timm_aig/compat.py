@@ -32,6 +32,16 @@ def one_graph(x: torch.Tensor) -> Any:
     return dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 
 
+def batch_norm(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, weight: Any, bias: Any, eps: float) -> Any:
+    """F.batch_norm in eval, but for its question whether the batch is empty, to which exporters have no answer.
+
+    Without the name: two operations, which few runtimes fold into the convolution before."""
+    if hasattr(torch, 'native_batch_norm'):
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0., eps)[0]
+    scale = weight * (var + eps).rsqrt()
+    return x * scale[:, None, None] + (bias - mean * scale)[:, None, None]
+
+
 def in_transform() -> bool:
     """True inside the transforms of torch.func and forward-mode AD, for which a custom autograd.Function has no rule.
 

@@ -1,7 +1,13 @@
 """What the tests of exports share: a trained model's norms and gates, sessions, and what the model itself answers."""
+from functools import partial
+from typing import Any
+
 import numpy as np
 import onnxruntime
+import timm
 import torch
+from timm.layers import GroupNormAct, StdConv2d
+from torchvision.models import ResNet, resnet
 
 import timm_aig
 from timm_aig.export.check import FORCED
@@ -9,6 +15,31 @@ from timm_aig.export.check import FORCED
 GATES = 5  # of the fixture `model`
 MIXED = [1, 0, 0, 1, 0]
 PATTERNS = {'own': None, 'open': [1] * GATES, 'closed': [0] * GATES, 'mixed': MIXED}
+
+FAMILIES = {  # archs whose blocks differ, made small
+    'resnet18': dict(layers=(1, 2, 1, 1)), 'resnet50': dict(layers=(1, 2, 1, 1)),
+    'seresnet50': dict(layers=(1, 2, 1, 1)), 'ecaresnet26t': dict(layers=(1, 2, 1, 1)),
+    'resnetblur18': dict(layers=(1, 2, 1, 1)), 'resnext50_32x4d': dict(layers=(1, 2, 1, 1)),
+    'resnet50_gn': dict(layers=(1, 2, 1, 1)),
+    'resnetv2_18': dict(layers=(1, 2, 1, 1)),
+    'resnetv2_50': dict(layers=(1, 2, 1, 1), conv_layer=StdConv2d, norm_layer=GroupNormAct, stem_type='fixed'),  # BiT
+    'regnetx_002': {}, 'regnety_002': {}, 'regnetz_005': {},
+    'convnext_atto': dict(depths=(1, 1, 2, 1)), 'convnextv2_atto': dict(depths=(1, 1, 2, 1)),
+    'vit_tiny_patch16_224': dict(img_size=32, depth=3), 'deit_tiny_distilled_patch16_224': dict(img_size=32, depth=3),
+    'torchvision BasicBlock': dict(layers=(1, 2, 1, 1)), 'torchvision Bottleneck': dict(layers=(1, 2, 1, 1)),
+}
+
+
+def small(arch, x):
+    """A trained adaptive model of FAMILIES for images x."""
+    torch.manual_seed(0)
+    library, _, name = arch.rpartition(' ')
+    create: Any = partial(ResNet, getattr(resnet, name)) if library else partial(timm.create_model, name)
+    model = create(num_classes=5, **FAMILIES[arch])
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.uniform_(p, 0.2, 0.6)  # or layer scales would hide the branches
+    return trained(timm_aig.gate_(model.eval(), target_rate=0.5), x)
 
 
 def trained(model, x):

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from exports import GATES, MIXED, assert_agree, expected, offsets
+import torch
+from exports import GATES, MIXED, assert_agree, expected, offsets, small
 
 import timm_aig
 from timm_aig.export.runtime import openvino_core
@@ -14,6 +15,21 @@ def test_it_answers_as_the_model_at_any_batch(model, x, openvino_file):
     compiled = openvino_core().compile_model(openvino_file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     for batch in (1, 2, 7, 32):
         for pattern in ([1] * GATES, [0] * GATES, MIXED):
+            found = compiled({'x': x[:batch].numpy(), 'gate_offset': offsets(pattern)})
+            assert_agree(list(found.values()), expected(model, x[:batch], pattern), atol=1e-3)
+
+
+@pytest.mark.parametrize('arch', [
+    'resnetv2_18', 'resnetv2_50', 'regnety_002', 'convnext_atto', 'vit_tiny_patch16_224',
+    'torchvision BasicBlock'])
+def test_other_families_answer_as_the_model_at_any_batch(arch, tmp_path):
+    x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = small(arch, x)
+    timm_aig.export_openvino(model, tmp_path / 'm.xml', images=x[:4])
+    compiled = openvino_core().compile_model(tmp_path / 'm.xml', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    count = len(timm_aig.gated_blocks(model))
+    for batch in (1, 2, 7):
+        for pattern in ([1] * count, [0] * count, [i % 3 % 2 for i in range(count)]):
             found = compiled({'x': x[:batch].numpy(), 'gate_offset': offsets(pattern)})
             assert_agree(list(found.values()), expected(model, x[:batch], pattern), atol=1e-3)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from exports import MIXED, expected, offsets
+from exports import MIXED, assert_agree, expected, offsets, small
 from torch.nn.utils.parametrizations import weight_norm
 
 import timm_aig
@@ -32,6 +32,18 @@ for batch in (0, 1, 7, 32):
 '''
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('arch', ['resnetv2_18', 'regnety_002', 'convnext_atto', 'vit_tiny_patch16_224'])
+def test_other_families_answer_as_the_model_at_any_batch(arch, tmp_path):
+    x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = small(arch, x)
+    timm_aig.export_program(model, tmp_path / 'm.pt2', images=x[:4])
+    module = torch.export.load(tmp_path / 'm.pt2').module()
+    pattern = [i % 3 % 2 for i in range(len(timm_aig.gated_blocks(model)))]
+    for batch in (0, 1, 7):
+        logits, gates = module(x[:batch], torch.from_numpy(offsets(pattern)))
+        assert_agree((logits.numpy(), gates.numpy()), expected(model, x[:batch], pattern))
 
 
 def test_what_training_left_and_large_logits_do_not_matter(model, x, tmp_path):

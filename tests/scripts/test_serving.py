@@ -145,7 +145,6 @@ def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys):
     ([*ARGS, '--clients', '0'], '--clients must be a whole number from 1'),
     ([*ARGS, '--max-batch', '0'], '--max-batch must be a whole number from 1'),
     ([*ARGS[:-1], 'meta'], '--device must be cpu for --runtimes, --memory and --requests, not meta'),
-    (['--requests', '--model', 'convnext_atto_aig'], '--model must be a timm ResNet'),
 ])
 def test_what_makes_no_sense_is_refused(capsys, args, message):
     try:

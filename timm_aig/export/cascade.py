@@ -64,7 +64,7 @@ def export_cascade(
     """Write model_1, model_2, ... by export_onnx or export_openvino, each model once, and cascade.json.
 
     Args:
-        cascade: Cascade of timm ResNets, adaptive or static.
+        cascade: Cascade of models that the export function takes, adaptive or static.
         folder: Output folder, created if missing.
         runtime: 'onnx' or 'openvino'.
         images: Images [N, C, H, W] to check the files on. Their size is that of the files.

@@ -1,18 +1,21 @@
 """A model in the form that exporters take: one graph in which a closed sample is a row left out of the batch."""
-from typing import Any, List, Optional, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import resolve_input_data_config
-from timm.models.resnet import ResNet
 from timm.utils import unwrap_model
+from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.overrides import TorchFunctionMode
 
-from ..blocks import GATED, gated_blocks
+from ..blocks import gated_blocks
+from ..compat import batch_norm
 from ..config import InputError
 from ..convert import plain_copy
-from ..inference import InferenceBlock, InferenceModel, optimize_for_inference
-from ..inference.gate import can_fold
+from ..inference import InferenceModel, InferenceStage, optimize_for_inference, run_rows
+from ..inference.gate import is_plain_gate
 
 __all__ = ['MODES', 'ExportModel', 'prepare']
 
@@ -20,41 +23,45 @@ MODES = ('sparse', 'masked', 'path')
 
 
 class ExportBlock(nn.Module):
-    """A residual block in the form that exporters take.
+    """A gated block or branch in the form that exporters take.
 
-    Modifications of InferenceBlock:
-        * sparse: the residual branch gets the open rows of the batch, see InferenceBlock.run_rows
+    Modifications:
+        * sparse: the residual branch gets the open rows of the batch, see run_rows
         * masked: the residual branch gets the whole batch and is multiplied by the gates
         * path: always open or always closed, without a gate
+        * the gate has one output, open minus closed logit
     """
 
-    def __init__(self, block: Any, mode: str, is_open: bool) -> None:
+    def __init__(self, block: Any, gate: Any, mode: str, is_open: bool, state: SimpleNamespace) -> None:
         super().__init__()
         self.block = block
         self.mode = mode
-        self.gate = None if mode == 'path' else block.gate
-        self.is_open = is_open  # for a block without a gate
+        self.is_open = is_open  # in mode 'path'
+        self.state = state  # of ExportModel
+        has_bn = isinstance(gate.bn, (nn.BatchNorm1d, nn.SyncBatchNorm))
+        fc1 = fuse_linear_bn_eval(gate.fc1, gate.bn) if has_bn else gate.fc1
+        self.hidden = nn.Sequential(fc1, nn.Identity() if has_bn else gate.bn, nn.ReLU())
+        self.weight = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach())
 
-    def forward(self, x: torch.Tensor, pooled: Any, threshold: Any) -> Tuple[torch.Tensor, Any, Any]:
-        """
-        Args:
-            x: Block inputs [B, C, H, W].
-            pooled: Their global average pool [B, C], or None if it is not known.
-            threshold: Bias of the gate's score plus gate offset, [1].
-
-        Returns:
-            Outputs, their pool or None, and the gate's scores [B], above 0 for open samples, or None without a gate.
-        """
-        block = self.block
-        if self.gate is None:
-            return block.run_rows(x, None)[0] if self.is_open else block.last_act(block.shortcut_of(x)), None, None
-        pooled = x.mean((2, 3)) if pooled is None else pooled
-        hidden = F.relu(F.linear(pooled, self.gate.weight1, self.gate.bias1))
-        score = F.relu(F.linear(hidden, self.gate.weight2, threshold)).squeeze(1).float()
+    def forward(
+            self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> torch.Tensor:
+        """Block outputs for inputs [B, C, H, W], or [B, N, C] of a branch. No classifier gives its branches a mask."""
+        block, state = self.block, self.state
+        if self.mode != 'path':
+            pooled = state.pooled if state.output is x else None
+            pooled = x.mean((2, 3) if x.ndim == 4 else 1) if pooled is None else pooled
+            score = F.relu(F.linear(self.hidden(pooled), self.weight, state.thresholds.pop(0))).squeeze(1).float()
+            state.scores.append(score)
+        if self.mode == 'sparse':
+            state.output, state.pooled = run_rows(block, x, score, pooled)
+            return state.output
+        shortcut = block.shortcut_of(x)
+        if not self.is_open:
+            return torch.zeros_like(x) if shortcut is None else block.last_act(shortcut)
+        y = block.residual(x)
         if self.mode == 'masked':
-            z = (score > 0).to(x.dtype).view(-1, 1, 1, 1)
-            return block.last_act(block.residual(x) * z + block.shortcut_of(x)), None, score
-        return (*block.run_rows(x, score, pooled), score)
+            y = y * (score > 0).to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+        return block.last_act(y if shortcut is None else y + shortcut)
 
 
 class ExportModel(nn.Module):
@@ -72,23 +79,29 @@ class ExportModel(nn.Module):
         """
         super().__init__()
         optimized: Any = optimize_for_inference(model).model
+        # of a pass: thresholds [1] of the gates to come, scores [B] of those before, last output of a block, its pool
+        self.state = SimpleNamespace()
+        own = [block.gate for block in gated_blocks(model).values()]
+        is_open = [True] * len(own) if gates is None else [bool(gate) for gate in gates]
+        blocks: Dict[Any, nn.Module] = {
+            block: ExportBlock(block, gate, mode, gate_is_open, self.state)
+            for block, gate, gate_is_open in zip(gated_blocks(optimized).values(), own, is_open)}
         for parent in list(optimized.modules()):
-            if hasattr(parent, 'inplace'):
-                parent.inplace = False
+            for name in {'inplace', 'grad_checkpointing'}.intersection(vars(parent)):
+                setattr(parent, name, False)
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Conv1d):
+                if child in blocks:
+                    setattr(parent, name, blocks[child])
+                elif isinstance(child, InferenceStage):
+                    setattr(parent, name, nn.Sequential(*(blocks.get(block, block) for block in child)))
+                elif isinstance(child, nn.Conv1d):
                     setattr(parent, name, _Conv1d(child))
-                elif type(child) is nn.BatchNorm2d:  # behind a convolution with an adapter
-                    setattr(parent, name, _Affine(child))
-        blocks: List[Any] = [m for m in optimized.modules() if isinstance(m, InferenceBlock)]
-        gated = [block for block in blocks if block.gate is not None]
-        is_open = dict(zip(gated, gates or ()))
-        self.blocks = nn.ModuleList(ExportBlock(block, mode, bool(is_open.get(block, True))) for block in blocks)
         self.model = optimized
-        self.has_gates = bool(gated)
+        self.has_gates = bool(own)
         self.takes_offset = self.has_gates and mode != 'path'
-        self.register_buffer('bias', torch.cat([torch.zeros(0, device='cpu'), *(block.gate.bias2 for block in gated)]))
-        self.register_buffer('pattern', torch.tensor([float(bool(gate)) for gate in gates or ()], device='cpu'))
+        bias = [(gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach() for gate in own]
+        self.register_buffer('bias', torch.cat([torch.zeros(0, device='cpu'), *bias]))
+        self.register_buffer('pattern', torch.tensor([float(gate) for gate in is_open], device='cpu'))
         self.dtype = dtype
         self.to(dtype).to(memory_format=torch.contiguous_format)
 
@@ -101,18 +114,12 @@ class ExportModel(nn.Module):
         Returns:
             Logits [B, num_classes], and gates [B, L] if the model has gated blocks.
         """
-        model = self.model
-        y = model.maxpool(model.act1(model.bn1(model.conv1(x.to(self.dtype)))))
         offset = 0. if gate_offset is None else gate_offset.to(self.dtype)
-        thresholds = iter(torch.split(self.bias + offset, 1))
-        pooled, scores = None, []
-        for block in self.blocks:
-            y, pooled, score = block(y, pooled, None if block.gate is None else next(thresholds))
-            if score is not None:
-                scores.append(score)
-        logits = model.forward_head(y).float()
-        if scores:
-            return logits, (torch.stack(scores, 1) > 0).float()
+        vars(self.state).update(thresholds=list((self.bias + offset).split(1)), scores=[], output=None)
+        with _NormsOfRows():
+            logits = self.model(x.to(self.dtype)).float()
+        if self.takes_offset:
+            return logits, (torch.stack(self.state.scores, 1) > 0).float()
         return (logits, self.pattern.float().expand(x.shape[0], -1)) if self.has_gates else logits
 
 
@@ -127,17 +134,15 @@ class _Conv1d(nn.Module):
         return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, *self.padding)).squeeze(2)
 
 
-class _Affine(nn.Module):
-    """A BatchNorm2d in eval that torch.export can trace with 0 rows."""
+class _NormsOfRows(TorchFunctionMode):
+    """Batch norms without PyTorch's question whether the batch is empty, to which torch.export has no answer."""
 
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-        self.scale = nn.Parameter(scale[:, None, None])
-        self.shift = nn.Parameter((norm.bias.detach() - norm.running_mean * scale)[:, None, None])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale + self.shift
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and not kwargs['training']:  # in training: of standardized weights
+            x, mean, var = args
+            return batch_norm(x, mean, var, kwargs['weight'], kwargs['bias'], kwargs['eps'])
+        return func(*args, **kwargs)
 
 
 def prepare(
@@ -156,8 +161,6 @@ def prepare(
     if isinstance(model, InferenceModel):
         raise InputError('is optimized for inference, export the one it was made from.', 'model')
     model = unwrap_model(model)
-    if not isinstance(model, ResNet):
-        raise InputError(f'must be a timm ResNet, adaptive or static, not {type(model).__name__}.', 'model')
     blocks = gated_blocks(model)
     if not blocks and mode != 'masked':
         raise InputError("has no gated blocks; mode 'masked' exports a static model.", 'model')
@@ -170,10 +173,8 @@ def prepare(
                 f'must have a value, 0 or 1, for each of the {len(blocks)} gated blocks, not {gates!r:.80}.', 'gates')
         gates = values.bool().tolist()
     model = plain_copy(model).cpu().float()
-    for name, block in model.named_modules():
-        if name.startswith('layer') and name.count('.') == 1 and type(block) not in (*GATED, *GATED.values()):
-            raise InputError(f'has a {type(block).__name__} at {name}, which is not a block of timm.', 'model')
-        if type(block) in GATED.values() and not can_fold(block.gate):
+    for name, block in gated_blocks(model).items():
+        if not is_plain_gate(block.gate):
             raise InputError(f'has a gate at {name} that is more than its layers: merge adapters, remove hooks, and '
                              f'take the model before it is quantized.', 'model')
     if images is None:
@@ -184,7 +185,9 @@ def prepare(
     images = images.cpu().float().contiguous()
     try:
         with torch.no_grad():
-            model(images[:1])
-    except RuntimeError as e:  # such as other channels
+            logits = model(images[:1])
+    except (AssertionError, RuntimeError) as e:  # such as other channels
         raise InputError(f'cannot be run by the model: {e}', 'images') from e
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise InputError(f'({type(model).__name__}) must return logits [B, num_classes] and nothing else.', 'model')
     return model, images, gates

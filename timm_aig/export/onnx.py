@@ -48,7 +48,7 @@ def export_onnx(
     model, `budgets`: pairs of a MACs share and the gate offset that gives it, the same for all gates.
 
     Args:
-        model: timm ResNet, adaptive, or static for mode 'masked'. It is not changed.
+        model: Classifier of a family that gate_ knows, adaptive, or static for mode 'masked'. It is not changed.
         path: File to write.
         mode: 'sparse', a block is computed for the open rows of the batch only; 'masked', a block is computed for the
             whole batch and multiplied by its gate; 'path', a static network of the blocks in `gates`, without

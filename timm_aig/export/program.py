@@ -27,7 +27,7 @@ def export_program(
     block is computed for the open rows of the batch only.
 
     Args:
-        model: Adaptive timm ResNet. It is not changed.
+        model: Adaptive classifier. It is not changed.
         path: File to write.
         images: Normalised images [N, C, H, W] of the size to export for, to check the program on. Noise if None.
 

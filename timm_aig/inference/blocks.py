@@ -9,7 +9,7 @@ from ..gate import gate_pass
 from .fused import FusedConv, fold
 from .gate import InferenceGate, can_fold, pool
 
-__all__ = ['InferenceBlock', 'InferenceStage']
+__all__ = ['InferenceBlock', 'InferenceStage', 'run_rows']
 
 
 class InferenceBlock(nn.Module):
@@ -38,7 +38,7 @@ class InferenceBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return self.run_rows(x, self.answers(x, None)[0])[0]
+            return run_rows(self, x, self.answers(x, None)[0])[0]
         return run_open_rows(self, x, self.open_rows(x, None)[0])
 
     def answers(self, x: torch.Tensor, pooled: Any) -> Tuple[Optional[torch.Tensor], Any]:
@@ -47,32 +47,6 @@ class InferenceBlock(nn.Module):
             return self.gate and gate_pass.note(self, self.gate(x)), pooled
         pooled = x.mean((2, 3)) if pooled is None else pooled
         return self.gate.answers(self, pooled, 1.), pooled
-
-    def run_rows(self, x: torch.Tensor, z: Optional[torch.Tensor], pooled: Any = None) -> Tuple[torch.Tensor, Any]:
-        """Sparse execution in a form that torch.export and torch.compile trace: take rows, compute, put them back.
-
-        It does not branch on values: the residual branch gets any number of rows, also none.
-
-        Args:
-            x: Block inputs [B, C, H, W].
-            z: Not 0 for each sample that runs the residual branch, [B]; None for all.
-            pooled: Mean [B, C] of x over its pixels, None if it is not known.
-
-        Returns:
-            Outputs, and their mean if it is known.
-        """
-        shortcut = self.shortcut_of(x)
-        if z is None:
-            return self.last_act(self.residual(x) + shortcut), None
-        index = z.nonzero().view(-1)
-        rows = x.index_select(0, index)
-        if shortcut is x and self.relu_input:  # closed samples, and their pool, stay as they are
-            rows = self.last_act(self.residual(rows) + rows)
-            if pooled is not None:
-                pooled = pooled.index_copy(0, index, rows.mean((2, 3)))
-            return x.index_copy(0, index, rows), pooled
-        rows = self.residual(rows) + shortcut.index_select(0, index)
-        return self.last_act(shortcut.index_copy(0, index, rows)), None
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.branch(x)
@@ -107,7 +81,7 @@ class InferenceStage(nn.Sequential):
         block: Any
         if torch.compiler.is_compiling():
             for block in self:
-                x, pooled = block.run_rows(x, *block.answers(x, pooled))
+                x, pooled = run_rows(block, x, *block.answers(x, pooled))
             return x
         for block in self:
             rows, pooled = block.open_rows(x, pooled)
@@ -117,3 +91,33 @@ class InferenceStage(nn.Sequential):
             owned = owned or y is not x
             x = y
         return x
+
+
+def run_rows(block: Any, x: torch.Tensor, z: Optional[torch.Tensor], pooled: Any = None) -> Tuple[torch.Tensor, Any]:
+    """run_open_rows in a form that torch.export and torch.compile trace: take rows, compute, put them back.
+
+    It does not branch on values: the residual branch gets any number of rows, also none.
+
+    Args:
+        block: As in run_open_rows, or a GatedBranch.
+        x: Block inputs [B, C, H, W], or [B, N, C] of a branch.
+        z: Not 0 for each sample that runs the residual branch, [B]; None for all, not for a GatedBranch.
+        pooled: Mean [B, C] of x over its pixels, None if it is not known.
+
+    Returns:
+        Outputs, and their mean if it is known.
+    """
+    shortcut = block.shortcut_of(x)
+    if z is None:
+        return block.last_act(block.residual(x) + shortcut), None
+    index = z.nonzero().view(-1)
+    rows = x.index_select(0, index)
+    if shortcut is None:
+        return torch.zeros_like(x).index_copy(0, index, block.residual(rows)), None
+    if shortcut is x and block.relu_input:  # closed samples, and their pool, stay as they are
+        rows = block.last_act(block.residual(rows) + rows)
+        if pooled is not None:
+            pooled = pooled.index_copy(0, index, rows.mean((2, 3)))
+        return x.index_copy(0, index, rows), pooled
+    rows = block.residual(rows) + shortcut.index_select(0, index)
+    return block.last_act(shortcut.index_copy(0, index, rows)), None

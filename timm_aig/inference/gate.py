@@ -10,7 +10,7 @@ from ..compat import has_forward_hooks
 from ..gate import Gate, gate_pass, is_on_cpu
 from .fused import is_plain
 
-__all__ = ['InferenceGate', 'can_fold', 'pool']
+__all__ = ['InferenceGate', 'can_fold', 'is_plain_gate', 'pool']
 
 
 class InferenceGate(Gate):
@@ -77,9 +77,13 @@ class InferenceGate(Gate):
 
 
 def can_fold(gate: Any) -> bool:
-    """Whether InferenceGate computes what a gate does: a Gate of plain layers, without adapters or hooks."""
+    """Whether InferenceGate computes what a gate does."""
+    return is_plain_gate(gate) and type(gate.bn) in (nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm)
+
+
+def is_plain_gate(gate: Any) -> bool:
+    """Whether a gate is a Gate of plain layers, without adapters or hooks."""
     return (type(gate) is Gate and is_plain(gate.fc1, nn.Linear) and is_plain(gate.fc2, nn.Linear)
-            and type(gate.bn) in (nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm)
             and not any(map(has_forward_hooks, gate.modules())))
 
 
