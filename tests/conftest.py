@@ -27,7 +27,8 @@ torch.set_num_threads(1)  # the nets are small: threads cost more than they brin
 RESNETS = ('resnet18', 'resnet50d', 'ecaresnet26t', 'resnext50_32x4d', 'resnetblur18', 'cifar_resnet20')
 DEFAULT_ARCHS = (*RESNETS, 'seresnet18', 'resnet50_gn')
 SUITE_ARCHS = (*RESNETS, 'resnetv2_18', 'resnetv2_18d', 'regnetx_002', 'regnety_002', 'convnext_atto',
-               'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224')
+               'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'res2net50_26w_4s', 'skresnet18',
+               'mobilenetv3_small_050', 'mobilenetv4_conv_small_050')
 
 
 def pytest_generate_tests(metafunc):

@@ -28,7 +28,7 @@ def allow_model_args(model_cls: type) -> None:
 @cache
 def _known_model_args() -> Set[str]:
     names = {name for cls in _MODEL_CLASSES for name in inspect.signature(cls).parameters}
-    return (MODEL_ARGS | names) - {'block', 'device', 'dtype', 'kwargs'}  # not JSON
+    return (MODEL_ARGS | names) - {'block', 'block_args', 'device', 'dtype', 'kwargs'}  # not JSON
 
 
 def checked_source(pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:

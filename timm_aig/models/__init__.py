@@ -1,5 +1,13 @@
 """Model zoo: the gated blocks of each family, <arch>_aig for its models in timm's registry, the trained checkpoints."""
-from . import convnext_aig, regnet_aig, resnetv2_aig, torchvision_blocks, vision_transformer_aig  # noqa: F401, register
+from . import (  # noqa: F401, register
+    convnext_aig,
+    efficientnet_aig,
+    regnet_aig,
+    resnet_variants_aig,
+    resnetv2_aig,
+    torchvision_blocks,
+    vision_transformer_aig,
+)
 from .entry_points import list_trained
 from .resnet_aig import GatedBasicBlock, GatedBottleneck
 
