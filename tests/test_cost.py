@@ -214,6 +214,8 @@ def test_a_bad_input_size_is_an_error(input_size):
 def test_a_size_that_the_model_does_not_take_is_an_error():
     with pytest.raises(InputError, match=r'input_size \(1, 64, 64\) cannot be run by the model'):
         compute_cost(resnet('resnet18'), (1, 64, 64))
+    with pytest.raises(InputError, match=r'input_size \(3, 64, 64\) cannot be run by the model'):
+        compute_cost(timm.create_model('vit_tiny_patch16_224', img_size=32), (3, 64, 64))
 
 
 def cells(table):
