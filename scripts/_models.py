@@ -5,6 +5,7 @@ from typing import Any, Dict, List
 
 import torch.nn as nn
 from _common import blame, create_model
+from _recipes import model_kwargs_of
 from timm.data import resolve_input_data_config
 from timm.models import is_model, load_checkpoint
 
@@ -83,6 +84,7 @@ def create_trainable_model(args: argparse.Namespace) -> Any:
         kwargs['num_classes'] = args.num_classes
     if args.input_size:
         kwargs['in_chans'] = args.input_size[0]
+    kwargs.update(model_kwargs_of(args))
     gate_args = given_gate_args(args)
     adaptive = args.model.partition('.')[0].endswith('_aig')
     model = create_model(args.model, args.pretrained, **kwargs, **(gate_args if adaptive else {}))

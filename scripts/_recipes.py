@@ -1,5 +1,7 @@
 """The arguments of a fine-tuning, and the recipes and optimizers that set their defaults."""
 import argparse
+import ast
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -44,6 +46,24 @@ def default_of(table: Dict[str, Dict[str, Any]], name: str) -> str:
     return f'(default: {", ".join(shown)})'
 
 
+def keyword(text: str) -> str:
+    """An argparse type: NAME=VALUE."""
+    if not re.fullmatch(r'[A-Za-z_]\w*=.+', text):
+        raise argparse.ArgumentTypeError(f'must be NAME=VALUE, not {text!r}.')
+    return text
+
+
+def model_kwargs_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """--model-kwargs by name. As in timm's train.py, a VALUE is a Python literal or else a string."""
+    kwargs: Dict[str, Any] = {}
+    for name, _, value in (text.partition('=') for text in args.model_kwargs or ()):
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            kwargs[name] = value
+    return kwargs
+
+
 def create_training_parser(description: Optional[str], examples: str) -> Parser:
     parser = create_parser(description, examples)
     parser.add_argument('--config', metavar='FILE',
@@ -65,6 +85,8 @@ def create_training_parser(description: Optional[str], examples: str) -> Parser:
     add_args(group, 'pretrained', **FLAG)
     arg('--initial-checkpoint', metavar='FILE', help='load these weights')
     arg('--static', **FLAG, help='train a static model, without gates')
+    arg('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE',
+        help='arguments of the model, such as img_size=32 patch_size=4 of a vision transformer')
     arg('--num-classes', type=integer(1), metavar='N', help="default: the model's")
     add_args(group, 'input_size', 'crop_pct')
     arg('--mean', type=number(), nargs='+', metavar='X', help="mean of each channel (default: the model's)")

@@ -29,8 +29,8 @@ DEFAULT_ARCHS = (
     'resnet50_gn')
 SUITE_ARCHS = (
     'ecaresnet26t', 'cifar_resnet20', 'resnetv2_18', 'resnetv2_18d', 'regnetx_002', 'regnety_002', 'convnext_atto',
-    'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224')
-
+    'convnextv2_atto', 'vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'res2net50_26w_4s', 'skresnet18',
+    'mobilenetv3_small_050', 'mobilenetv4_conv_small_050')
 
 # Files that take long come first, or the last one would run alone on one of the cores.
 LONG = ('test_timm_suite.py', 'test_shipped.py', 'test_e2e_finetune.py', 'test_notebook.py', 'test_onnx.py')

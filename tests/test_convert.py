@@ -295,9 +295,10 @@ def test_gating_twice_is_refused_and_changes_nothing(config):
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: nn.Linear(3, 3), r'model \(Linear\) has no supported blocks. Supported are the residual blocks of timm'),
+    (lambda: nn.Linear(3, 3), r'model \(Linear\) has no .* Supported are the residual blocks with a shortcut of timm'),
     (lambda: timm.create_model('test_efficientnet'), r'model \(EfficientNet\) has no supported blocks'),
     (lambda: torchvision.models.vgg11(), r'model \(VGG\) has no supported blocks'),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), r'model \(Sequential\) .* timm.models.sknet, .*torchv'),
     (lambda: BasicBlock(4, 4), r'model \(BasicBlock\) is a block itself'),
 ])
 def test_a_model_without_resnet_blocks_is_refused(make, message):

@@ -198,8 +198,10 @@ def test_a_bad_input_size_is_an_error(input_size):
 
 def test_a_model_that_cannot_be_counted_is_an_error():
     optimized = timm_aig.optimize_for_inference(timm.create_model('cifar_resnet20_aig'))
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32)
     for model, size, message in (
             (resnet('resnet18'), (1, 64, 64), r'input_size \(1, 64, 64\) cannot be run by the model'),
+            (vit, (3, 64, 64), r'input_size \(3, 64, 64\) cannot be run by the model'),
             (nn.Sequential(nn.Conv2d(3, 4, 1)), None, r'input_size must be given .*: Sequential has no pretrained_cfg'),
             (optimized, (3, 32, 32), 'Take the original of an optimized one')):
         for count in (compute_cost, timm_aig.summary):

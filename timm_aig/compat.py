@@ -61,6 +61,13 @@ def has_forward_hooks(module: nn.Module) -> bool:
 # ---- timm
 
 try:
+    # The blocks of EfficientNets and MobileNets. Without them: these networks have no adaptive counterparts.
+    from timm.models import _efficientnet_blocks as efficientnet_blocks
+except ImportError:
+    efficientnet_blocks = None
+
+
+try:
     # Converts weights in the format of RegNet's authors. Without it: these do not load, timm's do.
     from timm.models.regnet import _filter_fn as _convert_regnet
 except ImportError:

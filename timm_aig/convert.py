@@ -89,8 +89,9 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
 
     Args:
         model: Any module that contains blocks of a supported family, such as a timm model, a features_only backbone or
-            a detector with one. Families: timm's resnet, resnetv2, regnet, convnext and vision_transformer, of whose
-            blocks attention and MLP have a gate each, and torchvision's ResNets.
+            a detector with one. Families: timm's resnet, res2net, resnest, sknet, resnetv2, regnet, convnext,
+            efficientnet, mobilenetv3 and vision_transformer, of whose blocks attention and MLP have a gate each, and
+            torchvision's ResNets.
         config: Which blocks to gate and their target rates. Default: AIGConfig().
         **fields: AIGConfig's fields, instead of config: `gate_(model, target_rate=0.5)`.
 
@@ -114,8 +115,8 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     if not sites:
         modules = sorted({(key if isinstance(key, type) else key[0]).__module__ for key in GATED})
         raise InputError(
-            f'({type(model).__name__}) has no supported blocks. Supported are the residual blocks of '
-            f'{", ".join(modules)}, in their models and in modules built from them.', 'model')
+            f'({type(model).__name__}) has no supported blocks. Supported are the residual blocks with a '
+            f'shortcut of {", ".join(modules)}, in their models and in modules built from them.', 'model')
 
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, _rates(sites, config)):

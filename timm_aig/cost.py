@@ -193,6 +193,6 @@ def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) ->
             f'({type(model).__name__}) does not run on the meta device. Take the original of an optimized one, or of '
             f'a quantized one.',
             'model') from e
-    except RuntimeError as e:  # such as other channels, or less pixels than a kernel has
+    except (AssertionError, RuntimeError) as e:  # other channels, less pixels than a kernel has, not a ViT's img_size
         raise InputError(f'{size} cannot be run by the model: {e}', 'input_size') from e
     return lambda name='': counter.macs[name]

@@ -18,6 +18,10 @@ ARCHS = {  # with their arguments, for small images
     'convnext_atto': {}, 'convnextv2_atto': {}, 'convnext_atto_ols': {},
     'vit_tiny_patch16_224': dict(img_size=32), 'deit_tiny_patch16_224': dict(img_size=32),
     'vit_wee_patch16_reg1_gap_256': dict(img_size=32),
+    'res2net50_26w_4s': {}, 'res2net50_48w_2s': {}, 'res2next50': {},
+    'resnest14d': {}, 'resnest50d_1s4x24d': {}, 'resnest50d_4s2x40d': {},
+    'skresnet18': {}, 'skresnet50': {}, 'skresnext50_32x4d': {},
+    'efficientnet_b1_pruned': {}, 'mobilenet_edgetpu_v2_xs': {}, 'mobilenetv4_hybrid_medium': {},
     'torchvision resnet18': {}, 'torchvision resnet50': {}, 'torchvision resnext50_32x4d': {},
 }
 
@@ -142,6 +146,8 @@ MACS = {  # of one branch at 32 px, counted by hand
     'resnetv2_18': ('stages.1.blocks.1', 2 * 4 * 4 * 9 * 128 * 128),  # two 3x3 convolutions on 4x4 pixels
     'regnetx_002': ('s2.b1', 8 * 8 * 24 * 56 + 4 * 4 * (9 * 8 * 56 + 56 * 56)),  # groups of 8, stride 2 in the second
     'convnext_atto': ('stages.1.blocks.0', 4 * 4 * (49 * 80 + 2 * 80 * 320)),  # depthwise 7x7, two layers of the MLP
+    'skresnet18': (  # a 3x3 convolution of half of the channels for each path, attention, a 3x3 convolution
+        'layer2.1', 2 * 4 * 4 * 9 * 64 * 128 + 128 * 16 + 16 * 256 + 4 * 4 * 9 * 128 * 128),
     'vit_tiny_patch16_224': ('blocks.0.mlp', 5 * 2 * 192 * 768),  # four patches and the class token
     'torchvision resnet18': ('layer2.1', 2 * 4 * 4 * 9 * 128 * 128),
 }
@@ -154,7 +160,8 @@ def test_macs_of_a_branch_are_those_counted_by_hand(arch):
     assert timm_aig.compute_cost(model, (3, 32, 32)).blocks[list(gated_blocks(model)).index(name)] == macs
 
 
-@pytest.mark.parametrize('arch', ['resnetv2_18', 'regnety_002', 'convnext_atto', 'vit_tiny_patch16_224'])
+@pytest.mark.parametrize('arch', [
+    'resnetv2_18', 'regnety_002', 'convnext_atto', 'skresnet18', 'efficientnet_b1_pruned', 'vit_tiny_patch16_224'])
 def test_entry_points_create_save_and_load_trained_gates(arch, train_gates, tmp_path):
     kwargs = dict(num_classes=5, **ARCHS[arch])
     model = train_gates(timm.create_model(f'{arch}_aig', target_rate=0.3, **kwargs)).eval()
@@ -170,14 +177,16 @@ def test_entry_points_create_save_and_load_trained_gates(arch, train_gates, tmp_
 
 
 def test_tags_of_the_parents_are_tags_of_the_adaptive_models():
-    for arch in ('resnetv2_50x1_bit', 'regnety_008', 'convnext_tiny', 'vit_base_patch16_224'):
+    for arch in ('resnetv2_50x1_bit', 'regnety_008', 'convnext_tiny', 'res2net50d', 'mobilenetv3_large_100',
+                 'efficientnet_b0', 'vit_base_patch16_224'):
         tag = timm.get_pretrained_cfg(arch).tag
         assert timm.get_pretrained_cfg(f'{arch}_aig').tag == tag
         assert timm.get_pretrained_cfg(f'{arch}_aig.{tag}').hf_hub_id == timm.get_pretrained_cfg(arch).hf_hub_id
 
 
 @pytest.mark.parametrize('arch, outputs', [
-    ('resnetv2_18', 5), ('regnetx_002', 5), ('convnext_atto', 4), ('vit_tiny_patch16_224', 3)])
+    ('resnetv2_18', 5), ('regnetx_002', 5), ('convnext_atto', 4), ('skresnet18', 5), ('efficientnet_b1_pruned', 5),
+    ('mobilenetv4_hybrid_medium', 5), ('vit_tiny_patch16_224', 3)])
 def test_features_only_backbones_have_gates(arch, outputs):
     kwargs = ARCHS[arch]
     model = timm.create_model(f'{arch}_aig', features_only=True, **kwargs).eval()
@@ -211,3 +220,12 @@ def test_blocks_without_a_shortcut_get_no_gate():
     names = [name for name, m in model.named_modules() if type(m).__name__ == 'Bottleneck']
     without = [name for name in names if model.get_submodule(name).downsample is None]
     assert without and list(gated_blocks(gate_(model))) == [name for name in names if name not in without]
+    model = timm.create_model('mobilenetv4_hybrid_medium', device='meta')
+    skips = {name: m.has_skip for name, m in model.named_modules() if hasattr(m, 'has_skip')}
+    assert not all(skips.values()) and list(gated_blocks(gate_(model))) == [name for name in skips if skips[name]]
+
+
+def test_archs_without_a_block_to_gate_have_no_entry_point():
+    assert timm.is_model('mobilenetv1_100') and not timm.is_model('mobilenetv1_100_aig')
+    with pytest.raises(timm_aig.InputError, match='no supported blocks'):
+        gate_(timm.create_model('mobilenetv1_100', device='meta'))

@@ -285,6 +285,7 @@ def refused(run, tmp_path):
     (['--batch-size', '1'], '--batch-size must be at least 2'),
     (['--epochs', 'many'], '--epochs must be a whole number from 1'),
     (['--static', '--teacher', 'no_such_model'], '--teacher no_such_model'),
+    (['--model-kwargs', 'no_such=3'], '--model local-dir:'),
 ])
 def test_bad_input_is_refused_by_the_name_of_its_argument(refused, args, named):
     assert named in refused(*args)

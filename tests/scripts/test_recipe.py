@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from _recipes import OPTIMIZERS, RECIPES, parse_training_args as parse_args, recipe_of
+from _recipes import OPTIMIZERS, RECIPES, model_kwargs_of, parse_training_args as parse_args, recipe_of
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def test_yaml_numbers_are_read_as_on_a_command_line(config):
 @pytest.mark.parametrize('argv', [
     [], ['--recipe', 'paper'], ['--static', '--mixup', '0.2', '--decay-milestones', '3', '4', '--model-ema'],
     ['--gate-norm', 'none', '--input-size', '1', '28', '28', '--mean', '0.1', '--nonfinite', 'skip'],
+    ['--model-kwargs', 'img_size=28', 'depths=(2, 2)', 'act_layer=gelu'],
 ])
 def test_a_trainings_recipe_given_back_is_the_same_recipe(config, argv):
     args = parse_args([*argv, '--output', 'here', '--workers', '1'])
@@ -116,7 +117,7 @@ def test_a_config_that_is_not_there_or_no_text_is_refused(refused, tmp_path):
     (['--ratio', '1', '0'], "not '0'"), (['--anneal', '1.5'], r'in \[0, 1\]'), (['--smoothing', '1'], r'in \[0, 1\)'),
     (['--target-rate', '1'], r'in \(0, 1\)'), (['--scale', '0', '2'], r'in \(0, 1\]'), (['--mean', 'inf'], 'a number'),
     (['--seed', '2147483648'], 'from 0 to 2147483647'), (['--input-size', '3', '0', '8'], 'a whole number from 1'),
-    (['--batch-size', '7', '--mixup', '0.1'], 'even for mixup'),
+    (['--batch-size', '7', '--mixup', '0.1'], 'even for mixup'), (['--model-kwargs', 'img_size'], 'NAME=VALUE'),
 ])
 def test_a_number_out_of_range_is_refused_with_what_is_allowed(refused, argv, allowed):
     assert refused(argv, allowed).startswith(argv[0])
@@ -129,3 +130,8 @@ def test_a_number_out_of_range_is_refused_with_what_is_allowed(refused, argv, al
 ])
 def test_what_argparse_refuses_is_one_line_too(refused, argv, message):
     refused(argv, message)
+
+
+def test_arguments_of_the_model_are_literals_or_strings():
+    args = parse_args(['--model-kwargs', 'img_size=28', 'depths=(2, 2)', 'gamma=None', 'act_layer=gelu', 'x=a=b'])
+    assert model_kwargs_of(args) == dict(img_size=28, depths=(2, 2), gamma=None, act_layer='gelu', x='a=b')

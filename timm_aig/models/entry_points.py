@@ -7,7 +7,6 @@ Tags of the parent ('resnet50_aig.tv2_in1k') load the parent's weights and leave
 files of hub_configs. Without a tag, pretrained=True loads the parent's default tag. If the parent has no weights, it
 loads the hub_config that is marked "default".
 """
-import copy
 import sys
 from collections import deque
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -52,10 +51,12 @@ class Family(NamedTuple):
     modules: Names of timm's modules that define the parents.
     filter_fn: Converts checkpoints of other formats, as timm's filter_fn.
     feature_cfg: How features_only takes features, as the parents' own, by parent.
+    without: Patterns of parents that have no block to gate.
     """
     modules: Tuple[str, ...]
     filter_fn: Optional[Callable[..., Any]] = None
     feature_cfg: Callable[[str], Dict[str, Any]] = lambda parent: {}
+    without: Tuple[str, ...] = ()
 
 
 def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
@@ -67,11 +68,18 @@ def default_cfgs_of(parents: Sequence[str]) -> Dict[str, DefaultCfg]:
         theirs = dict(cfg.cfgs)
         for tag, tag_cfg in theirs.items():
             if tag_cfg.hf_hub_id == 'timm/':  # stands for the repository of that name
-                theirs[tag] = tag_cfg = copy.copy(tag_cfg)
-                tag_cfg.hf_hub_id = f'timm/{parent}.{tag}' if tag else f'timm/{parent}'
+                theirs[tag] = _with_hub_id(tag_cfg, f'timm/{parent}.{tag}' if tag else f'timm/{parent}')
         own = configs.get(f'{parent}_aig', {})
-        cfgs[f'{parent}_aig'] = DefaultCfg(deque(dict.fromkeys([*cfg.tags, *own])), {**theirs, **own}, cfg.is_pretrained)
+        tags = deque(dict.fromkeys([*cfg.tags, *own]))
+        cfgs[f'{parent}_aig'] = DefaultCfg(tags, {**theirs, **own}, cfg.is_pretrained)
     return cfgs
+
+
+def _with_hub_id(cfg: PretrainedCfg, hub_id: str) -> PretrainedCfg:
+    """A copy. copy.copy would take ten times as long, for hundreds of them at each import."""
+    copied = PretrainedCfg.__new__(PretrainedCfg)
+    vars(copied).update(vars(cfg), hf_hub_id=hub_id)
+    return copied
 
 
 def list_trained() -> List[str]:
@@ -161,7 +169,7 @@ def register_family(module: Any, family: Family) -> None:
         module: Module that gets the entry points and, as timm expects it there, `default_cfgs`.
         family: The family.
     """
-    parents = list_models(module=family.modules)
+    parents = list_models(module=family.modules, exclude_filters=family.without)
     module.default_cfgs = {**getattr(module, 'default_cfgs', {}), **default_cfgs_of(parents)}
     for parent in parents:
         function = entry_point(family, parent)

@@ -1,0 +1,96 @@
+"""EfficientNets and MobileNets: gated inverted residuals, <arch>_aig for timm.models.efficientnet and mobilenetv3."""
+import sys
+from typing import Any, Optional
+
+import torch
+
+from ..blocks import GatedBlock, gates
+from ..compat import efficientnet_blocks as blocks
+from .entry_points import Family, register_family
+
+__all__ = [  # register_family adds each entry point
+    'GatedConvBnAct', 'GatedDepthwiseSeparableConv', 'GatedEdgeResidual', 'GatedInvertedResidual',
+    'GatedMobileAttention', 'GatedUniversalInvertedResidual']
+
+
+class GatedMobileBlock(GatedBlock):
+    """Base of the gated blocks. Their shortcut is the input; a block without a shortcut has no gate."""
+
+    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @staticmethod
+    def in_channels(block: Any) -> Optional[int]:
+        return GatedBlock.in_channels(block) if block.has_skip else None
+
+
+@gates(blocks.ConvBnAct)
+class GatedConvBnAct(GatedMobileBlock, blocks.ConvBnAct):
+    """timm's ConvBnAct with a gate."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.aa(self.bn1(self.conv(x)))
+        return self.drop_path(x)
+
+
+@gates(blocks.DepthwiseSeparableConv)
+class GatedDepthwiseSeparableConv(GatedMobileBlock, blocks.DepthwiseSeparableConv):
+    """timm's DepthwiseSeparableConv with a gate."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv_s2d is not None:
+            x = self.bn_s2d(self.conv_s2d(x))
+        x = self.aa(self.bn1(self.conv_dw(x)))
+        x = self.bn2(self.conv_pw(self.se(x)))
+        return self.drop_path(x)
+
+
+@gates(blocks.InvertedResidual)
+class GatedInvertedResidual(GatedMobileBlock, blocks.InvertedResidual):
+    """timm's InvertedResidual (MBConv) with a gate. CondConvResidual, which derives from it, has none."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv_s2d is not None:
+            x = self.bn_s2d(self.conv_s2d(x))
+        x = self.bn1(self.conv_pw(x))
+        x = self.aa(self.bn2(self.conv_dw(x)))
+        x = self.bn3(self.conv_pwl(self.se(x)))
+        return self.drop_path(x)
+
+
+@gates(blocks.EdgeResidual)
+class GatedEdgeResidual(GatedMobileBlock, blocks.EdgeResidual):
+    """timm's EdgeResidual (FusedMBConv) with a gate."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.aa(self.bn1(self.conv_exp(x)))
+        x = self.bn2(self.conv_pwl(self.se(x)))
+        return self.drop_path(x)
+
+
+@gates(blocks.UniversalInvertedResidual)
+class GatedUniversalInvertedResidual(GatedMobileBlock, blocks.UniversalInvertedResidual):
+    """timm's UniversalInvertedResidual (MobileNetV4) with a gate."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dw_mid(self.pw_exp(self.dw_start(x)))
+        x = self.dw_end(self.pw_proj(self.se(x)))
+        return self.drop_path(self.layer_scale(x))
+
+
+@gates(blocks.MobileAttention)
+class GatedMobileAttention(GatedMobileBlock, blocks.MobileAttention):
+    """timm's MobileAttention (MobileNetV4) with a gate. With a position encoding before its shortcut it has none."""
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer_scale(self.attn(self.norm(x)))
+        return self.drop_path(x)
+
+    @staticmethod
+    def in_channels(block: Any) -> Optional[int]:
+        return GatedMobileBlock.in_channels(block) if block.conv_cpe_dw is None else None
+
+
+register_family(sys.modules[__name__], Family(
+    ('efficientnet', 'mobilenetv3'), feature_cfg=lambda parent: dict(feature_cls='hook', no_rewrite=False),
+    without=('lcnet_*', 'mobilenetv1_*', 'test_*')))
