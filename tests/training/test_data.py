@@ -62,20 +62,6 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_one_and_counted_on
     assert dataset[4] != dataset[5]
 
 
-def test_an_unreadable_evaluation_image_is_black_and_has_no_label(broken):
-    dataset = opened(broken, 'validation')
-    assert dataset[5] == (0., -1)
-    assert [label for _, label in dataset] == [0, 0, 0, 0, 1, -1, 1, 1, 2, 2, 2, 2]
-
-
-def test_unreadable_images_of_loader_workers_are_counted_in_the_main_process(broken):
-    dataset = opened(broken, 'validation')
-    labels = torch.cat([labels for _, labels in DataLoader(dataset, 4, num_workers=2)])
-    assert (labels == -1).sum() == 1
-    assert readable_images(dataset).failed.sum() == 1
-
-
-@pytest.mark.parametrize('is_training', [True, False])
 @pytest.mark.parametrize('channels, mode', [(1, 'L'), (3, 'RGB')])
 def test_images_of_16_bits_are_scaled_and_those_of_32_bits_are_unreadable(images, tmp_path, channels, mode):
     root, ramp = shutil.copytree(images, tmp_path / 'images'), np.arange(0, 65536, 256).reshape(16, 16)
@@ -90,6 +76,20 @@ def test_images_of_16_bits_are_scaled_and_those_of_32_bits_are_unreadable(images
     assert np.array_equal(dataset[0][0], np.asarray(image)) and dataset[0][1] == 0 and dataset[1][1] == -1
 
 
+def test_an_unreadable_evaluation_image_is_black_and_has_no_label(broken):
+    dataset = opened(broken, 'validation')
+    assert dataset[5] == (0., -1)
+    assert [label for _, label in dataset] == [0, 0, 0, 0, 1, -1, 1, 1, 2, 2, 2, 2]
+
+
+def test_unreadable_images_of_loader_workers_are_counted_in_the_main_process(broken):
+    dataset = opened(broken, 'validation')
+    labels = torch.cat([labels for _, labels in DataLoader(dataset, 4, num_workers=2)])
+    assert (labels == -1).sum() == 1
+    assert readable_images(dataset).failed.sum() == 1
+
+
+@pytest.mark.parametrize('is_training', [True, False])
 def test_an_unreadable_image_can_be_an_error_that_names_the_file(broken, is_training):
     dataset = opened(broken, is_training=is_training, unreadable='error')
     with pytest.raises(InputError, match=r'cannot read .*/train/bee/1.png, UnidentifiedImageError'):
