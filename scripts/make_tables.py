@@ -68,11 +68,11 @@ TABLES = {
         'model': ('cascade, static nets', 'cascade, static or adaptive nets'),
         'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
                     'as static-r20', 'as static-r32')}),
-    'models': Table('fmnist.csv', {
-        'model': '`{model}.{tag}`', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
+    'models': Table('models.csv', {
+        'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
         'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
         'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
-    }, {'tag': '*'}),
+    }, {}),
     'fmnist': Table('fmnist.csv', {
         **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
     }, {'study': 'short'}),

@@ -200,7 +200,7 @@ def plot_accuracy_macs(
         ranges: Lowest and highest accuracy of seeds, by name.
     """
     names = list(dict.fromkeys(name for name, *_ in [*points, *others]))
-    figure = _figure(4.5 + .2 * len(names), f'Accuracy against {over}', title)
+    figure = _figure(4.5 + .1 * len(names), f'Accuracy against {over}', title)
     axes = figure.add_subplot()
     colours = dict(zip(names, cycle(COLOURS)))
     for some, style in ((points, dict(marker='o')), (others, dict(marker='s', linestyle='--'))):
@@ -213,7 +213,7 @@ def plot_accuracy_macs(
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
-    legend = figure.legend(loc='outside lower left', fontsize=8.5, frameon=False)
+    legend = figure.legend(loc='outside lower left', ncols=2, columnspacing=1, fontsize=7.5, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a $
     return _save(figure, path)

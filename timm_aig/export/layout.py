@@ -46,8 +46,11 @@ def remove_reorders(graph: Any) -> bool:
         elif pooled.intersection(node.input) and node.op_type != 'Reshape':
             return False
         nodes.append(node)
+    # The shapes of the layout, without which ONNX Runtime would not reuse memory in place. Others may be wrong.
+    shapes = [value for value in graph.value_info if value.name in blocked]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(_fuse(nodes))
+    graph.value_info.extend(shapes)
     return bool(renamed)
 
 
