@@ -51,7 +51,7 @@ class _GatePass(threading.local):
 
         The block calls this, not its gate: a forward hook or a module around the gate may have changed z.
         """
-        forced = self.forced_answers(block, len(z))
+        forced = None if self.forced is None else self.forced_answers(block, len(z))  # torch.fx traces no len
         if forced is not None:
             z = forced.to(z.device, z.dtype)
         if self.record is not None:
