@@ -120,6 +120,8 @@ def create_calibration_loader(args: argparse.Namespace, train: Any, data: Traini
 
 def create_training_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Module) -> TrainingData:
     given = {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+    if args.crop_padding is not None and args.crop_pct is None:
+        given['crop_pct'] = 1.  # evaluate the whole image too, at the same scale
     channels = (args.input_size or model.pretrained_cfg['input_size'])[0]
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, channels):

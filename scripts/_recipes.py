@@ -155,7 +155,8 @@ def create_training_parser(description: Optional[str], examples: str) -> Parser:
     arg('--model-ema-decay', type=number('[0, 1]'), default=0.9998, metavar='X', help='default: %(default)s')
 
     arg = parser.add_argument_group('augmentation').add_argument
-    arg('--crop-padding', type=integer(0), metavar='PX', help='resize, pad, crop and flip only, as for CIFAR')
+    arg('--crop-padding', type=integer(0), metavar='PX',
+        help='resize, pad, crop and flip only, as for CIFAR, and --crop-pct 1')
     arg('--scale', type=number('(0, 1]'), nargs=2, default=[0.08, 1.], metavar=('MIN', 'MAX'),
         help='area of random resized crops (default: %(default)s)')
     arg('--ratio', type=number('(0, inf)'), nargs=2, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'),

@@ -610,8 +610,9 @@ def test_the_seed_is_that_of_the_order_of_the_images_in_several_processes(finetu
 def test_crop_padding_keeps_the_whole_image_at_any_input_size(finetune, finetune_args, images):
     args = finetune.parse_args([*finetune_args, '--crop-padding', '1', '--hflip', '0'])
     args.distributed = False
-    model = timm.create_model('cifar_resnet20', num_classes=3)
+    model = timm.create_model('cifar_resnet20', num_classes=3, pretrained_cfg_overlay=dict(crop_pct=.8))
     data = finetune.create_training_loaders(args, *finetune.open_training_splits(args), model)
+    assert data.config['crop_pct'] == 1
     image = Image.open(images / 'train' / 'ape' / '0.png').resize((160, 160))
     image.paste((255, 255, 255), (0, 0, 80, 160))  # the left half; a crop of 8 px would be all of one half
     crops = [data.train.dataset.transform(image)[0] for _ in range(20)]
