@@ -99,9 +99,22 @@ class CifarResNet(ResNet):
         """Forward features and return intermediates: 0 is the stem, 1 to 3 are the stages. Arguments as in ResNet."""
         return super().forward_intermediates(x, _take_features(indices), *args, **kwargs)
 
-    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args, **kwargs) -> List[int]:
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
         """Prune stages not required for the given intermediates. Arguments as in ResNet."""
-        return super().prune_intermediate_layers(_take_features(indices), *args, **kwargs)
+        take_indices = _take_features(indices)
+        max_index = max(take_indices)
+        for name in ('layer1', 'layer2', 'layer3')[max_index:]:
+            setattr(self, name, nn.Sequential())
+        if max_index < 3:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or max_index < 3:  # ResNet would look for a fourth stage
+            self.reset_classifier(0, '')
+        return take_indices
 
 
 def _take_features(indices: Union[int, List[int], None]) -> List[int]:
