@@ -141,7 +141,7 @@ groups = cluster_classes(gates.likeness, names)
 claims = check_claims(gates, {'first': [0], 'downsampling': [9], 'last': [151]}, groups, True,
                       path_statistics(gates.labels, gates.gates, 19), 19)
 folder = analyze.Path('.')
-analyze.write_tables(folder, gates, names[:152], analyze.Classes(names, groups))
+analyze.write_tables(folder, analyze.Seen(e, gates, None, names[:152], {}, names, groups))
 plot_execution_rates(gates.rates, names[:152], names, 'a.png', groups=groups)
 plot_blocks_run(gates.blocks_run, groups, 'c.png')
 assert len(gates.paths()[0]) == 50000 and gates.images.sum() == 50000
