@@ -143,7 +143,7 @@ def test_a_file_that_can_be_written_is_left_as_it_is_and_another_is_an_os_error(
 @pytest.mark.parametrize('name, args', [
     ('validate.py', ['--model', 'cifar_resnet20', '--plot', '/nowhere/x']),
     ('validate.py', ['--model', 'cifar_resnet20', '--predictions', '/nowhere/x']),
-    ('compare.py', ['glyphs', '--table', '/nowhere/x']),
+    ('compare.py', ['glyphs', '--data-dir', '.', '--table', '/nowhere/x']),
 ])
 def test_a_file_that_can_never_be_written_is_met_before_the_work(run_script, monkeypatch, capsys, name, args):
     monkeypatch.setattr('timm.create_model', None)

@@ -352,7 +352,7 @@ def test_a_model_that_cannot_be_loaded_gets_a_sentence(name, message):
     ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 20000}}',
      'at most 300,000,000'),
     ('{"cascade": 3}', 'cannot be loaded'),
-    ('{"cascade": {"stages": [{"model": "../x", "budget": null, "threshold": 1}]}}', 'no list of stages'),
+    ('{"cascade": {"stages": [{"model": "../x", "budget": null, "threshold": 1}]}}', 'a stage names no model_<number>'),
     ('{"cascade": {"stages": [{"model": "model_1", "budget": null, "threshold": 1}]}}', 'no config.json'),
     (json.dumps({'cascade': {'stages': [{'model': 'model_1'}] * 99}}), 'has 99 stages; this page runs at most 4'),
 ])
