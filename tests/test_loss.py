@@ -201,7 +201,7 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('gloo'))
-    mp.start_processes(run_process, args=(folder,), nprocs=3, start_method='fork')
+    mp.spawn(run_process, args=(folder,), nprocs=3)  # not forked: this process has threads by now
     return [torch.load(f'{folder}/{rank}.pt') for rank in range(3)]
 
 

@@ -451,7 +451,7 @@ def run_process(rank, folder):
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('gloo'))
-    mp.start_processes(run_process, args=(folder,), nprocs=2, start_method='fork')
+    mp.spawn(run_process, args=(folder,), nprocs=2)  # not forked: this process has threads by now
     return [torch.load(f'{folder}/{rank}.pt') for rank in (0, 1)]
 
 
