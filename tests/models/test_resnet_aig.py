@@ -56,6 +56,7 @@ def test_the_registered_default_tag_is_the_parents_even_if_hub_configs_have_weig
         config = entry_points._HUB_CONFIGS[name]
         monkeypatch.setitem(entry_points._HUB_CONFIGS, name, {
             **config, 'pretrained_cfg': {**config['pretrained_cfg'], 'hf_hub_id': 'user/x'}})
+    monkeypatch.setattr(entry_points, 'pretrained_cfgs', entry_points.pretrained_cfgs.__wrapped__)  # not cached
     cfgs = entry_points.default_cfgs_of(['resnet50', 'cifar_resnet32'])
     assert cfgs['resnet50_aig'].default_with_tag[0] == timm.get_pretrained_cfg('resnet50').tag
     assert cfgs['cifar_resnet32_aig'].default_with_tag[0] == 'untrained'

@@ -28,6 +28,7 @@ def load_hub_configs() -> Dict[str, Dict[str, Any]]:
     return configs
 
 
+@cache
 def pretrained_cfgs() -> Dict[str, Dict[str, PretrainedCfg]]:
     """timm's PretrainedCfg of each file, by architecture and tag."""
     cfgs: Dict[str, Dict[str, PretrainedCfg]] = {}
