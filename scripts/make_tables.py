@@ -77,6 +77,10 @@ TABLES = {
         **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
     }, {'study': 'short'}),
     'fmnist-long': Table('fmnist.csv', _ACCURACY, {'study': 'long'}),
+    'fmnist-families': Table('fmnist_families.csv', {
+        'model': '`{model}`', 'training': '{training}', 'epochs': '{epochs}', 'top-1, %': '{top1}',
+        'MACs share': '{macs_share}', 'branches run': '{blocks_run} of {blocks}', 'paths': '{paths}',
+    }, {}),
     'fmnist-pairs': Table('fmnist_pairs.csv', {
         'model': '{model}', 'against': '{against}', 'seed': '{seed}',
         'right only by the model / only by the other': '{only_model} / {only_against}', 'points': '{points}',
