@@ -242,7 +242,7 @@ def test_the_summary_shows_measured_rates_and_their_macs():
 
 @pytest.mark.parametrize('rates', [[.5] * 8, torch.zeros(0, 9)])
 def test_rates_that_do_not_fit_are_an_error(rates):
-    with pytest.raises(ValueError, match='rates must be 9, one for each gated block, not [08]'):
+    with pytest.raises(ValueError, match=r'rates must be 9, one for each gated block, not [08]'):
         timm_aig.summary(resnet('cifar_resnet20_aig'), rates=rates)
 
 
