@@ -29,12 +29,12 @@ class _GatePass(threading.local):
         self.rows = slice(None)  # part of the batch that is running
         self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
-    def forced_answers(self, block: nn.Module, rows: int) -> Optional[torch.Tensor]:
-        """Forced answers for a block, bool [rows], or None."""
+    def forced_answers(self, block: nn.Module, z: torch.Tensor) -> Optional[torch.Tensor]:
+        """Forced answers for a block, bool [B], instead of z [B], or None."""
         if self.forced is None or id(block) not in self.forced:
             return None
         answers = self.forced[id(block)]
-        batch = rows if self.batch is None else self.batch
+        batch = len(z) if self.batch is None else self.batch
         if len(answers) != batch:
             raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
         return answers[self.rows]
@@ -51,7 +51,7 @@ class _GatePass(threading.local):
 
         The block calls this, not its gate: a forward hook or a module around the gate may have changed z.
         """
-        forced = None if self.forced is None else self.forced_answers(block, len(z))  # torch.fx traces no len
+        forced = self.forced_answers(block, z)
         if forced is not None:
             z = forced.to(z.device, z.dtype)
         if self.record is not None:

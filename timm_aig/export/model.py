@@ -15,7 +15,7 @@ from ..compat import batch_norm
 from ..config import InputError
 from ..convert import plain_copy
 from ..inference import InferenceModel, InferenceStage, optimize_for_inference, run_rows
-from ..inference.gate import is_plain_gate
+from ..inference.gate import is_plain_gate, open_minus_closed
 
 __all__ = ['MODES', 'ExportModel', 'prepare']
 
@@ -41,7 +41,7 @@ class ExportBlock(nn.Module):
         has_bn = isinstance(gate.bn, (nn.BatchNorm1d, nn.SyncBatchNorm))
         fc1 = fuse_linear_bn_eval(gate.fc1, gate.bn) if has_bn else gate.fc1
         self.hidden = nn.Sequential(fc1, nn.Identity() if has_bn else gate.bn, nn.ReLU())
-        self.weight = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach())
+        self.weight = nn.Parameter(open_minus_closed(gate)[0])
 
     def forward(
             self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> torch.Tensor:
@@ -99,7 +99,7 @@ class ExportModel(nn.Module):
         self.model = optimized
         self.has_gates = bool(own)
         self.takes_offset = self.has_gates and mode != 'path'
-        bias = [(gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach() for gate in own]
+        bias = [open_minus_closed(gate)[1] for gate in own]
         self.register_buffer('bias', torch.cat([torch.zeros(0, device='cpu'), *bias]))
         self.register_buffer('pattern', torch.tensor([float(gate) for gate in is_open], device='cpu'))
         self.dtype = dtype

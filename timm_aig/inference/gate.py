@@ -10,7 +10,7 @@ from ..compat import has_forward_hooks
 from ..gate import Gate, gate_pass, is_on_cpu
 from .fused import is_plain
 
-__all__ = ['InferenceGate', 'can_fold', 'is_plain_gate', 'pool']
+__all__ = ['InferenceGate', 'can_fold', 'is_plain_gate', 'open_minus_closed', 'pool']
 
 
 class InferenceGate(Gate):
@@ -27,8 +27,8 @@ class InferenceGate(Gate):
         fc1 = gate.fc1 if isinstance(gate.bn, nn.Identity) else fuse_linear_bn_eval(gate.fc1, gate.bn)
         self.weight1 = nn.Parameter(fc1.weight.detach(), False)
         self.bias1 = nn.Parameter(fc1.bias.detach(), False)
-        self.weight2 = nn.Parameter((gate.fc2.weight[1:] - gate.fc2.weight[:1]).detach(), False)
-        self.bias2 = nn.Parameter((gate.fc2.bias[1:] - gate.fc2.bias[:1]).detach(), False)
+        weight2, bias2 = open_minus_closed(gate)
+        self.weight2, self.bias2 = nn.Parameter(weight2, False), nn.Parameter(bias2, False)
         self.units = list(zip(self.bias1.tolist(), self.weight2[0].tolist()))  # bias and output weight of hidden units
         self.score = self.bias2.item()
         self.register_buffer('offset', gate.offset.detach().clone())
@@ -74,6 +74,12 @@ class InferenceGate(Gate):
             if unit > 0:
                 score += unit * weight
         return [score]
+
+
+def open_minus_closed(gate: Gate) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weight [1, gate_channels] and bias [1] of fc2 with one output, open minus closed logit."""
+    weight, bias = gate.fc2.weight.detach(), gate.fc2.bias.detach()
+    return weight[1:] - weight[:1], bias[1:] - bias[:1]
 
 
 def can_fold(gate: Any) -> bool:

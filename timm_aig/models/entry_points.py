@@ -99,7 +99,7 @@ def _create_model_aig(
         gate_budgets: Optional[Sequence[Dict[str, Any]]] = None,
         **kwargs,
 ) -> nn.Module:
-    kwargs = pin_weights(kwargs)
+    parent, kwargs = variant.removesuffix('_aig'), pin_weights(kwargs)
     overlay = PretrainedCfg(**(kwargs.get('pretrained_cfg_overlay') or {}))
     if pretrained and variant in _DEFAULT_TAGS and not kwargs.get('pretrained_cfg') and not overlay.has_weights:
         kwargs['pretrained_cfg'] = _DEFAULT_TAGS[variant]
@@ -112,7 +112,7 @@ def _create_model_aig(
     budgets = () if gate_budgets is None else read_budget_table(gate_budgets)
 
     def adaptive_parent(**parent_args) -> nn.Module:
-        model = gate_(model_entrypoint(variant.removesuffix('_aig'))(**parent_args), config)
+        model = gate_(model_entrypoint(parent)(**parent_args), config)
         if budgets:
             set_budget_table(model, budgets)
         return model
@@ -128,7 +128,7 @@ def _create_model_aig(
             variant,
             pretrained,
             pretrained_filter_fn=filter_checkpoint,
-            feature_cfg=family.feature_cfg(variant.removesuffix('_aig')),
+            feature_cfg=family.feature_cfg(parent),
             **kwargs,
         )
         if gate_offset is not None:  # replaces that of the weights

@@ -12,11 +12,22 @@ from ..blocks import GatedBlock, gates
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .entry_points import Family, register_family
 
-__all__ = ['GatedBasicBlock', 'GatedBottleneck']  # register_family adds each entry point
+__all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNetBlock']  # register_family adds each entry point
+
+
+class GatedResNetBlock(GatedBlock):
+    """Base of the gated blocks of timm's ResNets, whose residual branch ends in optional attention and drop path."""
+
+    def se_and_drop_path(self, x: torch.Tensor) -> torch.Tensor:
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        return x
 
 
 @gates(BasicBlock)
-class GatedBasicBlock(GatedBlock, BasicBlock):
+class GatedBasicBlock(GatedResNetBlock, BasicBlock):
     """timm's BasicBlock with a gate."""
     act_name = 'act2'
 
@@ -28,11 +39,7 @@ class GatedBasicBlock(GatedBlock, BasicBlock):
         x = self.aa(x)
         x = self.conv2(x)
         x = self.bn2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
+        return self.se_and_drop_path(x)
 
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.act2(x)
@@ -43,7 +50,7 @@ class GatedBasicBlock(GatedBlock, BasicBlock):
 
 
 @gates(Bottleneck)
-class GatedBottleneck(GatedBlock, Bottleneck):
+class GatedBottleneck(GatedResNetBlock, Bottleneck):
     """timm's Bottleneck with a gate."""
     act_name = 'act3'
     bottleneck = True
@@ -59,11 +66,7 @@ class GatedBottleneck(GatedBlock, Bottleneck):
         x = self.aa(x)
         x = self.conv3(x)
         x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
+        return self.se_and_drop_path(x)
 
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.act3(x)

@@ -9,13 +9,14 @@ from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 
 from ..blocks import GatedBlock, gates
 from .entry_points import Family, register_family
+from .resnet_aig import GatedResNetBlock
 
 __all__ = [  # register_family adds each entry point
     'GatedBottle2neck', 'GatedResNestBottleneck', 'GatedSelectiveKernelBasic', 'GatedSelectiveKernelBottleneck']
 
 
 @gates(Bottle2neck)
-class GatedBottle2neck(GatedBlock, Bottle2neck):
+class GatedBottle2neck(GatedResNetBlock, Bottle2neck):
     """timm's Bottle2neck of Res2Net with a gate."""
     act_name = 'relu'
     bottleneck = True
@@ -33,11 +34,7 @@ class GatedBottle2neck(GatedBlock, Bottle2neck):
             out.append(parts[-1] if self.pool is None else self.pool(parts[-1]))
         x = self.drop_block(torch.cat(out, 1))
         x = self.bn3(self.conv3(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
+        return self.se_and_drop_path(x)
 
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.relu(x)
@@ -67,7 +64,7 @@ class GatedResNestBottleneck(GatedBlock, ResNestBottleneck):
         return self.act3(x)
 
 
-class GatedSelectiveKernelBlock(GatedBlock):
+class GatedSelectiveKernelBlock(GatedResNetBlock):
     """Base of the gated blocks of SKNet."""
     act_name = 'act'
 
@@ -81,11 +78,7 @@ class GatedSelectiveKernelBasic(GatedSelectiveKernelBlock, SelectiveKernelBasic)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv2(self.conv1(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
+        return self.se_and_drop_path(x)
 
     @staticmethod
     def in_channels(block: Any) -> Optional[int]:
@@ -99,11 +92,7 @@ class GatedSelectiveKernelBottleneck(GatedSelectiveKernelBlock, SelectiveKernelB
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv3(self.conv2(self.conv1(x)))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x
+        return self.se_and_drop_path(x)
 
 
 register_family(sys.modules[__name__], Family(('res2net', 'resnest', 'sknet')))
