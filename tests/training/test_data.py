@@ -22,6 +22,7 @@ from timm_aig.training.data import (
     hold_out,
     match_classes,
     open_dataset,
+    read_images,
     readable_images,
     start_worker,
 )
@@ -74,6 +75,14 @@ def test_images_of_16_bits_are_scaled_and_those_of_32_bits_are_unreadable(images
     convert_images(dataset, channels)
     image = Image.fromarray((ramp // 257).astype(np.uint8)).convert(mode)
     assert np.array_equal(dataset[0][0], np.asarray(image)) and dataset[0][1] == 0 and dataset[1][1] == -1
+
+
+def test_images_to_calibrate_an_export_on_are_scaled_too(tmp_path):
+    ramp = np.arange(0, 65536, 256).reshape(16, 16)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / '0.png')
+    config = dict(input_size=(1, 16, 16), mean=(0.,), std=(1.,), crop_pct=1.)
+    image, = read_images(str(tmp_path), config, 1)
+    assert torch.allclose(image[0], torch.from_numpy(ramp // 257 / 255).float(), atol=1e-6)
 
 
 def test_an_unreadable_evaluation_image_is_black_and_has_no_label(broken):

@@ -202,8 +202,8 @@ def read_images(folder: str, config: Dict[str, Any], count: int) -> torch.Tensor
     Returns:
         Images preprocessed for the model, [N, C, H, W] with N <= count.
     """
-    dataset = ImageDataset(
-        folder, transform=create_transform(**config), input_img_mode=MODES[config['input_size'][0]])
+    dataset = ImageDataset(folder, transform=create_transform(**config), input_img_mode=None)
+    convert_images(dataset, config['input_size'][0])
     count = min(count, len(dataset))
     return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)])
 
