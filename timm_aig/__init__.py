@@ -6,23 +6,23 @@ __version__ = '0.2.0'
 
 from .blocks import gated_blocks, set_execution, set_gate_offset
 from .budget import BudgetPoint, budget_table, set_budget
-from .cascade import Cascade
 from .config import AIGConfig, InputError
 from .convert import gate_, ungate_
-from .cost import Cost, compute_cost, summary
 from .gate import Gate
-from .inference import optimize_for_inference
 from .loss import AnyBudgetLoss, ComputeTargetLoss, TargetRateLoss
 from .models import GatedBasicBlock, GatedBottleneck, list_trained  # registers the entry points
 from .passes import force_gates, forward_gates, record_gates, use_gate_offset
 
 if TYPE_CHECKING:
+    from .cascade import Cascade
+    from .cost import Cost, compute_cost, summary
     from .export.onnx import export_onnx
     from .export.openvino import export_openvino
     from .export.program import export_program
     from .export.runtime import load_onnx
     from .hub.push import push_to_hub
     from .hub.save import save_pretrained
+    from .inference import optimize_for_inference
     from .task import AIGTask
     from .training.calibrate import calibrate_budget
     from .training.evaluate import evaluate
@@ -37,14 +37,19 @@ __all__ = [
 
 _LAZY = {  # slow to import: imported at first use
     'AIGTask': '.task',
+    'Cascade': '.cascade',
+    'Cost': '.cost',
     'calibrate_budget': '.training.calibrate',
+    'compute_cost': '.cost',
     'evaluate': '.training.evaluate',
     'export_onnx': '.export.onnx',
     'export_openvino': '.export.openvino',
     'export_program': '.export.program',
     'load_onnx': '.export.runtime',
+    'optimize_for_inference': '.inference',
     'push_to_hub': '.hub.push',
     'save_pretrained': '.hub.save',
+    'summary': '.cost',
 }
 
 

@@ -3,14 +3,16 @@
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503, section 3.3
 """
 from itertools import pairwise
-from typing import Any, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from .config import InputError
-from .cost import Cost
+
+if TYPE_CHECKING:
+    from .cost import Cost
 
 __all__ = ['AnyBudgetLoss', 'ComputeTargetLoss', 'TargetRateLoss']
 
@@ -99,7 +101,7 @@ class ComputeTargetLoss(nn.Module):
 
     def __init__(
             self,
-            cost: Cost,
+            cost: 'Cost',
             target: float,
             weight: float = 1.,
             process_group: Optional[Any] = None,
@@ -141,7 +143,7 @@ class AnyBudgetLoss(nn.Module):
 
     def __init__(
             self,
-            cost: Cost,
+            cost: 'Cost',
             least: float = 0.3,
             weight: float = 10.,
             groups: int = 4,
@@ -210,7 +212,7 @@ def _broadcast(positions: torch.Tensor, process_group: Optional[Any]) -> torch.T
     return shared.cpu()
 
 
-def _require_reachable(cost: Cost, target: float, argument: str) -> None:
+def _require_reachable(cost: 'Cost', target: float, argument: str) -> None:
     least = cost.fixed / cost.total
     if not least <= target <= 1:
         raise InputError(f'must be in [{least:.3f}, 1], from what always runs to all MACs, not {target!r}.', argument)
