@@ -111,6 +111,7 @@ TABLES = {
     'speed-resnet50': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet50'}),
     'speed-resnet101': Table('speed.csv', _SPEED, {'study': 'forced', 'parent': 'resnet101'}),
     'speed-runtimes': Table('speed.csv', _MODEL_TIME, {'study': 'runtimes', 'batch_size': ('1', '8')}),
+    'speed-families': Table('speed.csv', _MODEL_TIME, {'study': 'families', 'rate': '0.5'}),
     'speed-compiled': Table('speed.csv', _MODEL_TIME, {'study': 'compiled'}),
     'serving': Table('serving.csv', {
         'model': '`{model}`', 'clients': '{clients}', 'network': '{run}', 'images / s': '{images_per_s}',
