@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from exports import GATES, PATTERNS, assert_agree, expected, offsets
+from exports import GATES, MIXED, PATTERNS, assert_agree, expected, offsets
 
 import timm_aig
 from timm_aig.export import layout, runtime
@@ -46,11 +46,17 @@ def test_reorders_are_removed_and_sums_fused(sparse_file, tmp_path):
     assert after['Conv'] == before['Conv'] and after['Add'] <= 1  # of the offsets
 
 
-def test_an_operator_that_needs_the_plain_layout_keeps_the_reorders(sparse_file, tmp_path):
+def test_an_operator_that_needs_the_plain_layout_gets_it(x, sparse_file, tmp_path):
     runtime.create_session(str(sparse_file[0]), optimized=tmp_path / 'm.onnx')
-    graph = onnx.load(tmp_path / 'm.onnx').graph
-    next(node for node in graph.node if node.op_type == 'Add' and 'offset' not in str(node.input)).op_type = 'Mul'
-    assert not remove_reorders(graph)
+    optimized = onnx.load(tmp_path / 'm.onnx')
+    node = next(node for node in optimized.graph.node if node.op_type == 'Add' and 'offset' not in str(node.input))
+    node.op_type = 'Mul'
+    feeds = {'x': x[:7].numpy(), 'gate_offset': offsets(MIXED)}
+    wanted = runtime.create_session(optimized.SerializeToString()).run(None, feeds)
+    assert remove_reorders(optimized.graph)
+    assert [node.op_type for node in optimized.graph.node].count('ReorderOutput') > 0
+    for found, expected_ in zip(runtime.create_session(optimized.SerializeToString()).run(None, feeds), wanted):
+        np.testing.assert_allclose(found, expected_, rtol=1e-4, atol=1e-5)
 
 
 def test_load_onnx_falls_back_on_a_plain_session(model, x, sparse_file, monkeypatch):
