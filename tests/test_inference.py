@@ -15,7 +15,8 @@ from timm_aig import InputError
 from timm_aig.compat import mkldnn_ops
 from timm_aig.inference.fused import FusedConv
 
-ARCHS = ['resnet18', 'resnet26d', 'ecaresnet26t', 'resnetblur18', 'seresnext26d_32x4d', 'resnet50_gn', 'cifar_resnet20']
+ARCHS = ['resnet18', 'resnet26d', 'ecaresnet26t', 'resnetblur18', 'seresnext26d_32x4d', 'resnet50_gn', 'cifar_resnet20',
+         'regnety_002']
 
 
 def create(arch, **kwargs):

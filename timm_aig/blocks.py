@@ -39,6 +39,7 @@ class GatedBlock(nn.Module):
     shortcut_name = 'downsample'  # child that closed samples run too, if there is one
     act_name: Optional[str] = None  # child that is the activation after the sum, None without
     bottleneck = False  # three convolutions; the paper's schedules depend on it
+    stage_cls: Type[nn.Module] = nn.Sequential  # of stages: runs its children in order, and nothing else
     gate_norm = 'bn'  # of the gate's hidden layer, unless the config has another
 
     if TYPE_CHECKING:

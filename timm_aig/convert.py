@@ -70,10 +70,10 @@ def _class_of(site: _Site) -> Any:
 
 def _relu_input(site: _Site) -> bool:
     """Whether the activation after the sum leaves the block's input as it is: there is none, or this block and the one
-    before it in the same nn.Sequential end in a ReLU."""
+    before it in the same stage end in a ReLU."""
     if _class_of(site).act_name is None:
         return True
-    if not isinstance(site.parent, nn.Sequential):
+    if not isinstance(site.parent, _class_of(site).stage_cls):
         return False
     names = list(site.parent._modules)
     before = names[:names.index(site.child) + 1][-2:]

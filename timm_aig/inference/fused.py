@@ -1,11 +1,10 @@
 """FusedConv: a convolution with batch norm, bias and ReLU in one call, and fold, which builds it."""
-from itertools import chain
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropBlock2d, DropPath
+from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..compat import mkldnn_ops
@@ -82,12 +81,17 @@ class FusedConv(nn.Module):
 def fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
     """Fewer modules that compute the same in eval: batch norms and ReLUs move into the convolution before them."""
     folded: List[Any] = []
-    for module in chain.from_iterable(m if isinstance(m, nn.Sequential) else [m] for m in modules):
-        last = folded[-1] if folded else None
-        if module is None or isinstance(module, (nn.Identity, DropBlock2d, DropPath)):
+    todo: List[Any] = list(reversed(modules))
+    while todo:
+        module, last = todo.pop(), folded[-1] if folded else None
+        if isinstance(module, nn.Sequential) or type(module) is ConvNormAct:
+            todo += reversed(module._modules.values())
+        elif module is None or isinstance(module, (nn.Identity, DropBlock2d, DropPath)):
             continue
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and is_plain(last, nn.Conv2d):
-            folded[-1] = fuse_conv_bn_eval(last, module)  # type: ignore
+        elif type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d) and is_plain(last, nn.Conv2d):
+            folded[-1] = fuse_conv_bn_eval(last, module)  # type: ignore[type-var]
+            if type(module) is BatchNormAct2d:
+                todo += [module.act, module.drop]
         elif type(module) is nn.ReLU and _is_fusible(last):
             folded[-1] = FusedConv(last, relu=True)
         else:

@@ -10,11 +10,13 @@ How it gets fast, each measured with scripts/benchmark.py:
     * Large open samples run where they lie in the batch, neighbours together. Only small ones are gathered.
 """
 import inspect
+from collections import OrderedDict
 from functools import partial
 from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn as nn
+from timm.layers import ConvNormAct
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models.resnet import ResNet
 
@@ -150,8 +152,11 @@ def optimize_for_inference(
         for name, child in list(parent.named_children()):
             if child in blocks:
                 setattr(parent, name, blocks[child])
-            elif type(child) is nn.Sequential and len(child) and all(block in blocks for block in child):
-                setattr(parent, name, InferenceStage(*(blocks[block] for block in child)))
+            elif (stage := child._modules) and all(
+                    block in blocks and type(child) is families[block].stage_cls for block in stage.values()):
+                setattr(parent, name, InferenceStage(OrderedDict((key, blocks[stage[key]]) for key in stage)))
+            elif type(child) is ConvNormAct:
+                setattr(parent, name, nn.Sequential(*fold(child)))
         _fold_stem(parent)
     kept = set(model.modules())
     lost = [name for name, m in hooked.items() if m not in kept]

@@ -1,9 +1,9 @@
 """RegNets (X, Y, Z, V): the gated block, and <arch>_aig for every arch of timm.models.regnet."""
 import sys
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
-from timm.models.regnet import Bottleneck, PreBottleneck
+from timm.models.regnet import Bottleneck, PreBottleneck, RegStage
 
 from ..blocks import GatedBlock, gates
 from ..compat import regnet_filter_fn
@@ -17,6 +17,7 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
     """timm's RegNet Bottleneck with a gate. Without a shortcut it has none."""
     act_name = 'act3'
     bottleneck = True
+    stage_cls = RegStage
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
@@ -29,6 +30,10 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
         return self.act3(x)
 
     @staticmethod
+    def layers(block: Any) -> Optional[List[Any]]:
+        return None if block.downsample is None else [block.conv1, block.conv2, block.se, block.conv3]
+
+    @staticmethod
     def in_channels(block: Any) -> Optional[int]:
         return None if block.downsample is None else block.conv1.conv.in_channels
 
@@ -37,6 +42,7 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
 class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
     """timm's pre-activation RegNet block with a gate. Without a shortcut it has none."""
     bottleneck = True
+    stage_cls = RegStage
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x)
