@@ -1,12 +1,12 @@
 """What the tests of exports share: a trained model's norms and gates, sessions, and what the model itself answers."""
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import timm
 import torch
 from timm.layers import GroupNormAct, StdConv2d
+from timm.models import regnet
 from torchvision.models import ResNet, resnet
 
 import timm_aig
@@ -23,7 +23,8 @@ FAMILIES = {  # archs whose blocks differ, made small
     'resnet50_gn': dict(layers=(1, 2, 1, 1)),
     'resnetv2_18': dict(layers=(1, 2, 1, 1)),
     'resnetv2_50': dict(layers=(1, 2, 1, 1), conv_layer=StdConv2d, norm_layer=GroupNormAct, stem_type='fixed'),  # BiT
-    'regnetx_002': {}, 'regnety_002': {}, 'regnetz_005': {},
+    'regnetx_002': dict(depth=5, wa=60., wm=2.4), 'regnety_002': dict(depth=5, wa=60., wm=2.4),
+    'regnetz_005': dict(depth=6, wa=40.),
     'convnext_atto': dict(depths=(1, 1, 2, 1)), 'convnextv2_atto': dict(depths=(1, 1, 2, 1)),
     'vit_tiny_patch16_224': dict(img_size=32, depth=3), 'deit_tiny_distilled_patch16_224': dict(img_size=32, depth=3),
     'torchvision BasicBlock': dict(layers=(1, 2, 1, 1)), 'torchvision Bottleneck': dict(layers=(1, 2, 1, 1)),
@@ -34,8 +35,12 @@ def small(arch, x):
     """A trained adaptive model of FAMILIES for images x."""
     torch.manual_seed(0)
     library, _, name = arch.rpartition(' ')
-    create: Any = partial(ResNet, getattr(resnet, name)) if library else partial(timm.create_model, name)
-    model = create(num_classes=5, **FAMILIES[arch])
+    if library:
+        model = ResNet(getattr(resnet, name), num_classes=5, **FAMILIES[arch])
+    elif name in regnet.model_cfgs:
+        model = regnet.RegNet(replace(regnet.model_cfgs[name], **FAMILIES[arch]), num_classes=5)
+    else:
+        model = timm.create_model(name, num_classes=5, **FAMILIES[arch])
     for p in model.parameters():
         if p.ndim == 1:
             torch.nn.init.uniform_(p, 0.2, 0.6)  # or layer scales would hide the branches
