@@ -12,6 +12,7 @@ from timm.models import is_model, load_checkpoint
 import timm_aig
 from timm_aig import InputError
 from timm_aig.budget import set_budget_table
+from timm_aig.compat import model_args
 from timm_aig.config import AIG_ARGS
 
 
@@ -42,7 +43,7 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
             raise InputError(f'must be a model of a family that timm_aig can gate, not {args.model!r}.', 'model')
         timm_aig.gate_(model, timm_aig.AIGConfig(**given_gate_args(args)))
     if not args.static:
-        config = timm_aig.AIGConfig(**{k: v for k, v in model._model_args.items() if k in AIG_ARGS})
+        config = timm_aig.AIGConfig(**{k: v for k, v in model_args(model).items() if k in AIG_ARGS})
         if config.target_rates and args.gate_loss == 'rate':
             raise InputError(f'rate: {args.model} has target_rates of its own, one for each block.', 'gate_loss')
         norms = {type(block.gate.bn) for block in timm_aig.gated_blocks(model).values()}

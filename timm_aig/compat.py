@@ -108,7 +108,6 @@ def hub_client_factory() -> Callable[[], Any]:
 
     Without the private name: plain clients, which ignore a factory set by huggingface_hub.set_client_factory.
     """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import _http
+    from huggingface_hub import get_session, utils
     plain = partial(type(get_session()), follow_redirects=True, timeout=None)
-    return getattr(_http, '_GLOBAL_CLIENT_FACTORY', plain)
+    return getattr(getattr(utils, '_http', None), '_GLOBAL_CLIENT_FACTORY', plain)

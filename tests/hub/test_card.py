@@ -87,7 +87,7 @@ def test_a_parent_from_the_hub_is_linked_and_a_static_model_claims_no_gates(mode
     data = yaml.safe_load(card(model, dict(parent='hf-hub:user/parent@v1')).split('---')[1])
     assert data['base_model'] == 'user/parent'
     text = card(timm.create_model('cifar_resnet20'), {})
-    assert 'A static ResNet.' in text and 'forward_gates' not in text and 'An adaptive ResNet' not in text
+    assert 'A static network.' in text and 'forward_gates' not in text and 'An adaptive network' not in text
 
 
 def test_an_update_keeps_the_users_text_and_front_matter_byte_for_byte(model):

@@ -44,18 +44,18 @@ def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spin
 
 def _without_reorders(session: Any, path: Path, threads: Optional[int], spinning: bool) -> Any:
     """A faster session of a file, None if there is none or if it disagrees with `session` on noise."""
-    import onnx
-
-    from .layout import remove_reorders
-
     offsets = [value for value in session.get_overridable_initializers() if value.name == 'gate_offset']
     if not offsets or session.get_modelmeta().custom_metadata_map.get('mode') != 'sparse':
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'optimized.onnx')
-        create_session(str(path), optimized=file)
-        model = onnx.load(file)
     try:
+        import onnx
+
+        from .layout import remove_reorders
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, 'optimized.onnx')
+            create_session(str(path), optimized=file)
+            model = onnx.load(file)
         if not remove_reorders(model.graph):
             return None
         faster = create_session(model.SerializeToString(), threads, spinning)
@@ -65,7 +65,7 @@ def _without_reorders(session: Any, path: Path, threads: Optional[int], spinning
             (expected, _), (found, _) = session.run(None, feeds), faster.run(None, feeds)
             if not np.abs(found - expected).max() <= TOLERANCE['float32'] * max(1., np.abs(expected).max()):
                 return None
-    except Exception:  # what ONNX Runtime's own operators take may change between its versions
+    except Exception:  # no package onnx, no room in /tmp, another version of ONNX Runtime's own operators
         return None
     return faster
 

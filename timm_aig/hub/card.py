@@ -32,7 +32,7 @@ METRICS = {
     'paths': ('paths', 'Different combinations of blocks'),
 }
 
-ABOUT = """An adaptive ResNet: a small gate in front of each gated block looks at the block's input and decides for
+ABOUT = """An adaptive network: a small gate in front of each gated block looks at the block's input and decides for
 each image whether the block runs ([ConvNet-AIG](https://arxiv.org/abs/1711.11503)). Blocks that do not run are not
 computed."""
 
@@ -107,7 +107,7 @@ def make_card(
     sections = [
         f'# {repo_id.partition("/")[2]}',
         results.get('description') or '',
-        ABOUT if adaptive else 'A static ResNet.',
+        ABOUT if adaptive else 'A static network.',
         INSTALL,
         _facts(model, config, results),
         *_results(results),
@@ -241,7 +241,7 @@ def _usage(name: str, adaptive: bool, channels: int) -> str:
     if adaptive:
         run = """logits, gates = timm_aig.forward_gates(model, images)  # gates: 1 where a block ran, else 0
 
-timm_aig.ungate_(model)  # back to the static ResNet, which runs every block"""
+timm_aig.ungate_(model)  # back to the static network, which runs every block"""
     code = f"""## Use
 
 ```python

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from .. import __version__
 from ..config import InputError
+from .card import INSTALL
 from .push import TIMEOUT, check_repo_id
 from .save import save_pretrained
 from .timeout import hub_timeout
@@ -29,6 +30,8 @@ tags: [timm, timm_aig, image-classification, cascade]
 
 A cascade: an image goes on to the next stage while its largest class probability is below the threshold.
 
+{install}
+
 | stage | model | budget | threshold |
 |---|---|---|---|
 {rows}
@@ -36,7 +39,7 @@ A cascade: an image goes on to the next stage while its largest class probabilit
 ```python
 import timm_aig
 
-cascade = timm_aig.Cascade.from_pretrained('hf-hub:{repo_id}').eval()  # pip install timm_aig
+cascade = timm_aig.Cascade.from_pretrained('hf-hub:{repo_id}').eval()
 logits = cascade(x)
 ```
 """
@@ -146,4 +149,4 @@ def _card(cascade: 'Cascade', repo_id: str) -> str:
         budget, threshold = cascade.budgets[stage], (*cascade.thresholds, None)[stage]
         cells = ('' if value is None else f'{value:.4g}' for value in (budget, threshold))
         rows.append(f'| {stage + 1} | {model.pretrained_cfg["architecture"]} | {" | ".join(cells)} |')
-    return CARD.format(name=repo_id.partition('/')[2], repo_id=repo_id, rows='\n'.join(rows))
+    return CARD.format(name=repo_id.partition('/')[2], repo_id=repo_id, rows='\n'.join(rows), install=INSTALL)
