@@ -122,17 +122,15 @@ def choose_model(name: str, session: Session) -> Tuple[Any, ...]:
 
 
 def upload(file: Optional[Dict[str, Any]], session: Session) -> None:
-    """Read an image that was uploaded, pasted or taken, and delete it, or say why not and keep the previous one."""
+    """Read an image that was uploaded, pasted or taken, or say why not and keep the previous one."""
     if not file or not file.get('path'):
         return
-    path, title = Path(file['path']), str(file.get('orig_name') or 'your image')
+    title = str(file.get('orig_name') or 'your image')
     try:
-        session.image = read_image(path)
+        session.image = read_image(file['path'])
     except UploadError as e:
         gr.Warning(escape(f'{title[:30]}: {e}'))
         return
-    finally:
-        path.unlink(missing_ok=True)
     session.title, session.sample = title, False
 
 
@@ -179,7 +177,8 @@ def make_page(first: Network) -> gr.Blocks:
     if samples_suit(first):
         start.take_sample(SAMPLES[0])
     slider, description = controls(first)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
+    # Every 10 s, uploads older than 30 s are deleted: before that, the browser may still be fetching them.
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(10, 30), fill_width=True) as page:
         session = gr.State(start, time_to_live=3600)
         with gr.Row():
             with gr.Column(min_width=320):

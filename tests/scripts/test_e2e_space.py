@@ -66,11 +66,13 @@ def url(hub, tmp_path_factory):
     try:
         WebDriverWait(None, 120).until(answers)
         yield url
+        uploads = home / 'uploads'
+        WebDriverWait(None, 60).until(
+            lambda _: not [file for file in uploads.rglob('*') if file.is_file() and file.stat().st_size])
     finally:
         process.kill()
         process.wait(30)
     assert 'Traceback' not in log.read_text() and 'hf_alice_write' not in log.read_text(), log.read_text()
-    assert not [file for file in (home / 'uploads').rglob('*') if file.is_file() and file.stat().st_size]
 
 
 @pytest.fixture(scope='module')
