@@ -211,14 +211,16 @@ def make_page(first: Network) -> gr.Blocks:
                 heatmap = gr.HTML(elem_id='heatmap')
         about = gr.Markdown(description, elem_id='about')
 
-        options: Dict[str, Any] = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
+        options: Dict[str, Any] = dict(
+            show_progress='hidden', api_visibility='private', concurrency_limit=8,
+            trigger_mode='always_last')  # by default a step is left out while the same step of an earlier event runs
         pictured: Dict[str, Any] = dict(options, fn=show_image, inputs=session, outputs=images)
         shown: Dict[str, Any] = dict(
             options, fn=show, inputs=[slider, session], outputs=[answers, network, curve, pair, heatmap],
             preprocess=False)  # the slider would raise an error for a typed number outside of its range
         timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=answers)
         asked: Dict[str, Any] = dict(options, show_progress='minimal')
-        slider.input(**shown, trigger_mode='always_last').then(**timed)
+        slider.input(**shown).then(**timed)
         for event in (
                 page.load(**pictured),
                 model.input(choose_model, [model, session], [model, slider, about, samples], **asked).then(**pictured),

@@ -218,6 +218,14 @@ def test_uploads_are_run_and_bad_ones_get_a_message_and_change_nothing(page, tmp
     assert 'alt="second.png"' in page.html('#images')
 
 
+def test_of_many_images_in_a_row_the_last_one_is_answered_and_timed(page):
+    for number in range(1, len(SAMPLES)):
+        page.pick(number)
+    page.wait(lambda: f'alt="sample: {SAMPLES[-1].stem[2:].replace("_", " ")}"' in page.html('#images'))
+    page.runs(expected_gates(sample(-1)))
+    page.wait(lambda: 'Ankle boot' in page.text('#answers') and 'medians of' in page.text('#answers'))
+
+
 def test_the_slider_acts_at_once_and_a_typed_number_out_of_its_range_gets_a_message(page):
     slider = load_network(SHIPPED).slider
     for key, value in ((Keys.HOME, slider.low), (Keys.END, slider.high)):
