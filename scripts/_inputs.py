@@ -59,8 +59,10 @@ def open_split(args: argparse.Namespace, split: str, is_training: bool = False, 
 def open_evaluation_split(args: argparse.Namespace, model: Any) -> Any:
     """--split, or the --holdout images of it, with the labels of a model."""
     dataset = open_split(args, args.split)
+    if args.holdout:
+        dataset = hold_out(dataset, dataset, args.holdout)[1]  # the other part is not used
     match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
-    return hold_out(dataset, dataset, args.holdout)[1] if args.holdout else dataset  # the other part is not used
+    return dataset
 
 
 def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:

@@ -37,7 +37,9 @@ def publish(args: argparse.Namespace, push: Callable[..., 'Upload'], *push_args:
         raise
     except Exception as e:  # of the Hub, and of the connection to it
         cause = f' ({e.__cause__})' if e.__cause__ else ''
-        raise OSError(f'{type(e).__name__}: {e}{cause}') from e
+        refused = getattr(getattr(e, 'response', None), 'status_code', None) == 401
+        advice = ' Log in with `hf auth login`, or set HF_TOKEN.' if refused else ''
+        raise OSError(f'{type(e).__name__}: {e}{cause}{advice}') from e
     if args.json:
         print(json.dumps(asdict(upload), indent=2))
         return

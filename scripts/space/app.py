@@ -122,17 +122,15 @@ def choose_model(name: str, session: Session) -> Tuple[Any, ...]:
 
 
 def upload(file: Optional[Dict[str, Any]], session: Session) -> None:
-    """Read an image that was uploaded, pasted or taken, and delete it, or say why not and keep the previous one."""
+    """Read an image that was uploaded, pasted or taken, or say why not and keep the previous one."""
     if not file or not file.get('path'):
         return
-    path, title = Path(file['path']), str(file.get('orig_name') or 'your image')
+    title = str(file.get('orig_name') or 'your image')
     try:
-        session.image = read_image(path)
+        session.image = read_image(file['path'])
     except UploadError as e:
         gr.Warning(escape(f'{title[:30]}: {e}'))
         return
-    finally:
-        path.unlink(missing_ok=True)
     session.title, session.sample = title, False
 
 
@@ -179,7 +177,8 @@ def make_page(first: Network) -> gr.Blocks:
     if samples_suit(first):
         start.take_sample(SAMPLES[0])
     slider, description = controls(first)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True) as page:
+    # Every 10 s, uploads older than 30 s are deleted: before that, the browser may still be fetching them.
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(10, 30), fill_width=True) as page:
         session = gr.State(start, time_to_live=3600)
         with gr.Row():
             with gr.Column(min_width=320):
@@ -212,14 +211,16 @@ def make_page(first: Network) -> gr.Blocks:
                 heatmap = gr.HTML(elem_id='heatmap')
         about = gr.Markdown(description, elem_id='about')
 
-        options: Dict[str, Any] = dict(show_progress='hidden', api_visibility='private', concurrency_limit=8)
+        options: Dict[str, Any] = dict(
+            show_progress='hidden', api_visibility='private', concurrency_limit=8,
+            trigger_mode='always_last')  # by default a step is left out while the same step of an earlier event runs
         pictured: Dict[str, Any] = dict(options, fn=show_image, inputs=session, outputs=images)
         shown: Dict[str, Any] = dict(
             options, fn=show, inputs=[slider, session], outputs=[answers, network, curve, pair, heatmap],
             preprocess=False)  # the slider would raise an error for a typed number outside of its range
         timed: Dict[str, Any] = dict(options, fn=time_it, inputs=session, outputs=answers)
         asked: Dict[str, Any] = dict(options, show_progress='minimal')
-        slider.input(**shown, trigger_mode='always_last').then(**timed)
+        slider.input(**shown).then(**timed)
         for event in (
                 page.load(**pictured),
                 model.input(choose_model, [model, session], [model, slider, about, samples], **asked).then(**pictured),

@@ -10,7 +10,7 @@ import torch
 
 import timm_aig
 from timm_aig.budget import set_budget_table
-from timm_aig.export.cascade import export_cascade, load_exported_cascade
+from timm_aig.export.cascade import CascadeRunner, export_cascade, load_exported_cascade
 
 
 @pytest.fixture(scope='module')
@@ -57,6 +57,15 @@ def test_openvino_files_answer_as_the_cascade(adaptive, x, openvino_file, tmp_pa
         {'file': 'model_1.xml', 'threshold': cascade.thresholds[0], 'gate_offset': [-1.] * gates},
         {'file': 'model_1.xml', 'threshold': None, 'gate_offset': [100.] * gates}]}))
     assert_answers(load_exported_cascade(tmp_path, threads=1), cascade, x)
+
+
+@pytest.mark.parametrize('images,found', [
+    (np.zeros((1, 3, 32, 32), np.uint8), 'uint8'), (np.zeros((1, 3, 32, 32)), 'float64'),
+    (torch.zeros(1, 3, 32, 32), r'torch\.float32'), ([[0.]], 'list')])
+def test_images_of_another_type_are_refused(images, found):
+    runner = CascadeRunner([lambda feeds: [np.zeros((1, 5), np.float32)]] * 2, [.5], [None, None])
+    with pytest.raises(timm_aig.InputError, match=f'x must be a NumPy array of float32, not {found}'):
+        runner(images)
 
 
 def test_bad_arguments_are_named(adaptive, tmp_path):

@@ -95,12 +95,14 @@ def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive
     (['--model', 'no_such_model'], 'model no_such_model'),
     (['--model', 'cifar_resnet20'], '--model must be adaptive, cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20_aig', '--width', '3'], '--width must be a whole number from 400 to 8000'),
-    (['--model', 'cifar_resnet20_aig', '--groups', '/nowhere'], '--groups /nowhere: '),
+    (['--groups', '/nowhere'], '--groups /nowhere: '),
     (['--model', 'resnet18_aig', '--input-size', '3', '8', '8', '--batch-size', '2', '--gate-offset', 'nan'],
      '--gate-offset'),
 ])
-def test_bad_input_is_one_line_that_names_the_argument(run_script, images, tmp_path, capsys, args, error):
-    assert run_script('analyze.py', '--data-dir', images, '--workers', 0, '--output', tmp_path, *args) == 2
+def test_bad_input_is_one_line_that_names_the_argument(
+        run_script, images, adaptive_model, tmp_path, capsys, args, error):
+    assert run_script('analyze.py', '--model', adaptive_model, '--data-dir', images, '--workers', 0,
+                      '--output', tmp_path, *args) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in ''.join(lines)
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_held_out_images_are_those_that_finetune_leaves_out_and_a_hub_config_get
     (['--budgets', '.001'], '--budgets must be in reach, not 0.001'),
     (['--budgets', '2'], '--budgets must be'), (['--budgets'], '--budgets'),
     (['--holdout', '48'], '--holdout'), (['--input-size', '3', '60000', '60000'], '48 take 2074 GB'),
-    (['--hub-config', '/nowhere.json'], '--hub-config'), (['--model', 'cifar_resnet20'], 'no gated blocks'),
+    (['--hub-config', '/nowhere.json'], '--hub-config'),
     (['--tolerance', '0'], 'tolerance'), (['--hub-config', __file__], '--hub-config'),
     (['--hub-config', str(Path(__file__).parents[2] / 'hub_configs' / 'resnet50_aig.t05_distill.json')],
      'must be a file of hub_configs for cifar_resnet20_aig, the --model'),
@@ -73,6 +73,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(calibrate, adaptive_model,
     lines = err.splitlines()
     assert code == 2 and lines[-1].startswith('error: ') and error in lines[-1] and 'Traceback' not in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_static_model_is_bad_input(calibrate, static_model):
+    code, _, err = calibrate('--model', static_model)
+    assert code == 2 and 'no gated blocks' in err.splitlines()[-1]
 
 
 def test_the_table_is_printed_before_a_folder_that_cannot_be_written(calibrate, adaptive_model, tmp_path, monkeypatch):

@@ -89,6 +89,8 @@ def test_bad_input_is_one_line_with_exit_code_2(client, folder, tmp_path):
 def test_a_hub_that_refuses_or_stalls_is_one_line_with_exit_code_3(hub, client, folder):
     code, _, err = client.script('push_to_hub.py', folder, 'bob/x')
     assert code == 3 and "error: HfHubHTTPError: 403 Forbidden: You don't have the rights to create a model" in err
+    code, _, err = client.script('push_to_hub.py', folder, 'alice/x', token='')
+    assert code == 3 and 'Log in with `hf auth login`, or set HF_TOKEN.' in err
     hub.fault(method='POST', path='/repos/create', stall=True)
     code, _, err = client.script('push_to_hub.py', folder, 'alice/x', '--timeout', '.2')
     assert code == 3 and 'error: TimeoutError: the Hub stalled for 0.2 s at POST' in err

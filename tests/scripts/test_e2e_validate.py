@@ -109,6 +109,7 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
     (['--model', 'cifar_resnet20', '--holdout', '20'], '--holdout must leave'),
+    (['--model', 'cifar_resnet20'], '--data-dir has 3 classes, ape, bee, cat, and the model does not say which of'),
     (['--model', 'cifar_resnet20_aig', '--budgets', '0.5', '--workers', '0'], 'calibrate'),
     (['--model', 'cifar_resnet20', '--budgets', '0.5'], '--model cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20', '--gate-offset', '0'], '--model cifar_resnet20 has no gates'),
@@ -135,8 +136,8 @@ def test_an_unreadable_image_in_a_loader_worker_is_one_short_line(
     assert capsys.readouterr().err.splitlines()[-1].startswith(f'error: cannot read {data}/validation/bee/2.png')
 
 
-def test_a_model_is_run_on_grey_images_with_the_mean_of_its_norms(validate):
-    assert validate('--model', 'cifar_resnet20', '--input-size', 1, 8, 8)['rows'][0]['images'] == 21
+def test_a_model_is_run_on_grey_images_with_the_mean_of_its_norms(validate, adaptive_model):
+    assert validate('--model', adaptive_model, '--input-size', 1, 8, 8)['rows'][0]['images'] == 21
 
 
 def test_a_label_that_the_model_does_not_know_is_bad_input(run_script, images, tmp_path, capsys):

@@ -319,6 +319,13 @@ def test_the_timing_is_of_the_run_and_ends_when_it_is_not_wanted(shipped, images
     torch.testing.assert_close(output[0].softmax(0), one.probabilities, rtol=1e-4, atol=1e-5)
 
 
+def test_an_answer_without_confidence_is_an_answer():
+    model = timm.create_model('cifar_resnet20_aig', num_classes=1000)
+    model.fc.bias.data[7] = 1.
+    network = Network('x', model)
+    assert f'<td>{network.classes[7]} 0%</td>' in draw_answers(network, network.run(torch.zeros(1, 3, 32, 32)))
+
+
 def test_the_times_are_the_medians_of_the_turns(shipped, images, monkeypatch):
     times = iter([9, 9, 9, 9, *[1, 4, 2, 1, 3, 6, 9, 3, 5, 5]])  # two turns warm up
     monkeypatch.setattr(space_network.Stage, 'milliseconds', lambda stage, x, gates: next(times))

@@ -39,7 +39,14 @@ class CascadeRunner:
         self.offsets = offsets
 
     def __call__(self, x: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Logits [B, num_classes] and number of stages [B] of normalised images [B, C, H, W]."""
+        """Logits [B, num_classes] and number of stages [B] of normalised images [B, C, H, W].
+
+        Raises:
+            InputError: The images are not float32. OpenVINO would take bytes, which are not normalised.
+        """
+        dtype = getattr(x, 'dtype', type(x).__name__)
+        if dtype != np.float32:
+            raise InputError(f'must be a NumPy array of float32, not {dtype}.', 'x')
         rows, stages = np.arange(len(x)), np.zeros(len(x), np.int64)
         logits = answers = np.empty(0, np.float32)
         for stage, (run, offset) in enumerate(zip(self.runs, self.offsets)):

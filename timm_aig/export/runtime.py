@@ -17,7 +17,7 @@ def load_onnx(path: Union[str, os.PathLike], threads: Optional[int] = None, spin
     """onnxruntime.InferenceSession of a file of export_onnx, on the CPU.
 
     Mode 'sparse' runs faster in it than in a session of one's own, see layout.py; the file itself is left alone.
-    `session.run(None, {'x': x})` returns logits and gates of images x [B, C, H, W] for any B.
+    `session.run(None, {'x': x})` returns logits and gates of float32 images x [B, C, H, W] for any B.
 
     Args:
         path: File to load.

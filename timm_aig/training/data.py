@@ -224,12 +224,15 @@ def match_classes(dataset: Any, names: Sequence[str], classes: int) -> None:
         classes: Number of classes of the model.
 
     Raises:
-        InputError: The data set has a class that the model, which names its classes, does not have.
+        InputError: The data set has a class that the model, which names its classes, does not have, or it has fewer
+            classes than a model that does not name them.
     """
     own = class_names(dataset)
     if own and not names and len(own) < classes:
-        _logger.warning(f'The model does not name its {classes} classes: the images of {_shown(own)} are taken for its '
-                        f'first {len(own)}.')
+        raise InputError(
+            f'has {len(own)} classes, {_shown(own)}, and the model does not say which of its {classes} they are. Take '
+            f"one with {len(own)} classes, or save it with names: save_pretrained(..., model_config={{'label_names': "
+            '[...]}).', 'data_dir')
     if not own or not names or own == list(names):
         return
     if not {*own} <= {*names}:
