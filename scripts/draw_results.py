@@ -35,7 +35,7 @@ CURVES = {
     'cascade, static or adaptive nets': 'cascade with adaptive nets',
 }
 RIVALS = {
-    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'distilled from ResNet-32',
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 32 taught by ResNet-32',
     'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
     'distill-r32': 'ResNet-32, recipe distill', 'paper-r32': 'ResNet-32, recipe of the paper',
 }
