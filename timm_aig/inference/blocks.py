@@ -30,7 +30,8 @@ class InferenceBlock(nn.Module):
         fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)
         self.last_conv: Any = steps.pop() if fused else None
         self.branch = nn.Sequential(*steps)
-        self.downsample = nn.Sequential(*fold(block.downsample)) if fold(block.downsample) else None
+        downsample = fold(block.downsample)  # none are left of an identity
+        self.downsample = nn.Sequential(*downsample) if downsample else None
         self.relu_input = getattr(block, 'relu_input', False)
         self.target_rate = getattr(block, 'target_rate', 1.)
         gate: Any = getattr(block, 'gate', None)
