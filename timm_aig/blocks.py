@@ -1,6 +1,6 @@
 """Gated residual blocks: run only for the samples whose gate is open. Families of models derive theirs in models/."""
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -41,6 +41,8 @@ class GatedBlock(nn.Module):
     bottleneck = False  # three convolutions; the paper's schedules depend on it
     stage_cls: Type[nn.Module] = nn.Sequential  # of stages: runs its children in order, and nothing else
     gate_norm = 'bn'  # of the gate's hidden layer, unless the config has another
+    model_classes: Tuple[Type[nn.Module], ...] = ()  # networks of these blocks that micro-batches make faster on a CPU
+    stem: Tuple[Tuple[str, ...], ...] = ()  # children of such a network that follow each other and can be fused
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...  # the block's attributes

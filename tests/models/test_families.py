@@ -206,6 +206,28 @@ def test_a_static_model_is_optimized_as_far_as_its_family_can_be(pair):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def test_a_batch_is_cut_into_micro_batches_where_the_family_gains_from_them(pair, request, monkeypatch):
+    monkeypatch.setattr('timm_aig.inference.optimize.MICRO_BATCH_PIXELS', 2 * 32 * 32)
+    fast, sizes = timm_aig.optimize_for_inference(pair[1]), []
+    fast.model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    with torch.inference_mode():
+        expected = pair[1](images(5))
+        torch.testing.assert_close(fast(images(5)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    transformer = 'vit' in request.node.name or 'deit' in request.node.name
+    assert sizes == ([5] if transformer else [2, 2, 1])
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'torchvision resnet18'])
+def test_the_stem_is_fused_where_the_family_names_its_layers(arch):
+    stem = timm_aig.optimize_for_inference(gate_(create(arch))).conv1
+    assert len(stem) == 1 and stem[0].relu
+
+
+def test_compile_needs_a_family_whose_blocks_are_fused():
+    with pytest.raises(timm_aig.InputError, match='compile is not for the blocks of this family'):
+        timm_aig.optimize_for_inference(gate_(create('convnext_atto')), compile=True)
+
+
 def test_attention_with_a_gate_of_its_own_gets_no_second_one():
     model = create('vit_tiny_patch16_224')
     model.blocks[0].attn.gate = nn.Linear(192, 192)

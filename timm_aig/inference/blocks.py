@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from ..blocks import Rows, family_of, open_rows, run_open_rows
 from ..gate import gate_pass
-from .fused import FusedConv, fold
+from .fused import Folded, FusedConv, fold
 from .gate import InferenceGate, can_fold, pool
 
 __all__ = ['InferenceBlock', 'InferenceStage', 'run_rows']
@@ -30,8 +30,8 @@ class InferenceBlock(nn.Module):
         fused = type(self.last_act) is nn.ReLU and isinstance(steps[-1], FusedConv)
         self.last_conv: Any = steps.pop() if fused else None
         self.branch = nn.Sequential(*steps)
-        downsample = fold(block.downsample)  # none are left of an identity
-        self.downsample = nn.Sequential(*downsample) if downsample else None
+        downsample = Folded(block.downsample)
+        self.downsample = downsample if len(downsample) else None  # nothing is left of an identity
         self.relu_input = getattr(block, 'relu_input', False)
         self.target_rate = getattr(block, 'target_rate', 1.)
         gate: Any = getattr(block, 'gate', None)

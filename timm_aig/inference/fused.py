@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..compat import mkldnn_ops
 
-__all__ = ['FusedConv', 'fold', 'is_plain']
+__all__ = ['Folded', 'FusedConv', 'fold', 'is_plain']
 
 MAX_SHAPES = 1000  # input shapes that a convolution remembers; cleared when full, for images of ever new sizes
 
@@ -97,6 +97,13 @@ def fold(*modules: Optional[nn.Module]) -> List[nn.Module]:
         else:
             folded.append(module)
     return [FusedConv(m, relu=False) if _is_fusible(m) else m for m in folded]
+
+
+class Folded(nn.Sequential):
+    """fold(*modules) as a module, empty if no module is left."""
+
+    def __init__(self, *modules: Optional[nn.Module]) -> None:
+        super().__init__(*fold(*modules))
 
 
 def is_plain(module: Any, layer: Any) -> bool:

@@ -5,20 +5,19 @@ How it gets fast, each measured with scripts/benchmark.py:
       oneDNN call (CPU, float32), in channels_last.
     * A stage works in place on the output of its first block, so a closed block with an identity shortcut costs only
       its gate.
-    * On a CPU a batch runs through the whole network in micro-batches of about four 224 px images: enough to share the
-      calls of a gate and the reading of weights, few enough for activations to stay in the cache.
+    * On a CPU a batch runs through the whole network in micro-batches of about eight 224 px images: enough to share the
+      calls of a gate and the reading of weights, few enough to reuse memory that is in the cache.
     * Large open samples run where they lie in the batch, neighbours together. Only small ones are gathered.
 """
 import inspect
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import ConvNormAct
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
-from timm.models.resnet import ResNet
 
 from ..blocks import family_of, gated_blocks
 from ..compat import has_forward_hooks, one_graph
@@ -26,13 +25,12 @@ from ..config import InputError
 from ..convert import plain_copy, residual_blocks
 from ..gate import gate_pass
 from .blocks import InferenceBlock, InferenceStage
-from .fused import fold
+from .fused import Folded
 
 __all__ = ['InferenceModel', 'optimize_for_inference']
 
-MICRO_BATCH_PIXELS = 4 * 224 * 224
-# Forwards that do not mix the images of a batch. Others may, and get the whole batch.
-PER_IMAGE = (ResNet.forward, FeatureListNet.forward, FeatureDictNet.forward, FeatureHookNet.forward)
+MICRO_BATCH_PIXELS = 8 * 224 * 224
+FEATURE_NETS = (FeatureListNet, FeatureDictNet, FeatureHookNet)  # timm's features_only
 
 
 class InferenceModel(nn.Module):
@@ -41,10 +39,17 @@ class InferenceModel(nn.Module):
     Other attributes and methods are those of the model.
     """
 
-    def __init__(self, model: nn.Module, micro_batch: Optional[int], memory_format: torch.memory_format) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            micro_batch: Optional[int],
+            per_image: bool,
+            memory_format: torch.memory_format,
+    ) -> None:
         super().__init__()
         self.model = model
         self.micro_batch = micro_batch
+        self.per_image = per_image  # the forward does not mix the images of a batch
         self.channels_last = memory_format == torch.channels_last  # torch.save cannot save a memory format
         self.training = False
 
@@ -82,7 +87,7 @@ class InferenceModel(nn.Module):
         return _join(outputs, [len(part) for part in parts])
 
     def _micro_batch(self, x: torch.Tensor) -> int:
-        if x.device.type != 'cpu' or type(self.model).forward not in PER_IMAGE:
+        if x.device.type != 'cpu' or not self.per_image:
             return len(x)
         return max(1, MICRO_BATCH_PIXELS // (x.shape[2] * x.shape[3]))
 
@@ -114,12 +119,13 @@ def optimize_for_inference(
     """Copy a model for fast inference. The model itself is unchanged.
 
     Args:
-        model: timm ResNet, adaptive or static, or any module that contains one, on the device it will run on.
+        model: Network of residual blocks, adaptive or static, or any module that contains one, on the device it will
+            run on.
         compile: Compile with torch.compile: on a CPU the whole network as one graph that skips closed samples, which
             takes a C++ compiler and a minute; on an accelerator block by block.
         micro_batch: Number of images to run through the network at a time, for a model whose outputs are one for each
-            image. Default: of a timm model on a CPU as many as have the pixels of four 224 x 224 images, else the whole
-            batch.
+            image. Default: on a CPU, of a network whose family gains from it, as many as have the pixels of eight
+            224 x 224 images, else the whole batch.
         calibration: Removed in 0.2, see export_onnx.
 
     Returns:
@@ -127,8 +133,8 @@ def optimize_for_inference(
         turns nan into 0.
 
     Raises:
-        InputError: No ResNet blocks in the model, forward hooks on modules that are replaced, an optimized model, or a
-            micro_batch below 1.
+        InputError: No residual blocks in the model, forward hooks on modules that are replaced, an optimized model, a
+            micro_batch below 1, or compile for a family whose blocks are not fused.
     """
     if calibration is not None:
         raise InputError("is not taken any more: convolutions run in int8 in a file of export_onnx(precision='int8').",
@@ -143,8 +149,10 @@ def optimize_for_inference(
     found = residual_blocks(model).values()
     if not found:
         raise InputError(f'({type(model).__name__}) has no residual blocks that timm_aig knows, see gate_.', 'model')
-    families = {block: family_of(block) for block in found}
-    blocks = {block: InferenceBlock(block) for block, cls in families.items() if cls and cls.layers(block)}
+    families = {block: cls for block in found if (cls := family_of(block))}  # none of a branch without a gate
+    blocks = {block: InferenceBlock(block) for block, cls in families.items() if cls.layers(block)}
+    if compile and not blocks:
+        raise InputError('is not for the blocks of this family, which are not fused.', 'compile')
     for block in gated_blocks(model).values():
         block.execution = 'sparse'  # of those that stay as they are
     hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own
@@ -156,31 +164,38 @@ def optimize_for_inference(
                     block in blocks and type(child) is families[block].stage_cls for block in stage.values()):
                 setattr(parent, name, InferenceStage(OrderedDict((key, blocks[stage[key]]) for key in stage)))
             elif type(child) is ConvNormAct:
-                setattr(parent, name, nn.Sequential(*fold(child)))
-        _fold_stem(parent)
+                setattr(parent, name, Folded(child))
+        for stem in {cls.stem for cls in families.values()}:
+            _fold_stem(parent, stem)
     kept = set(model.modules())
     lost = [name for name, m in hooked.items() if m not in kept]
     if lost:
         raise InputError(f'has forward hooks on {lost[0]}, which is replaced: remove them.', 'model')
-    memory_format = _compile(model) if compile else torch.channels_last
-    return InferenceModel(model.to(memory_format=memory_format), micro_batch, memory_format)
+    networks = FEATURE_NETS + sum((cls.model_classes for cls in set(families.values())), ())
+    per_image = type(model).forward in [cls.forward for cls in networks]
+    memory_format = torch.channels_last
+    if compile:
+        memory_format = _compile(model, whole=per_image and len(blocks) == len(found))
+    return InferenceModel(model.to(memory_format=memory_format), micro_batch, per_image, memory_format)
 
 
-def _fold_stem(module: Any) -> None:
-    if all(isinstance(getattr(module, name, None), nn.Module) for name in ('conv1', 'bn1', 'act1', 'maxpool')):
-        module.conv1 = nn.Sequential(*fold(module.conv1, module.bn1, module.act1))
-        module.bn1, module.act1 = nn.Identity(), nn.Identity()
-        module.maxpool = nn.Sequential(*fold(module.maxpool))
+def _fold_stem(module: Any, stem: Tuple[Tuple[str, ...], ...]) -> None:
+    """Fold the layers of each part of a network's stem into the first, if the module has them all."""
+    if stem and all(isinstance(getattr(module, name, None), nn.Module) for part in stem for name in part):
+        for part in stem:
+            setattr(module, part[0], Folded(*(getattr(module, name) for name in part)))
+            for name in part[1:]:
+                setattr(module, name, nn.Identity())
 
 
-def _compile(model: Any) -> torch.memory_format:
+def _compile(model: Any, whole: bool) -> torch.memory_format:
     """Compile a model, and return the memory format that it takes.
 
     On a CPU it becomes one graph, in which a closed sample is a row left out of the batch. An accelerator wants
-    channels_last, which inductor does not take for a number of rows that depends on values: there, and in modules that
-    do more than a timm model, the stem, residual branches and shortcuts are compiled one by one.
+    channels_last, which inductor does not take for a number of rows that depends on values: there, and if the model is
+    not `whole`, its network with fused blocks only, the stem, residual branches and shortcuts are compiled one by one.
     """
-    if next(model.parameters()).device.type == 'cpu' and type(model).forward in PER_IMAGE:
+    if next(model.parameters()).device.type == 'cpu' and whole:
         compiled: Any = torch.compile(model.forward, options={'layout_optimization': False})
 
         def forward(x: torch.Tensor) -> Any:
@@ -193,12 +208,10 @@ def _compile(model: Any) -> torch.memory_format:
     # before 2.14, its few compiled versions too.
     own = {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
     compiled = partial(torch.compile, options={'freezing': True}, **own)
-    module: Any
     for module in list(model.modules()):
         if isinstance(module, InferenceBlock):
             vars(module)['add_residual'] = compiled(module.add_residual)
-            if module.downsample is not None:
-                module.downsample = compiled(module.downsample)
-        elif isinstance(getattr(module, 'conv1', None), nn.Sequential):
-            module.conv1 = compiled(module.conv1)
+        for name, child in list(module.named_children()):
+            if type(child) is Folded:
+                setattr(module, name, compiled(child))
     return torch.channels_last

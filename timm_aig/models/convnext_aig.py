@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from timm.models.convnext import ConvNeXtBlock, checkpoint_filter_fn
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
 from ..blocks import GatedBlock, gates
 from .entry_points import Family, register_family
@@ -15,6 +15,7 @@ class GatedConvNeXtBlock(GatedBlock, ConvNeXtBlock):
     """timm's ConvNeXtBlock with a gate."""
     shortcut_name = 'shortcut'
     gate_norm = 'ln'
+    model_classes = (ConvNeXt,)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_dw(x)

@@ -3,6 +3,7 @@ import sys
 from typing import Any, Optional
 
 import torch
+from timm.models import EfficientNet, MobileNetV3
 
 from ..blocks import GatedBlock, gates
 from ..compat import efficientnet_blocks as blocks
@@ -15,6 +16,7 @@ __all__ = [  # register_family adds each entry point
 
 class GatedMobileBlock(GatedBlock):
     """Base of the gated blocks. Their shortcut is the input; a block without a shortcut has no gate."""
+    model_classes = (EfficientNet, MobileNetV3)
 
     def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
         return x

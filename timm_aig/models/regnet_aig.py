@@ -3,7 +3,7 @@ import sys
 from typing import Any, List, Optional
 
 import torch
-from timm.models.regnet import Bottleneck, PreBottleneck, RegStage
+from timm.models.regnet import Bottleneck, PreBottleneck, RegNet, RegStage
 
 from ..blocks import GatedBlock, gates
 from ..compat import regnet_filter_fn
@@ -18,6 +18,7 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
     act_name = 'act3'
     bottleneck = True
     stage_cls = RegStage
+    model_classes = (RegNet,)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
@@ -43,6 +44,7 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
     """timm's pre-activation RegNet block with a gate. Without a shortcut it has none."""
     bottleneck = True
     stage_cls = RegStage
+    model_classes = (RegNet,)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x)

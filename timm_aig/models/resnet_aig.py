@@ -6,7 +6,7 @@ import sys
 from typing import Any, List
 
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..blocks import GatedBlock, gates
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
@@ -17,6 +17,8 @@ __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNetBlock']  # register
 
 class GatedResNetBlock(GatedBlock):
     """Base of the gated blocks of timm's ResNets, whose residual branch ends in optional attention and drop path."""
+    model_classes = (ResNet,)
+    stem = ('conv1', 'bn1', 'act1'), ('maxpool',)
 
     def se_and_drop_path(self, x: torch.Tensor) -> torch.Tensor:
         if self.se is not None:

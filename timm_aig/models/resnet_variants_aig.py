@@ -7,7 +7,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnest import ResNestBottleneck
 from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 
-from ..blocks import GatedBlock, gates
+from ..blocks import gates
 from .entry_points import Family, register_family
 from .resnet_aig import GatedResNetBlock
 
@@ -41,7 +41,7 @@ class GatedBottle2neck(GatedResNetBlock, Bottle2neck):
 
 
 @gates(ResNestBottleneck)
-class GatedResNestBottleneck(GatedBlock, ResNestBottleneck):
+class GatedResNestBottleneck(GatedResNetBlock, ResNestBottleneck):
     """timm's Bottleneck of ResNeSt with a gate. As in timm, drop path acts on the input of the shortcut."""
     act_name = 'act3'
     bottleneck = True

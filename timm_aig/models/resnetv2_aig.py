@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck
+from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
 
 from ..blocks import GatedBlock, gates
 from .entry_points import Family, register_family
@@ -12,6 +12,7 @@ __all__ = ['GatedPreActBasic', 'GatedPreActBottleneck', 'GatedResNetV2Bottleneck
 
 class GatedPreActBlock(GatedBlock):
     """Base of the gated pre-activation blocks, whose shortcut starts behind the first norm if it is a convolution."""
+    model_classes = (ResNetV2,)
 
     def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.downsample is None else self.downsample(self.norm1(x))
@@ -44,6 +45,7 @@ class GatedResNetV2Bottleneck(GatedBlock, Bottleneck):
     """timm's Bottleneck of ResNetV2, with its activation after the sum, with a gate."""
     act_name = 'act3'
     bottleneck = True
+    model_classes = (ResNetV2,)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(self.conv1(x))

@@ -2,24 +2,30 @@
 from typing import Any, List
 
 import torch
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..blocks import GatedBlock, gates
 
 __all__ = ['GatedTorchvisionBasicBlock', 'GatedTorchvisionBottleneck']
 
 
-@gates(BasicBlock)
-class GatedTorchvisionBasicBlock(GatedBlock, BasicBlock):
-    """torchvision's BasicBlock with a gate."""
+class GatedTorchvisionBlock(GatedBlock):
+    """Base of the gated blocks."""
     act_name = 'relu'
+    model_classes = (ResNet,)
+    stem = ('conv1', 'bn1', 'relu'), ('maxpool',)
+
+    def last_act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x)
+
+
+@gates(BasicBlock)
+class GatedTorchvisionBasicBlock(GatedTorchvisionBlock, BasicBlock):
+    """torchvision's BasicBlock with a gate."""
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
-
-    def last_act(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(x)
 
     @staticmethod
     def layers(block: Any) -> List[Any]:
@@ -27,18 +33,14 @@ class GatedTorchvisionBasicBlock(GatedBlock, BasicBlock):
 
 
 @gates(Bottleneck)
-class GatedTorchvisionBottleneck(GatedBlock, Bottleneck):
+class GatedTorchvisionBottleneck(GatedTorchvisionBlock, Bottleneck):
     """torchvision's Bottleneck with a gate."""
-    act_name = 'relu'
     bottleneck = True
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
-
-    def last_act(self, x: torch.Tensor) -> torch.Tensor:
-        return self.relu(x)
 
     @staticmethod
     def layers(block: Any) -> List[Any]:
