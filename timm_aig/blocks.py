@@ -9,7 +9,8 @@ from .config import InputError
 from .gate import Gate, gate_pass, is_on_cpu, runs_eagerly
 
 __all__ = [
-    'GatedBlock', 'GatedBranch', 'family_of', 'gate_class', 'gated_blocks', 'gates', 'set_execution', 'set_gate_offset']
+    'GatedBlock', 'GatedBranch', 'family_of', 'gate_class', 'gated_blocks', 'gated_form_of', 'set_execution',
+    'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
@@ -25,7 +26,7 @@ GATED: Dict[Any, Any] = {}
 class GatedBlock(nn.Module):
     """Base of the gated blocks: `y = act(shortcut(x) + z(x) * residual(x))` (paper, eq. 2).
 
-    A family derives from it and from its own block, and registers that with `@gates(Block)`.
+    A family derives from it and from its own block, and registers that with `@gated_form_of(Block)`.
 
     Modifications:
         * takes the submodules of the block it is built from, and so its keys
@@ -167,7 +168,7 @@ class GatedBranch(GatedBlock):
         return y.to(out.dtype).index_copy(0, index, out)
 
 
-def gates(block_cls: type, holder: Optional[type] = None, name: str = '') -> Callable[[Any], Any]:
+def gated_form_of(block_cls: type, holder: Optional[type] = None, name: str = '') -> Callable[[Any], Any]:
     """Class decorator: a GatedBlock for the blocks of a class, or a GatedBranch for a child of the blocks `holder`."""
     def register(cls: Any) -> Any:
         cls.block_cls = block_cls

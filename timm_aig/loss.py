@@ -173,14 +173,15 @@ class AnyBudgetLoss(nn.Module):
         self.annealed = 1.  # share of the way from all MACs to the targets
         self.targets: List[float] = []  # of all groups but the last
 
-    def draw_offsets(self, batch: int) -> torch.Tensor:
+    def draw_offsets(self, batch_size: int) -> torch.Tensor:
         """Draw the offsets [B] and the targets of a batch. forward must be called for the same batch next.
 
         Raises:
             InputError: A batch with fewer images than groups.
         """
-        if batch < self.groups:
-            raise InputError(f'must be at least {self.groups}, one image for each budget, not {batch}.', 'batch_size')
+        if batch_size < self.groups:
+            raise InputError(
+                f'must be at least {self.groups}, one image for each budget, not {batch_size}.', 'batch_size')
         positions = (torch.arange(self.groups) + torch.rand(self.groups)) / self.groups
         if dist.is_available() and dist.is_initialized():  # groups are of the global batch
             positions = _broadcast(positions, self.process_group)
@@ -188,7 +189,7 @@ class AnyBudgetLoss(nn.Module):
         self.targets = (1 - self.annealed * (1 - self.least) * (1 - positions[:-1])).tolist()
         offsets = self.annealed * self.largest_offset * (2 * positions - 1)
         offsets[-1] = ALL_OPEN
-        return offsets.repeat_interleave(torch.tensor(group_sizes(batch, self.groups)))
+        return offsets.repeat_interleave(torch.tensor(group_sizes(batch_size, self.groups)))
 
     def forward(self, gates: torch.Tensor) -> torch.Tensor:
         """Scalar loss of the gates [B, L] of the batch of the last draw_offsets."""

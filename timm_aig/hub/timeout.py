@@ -14,25 +14,26 @@ _LOCK = RLock()  # the settings are those of the process
 
 
 @contextmanager
-def hub_timeout(seconds: float) -> Iterator[None]:
+def hub_timeout(timeout: float) -> Iterator[None]:
     """Limit how long huggingface_hub waits for the Hub, in this process. One thread at a time.
 
     By itself it waits forever for the answer to an upload or a commit, and up to 60 seconds for that to a download.
-    Uploads and downloads are tried up to six times, so a Hub that stalls raises after at most 6 * seconds + 23.
+    Uploads and downloads are tried up to six times, so a Hub that stalls raises after at most 6 * timeout + 23.
     Inside this context files are sent and fetched by plain HTTP: Xet has time limits of its own, of minutes.
 
     Args:
-        seconds: Longest wait for a connection, for the next bytes of an answer, or for the next bytes to be taken.
+        timeout: Longest wait in seconds for a connection, for the next bytes of an answer, or for the next bytes to be
+            taken.
 
     Raises:
-        InputError: seconds is not above 0.
+        InputError: timeout is not above 0.
         TimeoutError: The Hub stalled.
     """
-    if not seconds > 0:
-        raise InputError(f'must be above 0 seconds, not {seconds!r}.', 'timeout')
+    if not timeout > 0:
+        raise InputError(f'must be above 0 seconds, not {timeout!r}.', 'timeout')
 
     def limit(request: Any) -> None:
-        request.extensions['timeout'] = dict.fromkeys(('connect', 'read', 'write', 'pool'), seconds)
+        request.extensions['timeout'] = dict.fromkeys(('connect', 'read', 'write', 'pool'), timeout)
 
     def make_limited_client() -> Any:
         client = make_client()
@@ -49,7 +50,7 @@ def hub_timeout(seconds: float) -> Iterator[None]:
             request = stalled_request(e)
             if request is None:
                 raise
-            raise TimeoutError(f'the Hub stalled for {seconds:g} s at {request}.') from e
+            raise TimeoutError(f'the Hub stalled for {timeout:g} s at {request}.') from e
         finally:
             set_client_factory(make_client)
             constants.HF_HUB_DISABLE_XET = disable_xet

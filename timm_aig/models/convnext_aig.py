@@ -4,13 +4,13 @@ import sys
 import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 from .entry_points import Family, register_family
 
 __all__ = ['GatedConvNeXtBlock']  # register_family adds each entry point
 
 
-@gates(ConvNeXtBlock)
+@gated_form_of(ConvNeXtBlock)
 class GatedConvNeXtBlock(GatedBlock, ConvNeXtBlock):
     """timm's ConvNeXtBlock with a gate."""
     shortcut_name = 'shortcut'

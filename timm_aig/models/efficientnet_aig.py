@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from timm.models import EfficientNet, MobileNetV3
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 from ..compat import efficientnet_blocks as blocks
 from .entry_points import Family, register_family
 
@@ -26,7 +26,7 @@ class GatedMobileBlock(GatedBlock):
         return GatedBlock.in_channels(block) if block.has_skip else None
 
 
-@gates(blocks.ConvBnAct)
+@gated_form_of(blocks.ConvBnAct)
 class GatedConvBnAct(GatedMobileBlock, blocks.ConvBnAct):
     """timm's ConvBnAct with a gate."""
 
@@ -35,7 +35,7 @@ class GatedConvBnAct(GatedMobileBlock, blocks.ConvBnAct):
         return self.drop_path(x)
 
 
-@gates(blocks.DepthwiseSeparableConv)
+@gated_form_of(blocks.DepthwiseSeparableConv)
 class GatedDepthwiseSeparableConv(GatedMobileBlock, blocks.DepthwiseSeparableConv):
     """timm's DepthwiseSeparableConv with a gate."""
 
@@ -47,7 +47,7 @@ class GatedDepthwiseSeparableConv(GatedMobileBlock, blocks.DepthwiseSeparableCon
         return self.drop_path(x)
 
 
-@gates(blocks.InvertedResidual)
+@gated_form_of(blocks.InvertedResidual)
 class GatedInvertedResidual(GatedMobileBlock, blocks.InvertedResidual):
     """timm's InvertedResidual (MBConv) with a gate. CondConvResidual, which derives from it, has none."""
 
@@ -60,7 +60,7 @@ class GatedInvertedResidual(GatedMobileBlock, blocks.InvertedResidual):
         return self.drop_path(x)
 
 
-@gates(blocks.EdgeResidual)
+@gated_form_of(blocks.EdgeResidual)
 class GatedEdgeResidual(GatedMobileBlock, blocks.EdgeResidual):
     """timm's EdgeResidual (FusedMBConv) with a gate."""
 
@@ -70,7 +70,7 @@ class GatedEdgeResidual(GatedMobileBlock, blocks.EdgeResidual):
         return self.drop_path(x)
 
 
-@gates(blocks.UniversalInvertedResidual)
+@gated_form_of(blocks.UniversalInvertedResidual)
 class GatedUniversalInvertedResidual(GatedMobileBlock, blocks.UniversalInvertedResidual):
     """timm's UniversalInvertedResidual (MobileNetV4) with a gate."""
 
@@ -80,7 +80,7 @@ class GatedUniversalInvertedResidual(GatedMobileBlock, blocks.UniversalInvertedR
         return self.drop_path(self.layer_scale(x))
 
 
-@gates(blocks.MobileAttention)
+@gated_form_of(blocks.MobileAttention)
 class GatedMobileAttention(GatedMobileBlock, blocks.MobileAttention):
     """timm's MobileAttention (MobileNetV4) with a gate. With a position encoding before its shortcut it has none."""
 

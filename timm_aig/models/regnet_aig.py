@@ -5,14 +5,14 @@ from typing import Any, List, Optional
 import torch
 from timm.models.regnet import Bottleneck, PreBottleneck, RegNet, RegStage
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 from ..compat import regnet_filter_fn
 from .entry_points import Family, register_family
 
 __all__ = ['GatedRegNetBlock', 'GatedRegNetPreBlock']  # register_family adds each entry point
 
 
-@gates(Bottleneck)
+@gated_form_of(Bottleneck)
 class GatedRegNetBlock(GatedBlock, Bottleneck):
     """timm's RegNet Bottleneck with a gate. Without a shortcut it has none."""
     act_name = 'act3'
@@ -39,7 +39,7 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
         return None if block.downsample is None else block.conv1.conv.in_channels
 
 
-@gates(PreBottleneck)
+@gated_form_of(PreBottleneck)
 class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
     """timm's pre-activation RegNet block with a gate. Without a shortcut it has none."""
     bottleneck = True

@@ -8,7 +8,7 @@ from typing import Any, List
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 from . import cifar_resnet  # noqa: F401, registers the CIFAR parents
 from .entry_points import Family, register_family
 
@@ -28,7 +28,7 @@ class GatedResNetBlock(GatedBlock):
         return x
 
 
-@gates(BasicBlock)
+@gated_form_of(BasicBlock)
 class GatedBasicBlock(GatedResNetBlock, BasicBlock):
     """timm's BasicBlock with a gate."""
     act_name = 'act2'
@@ -51,7 +51,7 @@ class GatedBasicBlock(GatedResNetBlock, BasicBlock):
         return [block.conv1, block.bn1, block.act1, block.aa, block.conv2, block.bn2, block.se]
 
 
-@gates(Bottleneck)
+@gated_form_of(Bottleneck)
 class GatedBottleneck(GatedResNetBlock, Bottleneck):
     """timm's Bottleneck with a gate."""
     act_name = 'act3'

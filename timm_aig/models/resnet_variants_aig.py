@@ -7,7 +7,7 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnest import ResNestBottleneck
 from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 
-from ..blocks import gates
+from ..blocks import gated_form_of
 from .entry_points import Family, register_family
 from .resnet_aig import GatedResNetBlock
 
@@ -15,7 +15,7 @@ __all__ = [  # register_family adds each entry point
     'GatedBottle2neck', 'GatedResNestBottleneck', 'GatedSelectiveKernelBasic', 'GatedSelectiveKernelBottleneck']
 
 
-@gates(Bottle2neck)
+@gated_form_of(Bottle2neck)
 class GatedBottle2neck(GatedResNetBlock, Bottle2neck):
     """timm's Bottle2neck of Res2Net with a gate."""
     act_name = 'relu'
@@ -40,7 +40,7 @@ class GatedBottle2neck(GatedResNetBlock, Bottle2neck):
         return self.relu(x)
 
 
-@gates(ResNestBottleneck)
+@gated_form_of(ResNestBottleneck)
 class GatedResNestBottleneck(GatedResNetBlock, ResNestBottleneck):
     """timm's Bottleneck of ResNeSt with a gate. As in timm, drop path acts on the input of the shortcut."""
     act_name = 'act3'
@@ -72,7 +72,7 @@ class GatedSelectiveKernelBlock(GatedResNetBlock):
         return self.act(x)
 
 
-@gates(SelectiveKernelBasic)
+@gated_form_of(SelectiveKernelBasic)
 class GatedSelectiveKernelBasic(GatedSelectiveKernelBlock, SelectiveKernelBasic):
     """timm's SelectiveKernelBasic with a gate."""
 
@@ -85,7 +85,7 @@ class GatedSelectiveKernelBasic(GatedSelectiveKernelBlock, SelectiveKernelBasic)
         return block.conv1.in_channels  # each convolution in it has a part of them
 
 
-@gates(SelectiveKernelBottleneck)
+@gated_form_of(SelectiveKernelBottleneck)
 class GatedSelectiveKernelBottleneck(GatedSelectiveKernelBlock, SelectiveKernelBottleneck):
     """timm's SelectiveKernelBottleneck with a gate."""
     bottleneck = True

@@ -4,7 +4,7 @@ import sys
 import torch
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 from .entry_points import Family, register_family
 
 __all__ = ['GatedPreActBasic', 'GatedPreActBottleneck', 'GatedResNetV2Bottleneck']  # and each entry point
@@ -18,7 +18,7 @@ class GatedPreActBlock(GatedBlock):
         return x if self.downsample is None else self.downsample(self.norm1(x))
 
 
-@gates(PreActBasic)
+@gated_form_of(PreActBasic)
 class GatedPreActBasic(GatedPreActBlock, PreActBasic):
     """timm's PreActBasic with a gate."""
 
@@ -28,7 +28,7 @@ class GatedPreActBasic(GatedPreActBlock, PreActBasic):
         return self.drop_path(x)
 
 
-@gates(PreActBottleneck)
+@gated_form_of(PreActBottleneck)
 class GatedPreActBottleneck(GatedPreActBlock, PreActBottleneck):
     """timm's PreActBottleneck with a gate."""
     bottleneck = True
@@ -40,7 +40,7 @@ class GatedPreActBottleneck(GatedPreActBlock, PreActBottleneck):
         return self.drop_path(x)
 
 
-@gates(Bottleneck)
+@gated_form_of(Bottleneck)
 class GatedResNetV2Bottleneck(GatedBlock, Bottleneck):
     """timm's Bottleneck of ResNetV2, with its activation after the sum, with a gate."""
     act_name = 'act3'

@@ -4,7 +4,7 @@ from typing import Any, List
 import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..blocks import GatedBlock, gates
+from ..blocks import GatedBlock, gated_form_of
 
 __all__ = ['GatedTorchvisionBasicBlock', 'GatedTorchvisionBottleneck']
 
@@ -19,7 +19,7 @@ class GatedTorchvisionBlock(GatedBlock):
         return self.relu(x)
 
 
-@gates(BasicBlock)
+@gated_form_of(BasicBlock)
 class GatedTorchvisionBasicBlock(GatedTorchvisionBlock, BasicBlock):
     """torchvision's BasicBlock with a gate."""
 
@@ -32,7 +32,7 @@ class GatedTorchvisionBasicBlock(GatedTorchvisionBlock, BasicBlock):
         return [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
 
 
-@gates(Bottleneck)
+@gated_form_of(Bottleneck)
 class GatedTorchvisionBottleneck(GatedTorchvisionBlock, Bottleneck):
     """torchvision's Bottleneck with a gate."""
     bottleneck = True

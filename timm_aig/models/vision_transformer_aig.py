@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from timm.layers import Attention, Mlp, maybe_add_mask, resolve_self_attn_mask
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from ..blocks import GatedBranch, gates
+from ..blocks import GatedBranch, gated_form_of
 from .entry_points import Family, register_family
 
 __all__ = ['GatedAttention', 'GatedMlp']  # register_family adds each entry point
 
 
-@gates(Attention, Block, 'attn')
+@gated_form_of(Attention, Block, 'attn')
 class GatedAttention(GatedBranch, Attention):
     """timm's Attention with a gate. If it has an elementwise gate of its own, it gets no other."""
 
@@ -53,7 +53,7 @@ class GatedAttention(GatedBranch, Attention):
         return block
 
 
-@gates(Mlp, Block, 'mlp')
+@gated_form_of(Mlp, Block, 'mlp')
 class GatedMlp(GatedBranch, Mlp):
     """timm's Mlp with a gate."""
 

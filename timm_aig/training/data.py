@@ -106,8 +106,8 @@ class HeldOut(Subset):
 
 
 def open_dataset(
-        name: str,
-        root: Optional[str],
+        dataset: str,
+        data_dir: Optional[str],
         split: str,
         is_training: bool = False,
         download: bool = False,
@@ -117,8 +117,8 @@ def open_dataset(
     """Open a split of a timm data set.
 
     Args:
-        name: 'folder', or a timm name that starts with torch/, hfds/, hfids/, tfds/ or wds/.
-        root: Folder of the data set. For 'folder', images are in root/split/class/.
+        dataset: 'folder', or a timm name that starts with torch/, hfds/, hfids/, tfds/ or wds/.
+        data_dir: Folder of the data set. For 'folder', images are in data_dir/split/class/.
         split: Name of the split, such as 'train' or 'validation'.
         is_training: Shuffle data sets without random access, and replace unreadable images.
         download: Let timm download the data set.
@@ -131,30 +131,31 @@ def open_dataset(
     Raises:
         InputError: The data set is unknown, missing, damaged, empty, or has a single class.
     """
-    name = name or 'folder'
-    if not name.startswith(SOURCES) or (name.startswith('folder') and name != 'folder'):
-        raise InputError(f'must start with one of {", ".join(SOURCES)}, not {name!r}.', 'dataset')
-    if not root and not name.startswith(('hfds/', 'hfids/')):
-        raise InputError(f'is missing: data set {name!r} needs it.', 'data_dir')
-    local = name == 'folder' or (name.startswith('torch/') and not download)  # others also take URLs
-    if local and not Path(root or '').is_dir():
-        raise InputError(f'must be a folder, {root!r} is not.', 'data_dir')
+    dataset = dataset or 'folder'
+    if not dataset.startswith(SOURCES) or (dataset.startswith('folder') and dataset != 'folder'):
+        raise InputError(f'must start with one of {", ".join(SOURCES)}, not {dataset!r}.', 'dataset')
+    if not data_dir and not dataset.startswith(('hfds/', 'hfids/')):
+        raise InputError(f'is missing: data set {dataset!r} needs it.', 'data_dir')
+    local = dataset == 'folder' or (dataset.startswith('torch/') and not download)  # others also take URLs
+    if local and not Path(data_dir or '').is_dir():
+        raise InputError(f'must be a folder, {data_dir!r} is not.', 'data_dir')
     try:
-        dataset: Any = create_dataset(
-            '' if name == 'folder' else name, root=root, split=split, is_training=is_training, download=download,
-            **kwargs)
+        found: Any = create_dataset(
+            '' if dataset == 'folder' else dataset, root=data_dir, split=split, is_training=is_training,
+            download=download, **kwargs)
     except (Exception, SystemExit) as e:  # each kind of data set has its own
-        what, argument = (root, 'data_dir') if name == 'folder' else (name, 'dataset')
+        what, argument = (data_dir, 'data_dir') if dataset == 'folder' else (dataset, 'dataset')
         raise InputError(f'{what}, split {split!r}: {str(e) or type(e).__name__}', argument) from e
-    reader_root: Any = getattr(getattr(dataset, 'reader', dataset), 'root', None)
-    if name in ('folder', 'torch/folder', 'torch/image_folder') and root and Path(reader_root).samefile(root):
+    reader_root: Any = getattr(getattr(found, 'reader', found), 'root', None)
+    in_folders = dataset in ('folder', 'torch/folder', 'torch/image_folder')
+    if in_folders and data_dir and Path(reader_root).samefile(data_dir):
         # without that subfolder timm reads the whole folder: test images would be trained on
-        raise InputError(f'must have a subfolder for split {split!r}, {root!r} does not.', 'data_dir')
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-        raise InputError(f'{name}: split {split!r} has no images.', 'dataset')
-    if len(class_names(dataset)) == 1:
-        raise InputError(f'must have at least 2 classes, found only {class_names(dataset)[0]!r}.', 'data_dir')
-    return ReadableImages(dataset, is_training, unreadable) if isinstance(dataset, ImageDataset) else dataset
+        raise InputError(f'must have a subfolder for split {split!r}, {data_dir!r} does not.', 'data_dir')
+    if not isinstance(found, IterableDataset) and len(found) == 0:
+        raise InputError(f'{dataset}: split {split!r} has no images.', 'dataset')
+    if len(class_names(found)) == 1:
+        raise InputError(f'must have at least 2 classes, found only {class_names(found)[0]!r}.', 'data_dir')
+    return ReadableImages(found, is_training, unreadable) if isinstance(found, ImageDataset) else found
 
 
 def readable_images(dataset: Any) -> Optional[ReadableImages]:
