@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
-    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'files': 'IMAGES', 'folder': '--output',
-    'least': '--least-budget', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO', 'root': 'ROOT',
-    'stages': '--cascade', 'target': '--target-rate'}
+    'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'compile': '--torchcompile', 'files': 'IMAGES',
+    'folder': '--output', 'least': '--least-budget', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO',
+    'root': 'ROOT', 'stages': '--cascade', 'target': '--target-rate'}
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

@@ -63,7 +63,7 @@ def torch_rows(args: argparse.Namespace, adaptive: Any, parent: Any, suffix: str
         Row(reference, optimize(parent), reference),
         *adaptive_rows(args, optimize(adaptive), f'adaptive{suffix}', reference),
     ]
-    if args.compile:
+    if args.torchcompile:
         reference = f'parent, compiled{suffix}'
         rows.append(Row(reference, optimize(parent, compile=True), reference))
         rows += adaptive_rows(args, optimize(adaptive, compile=True), f'adaptive, compiled{suffix}', reference)
@@ -113,7 +113,7 @@ def training_rows(args: argparse.Namespace, adaptive: Any, parent: Any) -> List[
     """A training step of parent and adaptive model."""
     return [
         Row(f'{name}, {step}', training_step(model, args.device, step.startswith('compiled')), f'parent, {step}')
-        for step in ['training step'] + ['compiled training step'] * args.compile
+        for step in ['training step'] + ['compiled training step'] * args.torchcompile
         for name, model in (('parent', parent), ('adaptive', adaptive))]
 
 

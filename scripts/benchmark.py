@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
   scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes
-  scripts/benchmark.py --device cuda --precision bfloat16 --compile --batch-size 1 32 128 256 --num-images 256
+  scripts/benchmark.py --device cuda --precision bfloat16 --torchcompile --batch-size 1 32 128 256 --num-images 256
   scripts/benchmark.py --requests --model local-dir:output/demo --images my/images --clients 16"""
 
 
@@ -45,7 +45,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'rounds', type=integer(1), default=7)
     arg('--precision', nargs='+', choices=('float32', 'float16', 'bfloat16', 'int8'), default=['float32'],
         help='rows for each: weights and arithmetic; int8 for --runtimes (default: float32)')
-    arg('--compile', action='store_true', help='compiled rows too, over the compiled parent')
+    arg('--torchcompile', '--compile', action='store_true',
+        help='compiled rows too, over the compiled parent')
     arg('--runtimes', action='store_true', help='ONNX Runtime and OpenVINO too (CPU)')
     arg('--memory', action='store_true', help='peak memory of a pass too')
     other = parser.add_mutually_exclusive_group()
@@ -57,8 +58,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--max-batch', type=integer(1), metavar='N', help='most images in a batch of --requests (default: 32)')
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
-    for mode, refused in {'requests': ('batch_size', 'compile', 'runtimes', 'memory'),
-                          'cascade': ('compile', 'memory')}.items():
+    for mode, refused in {'requests': ('batch_size', 'torchcompile', 'runtimes', 'memory'),
+                          'cascade': ('torchcompile', 'memory')}.items():
         for name in refused:
             if getattr(args, mode) and getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} cannot be combined with --{mode}.')

@@ -126,7 +126,7 @@ TABLES = {
     }, {}),
     'training-step': Table('training_step.csv', {
         'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}',
-        'time': '{ratio}', 'with `--compile`': '{ratio_compiled}',
+        'time': '{ratio}', 'with `--torchcompile`': '{ratio_compiled}',
     }, {}),
     'glibc': Table('glibc.csv', {
         'network': '{run}', 'default': '{as_it_is}', 'with both variables': '{both_variables}',

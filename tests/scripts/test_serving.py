@@ -137,7 +137,7 @@ def test_there_is_a_row_for_each_file_and_number_of_clients(run_script, capsys):
 
 @pytest.mark.parametrize('args, message', [
     *(([*ARGS, *other], f'{other[0]} cannot be combined with --requests') for other in (
-        ['--compile'], ['--memory'], ['--runtimes'], ['--batch-size', '8'])),
+        ['--torchcompile'], ['--memory'], ['--runtimes'], ['--batch-size', '8'])),
     *(([*ARGS, *other], f'{other[0]} not allowed with argument --requests') for other in (
         ['--train'], ['--cascade', 'a', 'b'])),
     *((other, '--clients and --max-batch are for --requests') for other in (

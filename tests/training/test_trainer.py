@@ -1,5 +1,6 @@
 """Trainer: updates, skipped updates, resuming, and two processes."""
 import copy
+import ctypes
 import dataclasses
 import math
 import os
@@ -102,6 +103,11 @@ class NaNAt:
         if self.calls - 1 not in self.at:
             return loss
         return loss + self.value if self.detached else loss * self.value
+
+
+def test_memory_allocation_is_the_callers(monkeypatch):
+    monkeypatch.setattr(ctypes, 'CDLL', lambda *args: pytest.fail('a library of the system is changed'))
+    assert len(fit(make_trainer(epochs=1))) == 1
 
 
 def test_an_epoch_is_the_plain_loop_over_its_batches():
