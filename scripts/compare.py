@@ -54,6 +54,7 @@ from _answers import Row, rows_of_seed, time_rows
 from tqdm import tqdm
 
 from timm_aig import InputError
+from timm_aig.run import environment
 
 # Train
 
@@ -159,7 +160,8 @@ def run(args: argparse.Namespace) -> None:
             check_file(getattr(args, name), name)
     if not args.table and not args.times:
         train(args)
-    table = times(args) if args.times else summarize(args)
+    source = {'machine': environment()['cpu'], 'source': ' '.join(sys.argv)}
+    table = [{**row, **source} for row in (times(args) if args.times else summarize(args))]
     if (args.table or args.times) and not table:
         raise ResultError(f'no training of {args.task} is done in {args.output}.')
     if args.json:
