@@ -123,6 +123,7 @@ def plot_blocks_run(
         axes.axvline(mean, color=RED, linewidth=1.5)
         axes.set_title(f'{_short(name, 20)}, mean {mean:.1f}', fontsize=9, loc='left', parse_math=False)
         axes.grid(axis='y', alpha=.3)
+        axes.tick_params(labelbottom=True)
     panels[0].set(xlim=(low - .7, high + .7), xticks=range(low, high + 1, every))
     for axes in panels[len(groups):]:
         axes.set_axis_off()
