@@ -32,7 +32,7 @@ def test_a_space_has_the_page_unchanged_its_settings_and_what_it_needs(hub, file
     assert settings['sdk'] == 'gradio' and settings['sdk_version'] == gradio_version
     assert settings['app_file'] == 'app.py' and len(settings['short_description']) <= 60  # the Hub's limit
     needed = files['requirements.txt'].decode().split('\n')
-    assert {'torch>=2.6', 'timm>=1.0.31', 'safetensors'} <= set(needed)
+    assert {'torch>=2.9', 'timm>=1.0.31', 'safetensors'} <= set(needed)
     assert not [line for line in needed if line.startswith(('gradio', 'timm_aig'))]
     assert 'timm_aig/__init__.py' in files and 'hub_configs/cifar_resnet32_aig.fmnist_t06.safetensors' in files
     assert not [name for name in files if '..' in name or 'pycache' in name or name.startswith('/')]

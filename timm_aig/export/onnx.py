@@ -107,11 +107,12 @@ def to_onnx(
 
     op: Any = opset20
 
-    def mean(x, dim, keepdim: bool = False, dtype=None):
-        if len(x.shape) == 4 and sorted(d % 4 for d in dim) == [2, 3]:  # has a kernel for blocked channels
-            pooled = op.GlobalAveragePool(x)
+    # Arguments have the names of torch's schemas: torch 2.9 takes its own translation if they do not fit.
+    def mean(self, dim, keepdim: bool = False, dtype=None):
+        if len(self.shape) == 4 and sorted(d % 4 for d in dim) == [2, 3]:  # has a kernel for blocked channels
+            pooled = op.GlobalAveragePool(self)
             return pooled if keepdim else op.Flatten(pooled)
-        return op.ReduceMean(x, constant(*dim), keepdims=int(keepdim))
+        return op.ReduceMean(self, constant(*dim), keepdims=int(keepdim))
 
     def constant(*values):
         return op.Constant(value_ints=list(values))
@@ -119,10 +120,11 @@ def to_onnx(
     def column(index):
         return op.Reshape(index, constant(-1, 1))
 
-    def group_norm(x, groups, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):  # torch's needs a row
-        ones, zeros = (op.CastLike(op.Constant(value_floats=[value] * groups), x) for value in (1., 0.))
-        parts = op.Reshape(x, constant(-1, groups, math.prod(x.shape[1:]) // groups))
-        normed = op.Reshape(op.InstanceNormalization(parts, ones, zeros, epsilon=eps), constant(-1, *x.shape[1:]))
+    def group_norm(input, num_groups: int, weight, bias, eps: float = 1e-5, cudnn_enabled: bool = True):
+        shape = input.shape[1:]  # torch's translation needs a row
+        ones, zeros = (op.CastLike(op.Constant(value_floats=[value] * num_groups), input) for value in (1., 0.))
+        parts = op.Reshape(input, constant(-1, num_groups, math.prod(shape) // num_groups))
+        normed = op.Reshape(op.InstanceNormalization(parts, ones, zeros, epsilon=eps), constant(-1, *shape))
         weight, bias = (op.Reshape(values, constant(-1, 1, 1)) for values in (weight, bias))
         return op.Add(op.Mul(normed, weight), bias)
 
@@ -130,9 +132,9 @@ def to_onnx(
     table: Any = {
         aten.mean.dim: mean,
         aten.group_norm.default: group_norm,
-        aten.nonzero.default: lambda z: column(op.NonZero(z)),  # z is [B]
-        aten.index_select.default: lambda x, dim, index: op.GatherND(x, column(index)),
-        aten.index_copy.default: lambda x, dim, index, rows: op.ScatterND(x, column(index), rows),
+        aten.nonzero.default: lambda self: column(op.NonZero(self)),  # of z [B]
+        aten.index_select.default: lambda self, dim, index: op.GatherND(self, column(index)),
+        aten.index_copy.default: lambda self, dim, index, source: op.ScatterND(self, column(index), source),
     }
     traced = ExportModel(model, mode, gates, dtype)
     inputs = ['x', 'gate_offset'] if traced.takes_offset else ['x']
