@@ -115,7 +115,9 @@ class ExportModel(nn.Module):
             Logits [B, num_classes], and gates [B, L] if the model has gated blocks.
         """
         offset = 0. if gate_offset is None else gate_offset.to(self.dtype)
-        vars(self.state).update(thresholds=list((self.bias + offset).split(1)), scores=[], output=None)
+        # torch 2.9 cannot split an empty tensor
+        thresholds = list((self.bias + offset).split(1)) if self.has_gates else []
+        vars(self.state).update(thresholds=thresholds, scores=[], output=None)
         with _NormsOfRows():
             logits = self.model(x.to(self.dtype)).float()
         if self.takes_offset:
