@@ -93,8 +93,10 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     alone = validate('--model', adaptive_model)['rows'][0]
     fork_ranks(['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
                 '--device', 'cpu'], script.main)
-    shards = json.loads((tmp_path / 'stdout 0').read_text())['rows'][0]
-    assert not (tmp_path / 'stdout 1').read_text()
+    lines = [(tmp_path / f'stdout {rank}').read_text().splitlines() for rank in (0, 1)]
+    printed, nothing = ([line for line in some if not line.startswith('[Gloo]')] for some in lines)  # of torch 2.9
+    shards = json.loads(''.join(printed))['rows'][0]
+    assert not nothing
     assert alone['images'] % 2 == 1  # does not divide
     summed = ('loss', 'macs', 'macs_share')  # floats, added up in another order
     assert {k: v for k, v in shards.items() if k not in ('images_per_second', *summed)} == {
