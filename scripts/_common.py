@@ -119,7 +119,11 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
 
 
 def require_model_config(path: Path) -> None:
-    """Raise ValueError if a config.json describes no model: timm's errors do not say so."""
+    """Raise ValueError if a config.json describes no model, or is not written yet: timm's errors do not say so."""
+    if not path.is_file():
+        if (path.parent / 'checkpoints').is_dir():
+            raise ValueError('its training has not ended; finetune.py --resume auto goes on with it.')
+        return
     config = None
     with suppress(ValueError):
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -136,8 +140,8 @@ def create_model(name: str, pretrained: bool = False, argument: str = 'model', *
     import timm
 
     with blame(argument, name, Exception):  # timm, the Hub and the file formats raise all kinds
-        if name.startswith('local-dir:') and (path := Path(name.partition(':')[2], 'config.json')).is_file():
-            require_model_config(path)
+        if name.startswith('local-dir:'):
+            require_model_config(Path(name.partition(':')[2], 'config.json'))
         return timm.create_model(name, pretrained=pretrained or ':' in name, **kwargs)
 
 

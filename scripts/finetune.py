@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         results = train(args)
     except Stopped as e:
-        raise Stopped(f'{e} Go on with --resume auto.', e.signum) from e
+        raise Stopped(f'{e} To go on, run the same command with --resume auto.', e.signum) from e
     if args.rank == 0 and args.json:
         print(json.dumps(results, indent=2))
     elif args.rank == 0:

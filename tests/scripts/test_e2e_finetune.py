@@ -180,7 +180,7 @@ def test_a_signal_to_all_its_processes_saves_exits_with_its_code_and_is_resumed(
     os.killpg(process, signum)
     assert wait(process) == 128 + signum, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
-    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. Go on with --resume auto.' in error
+    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. To go on, run the same command' in error
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \
@@ -659,7 +659,7 @@ def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training,
         time.sleep(0.01)
     process.terminate()
     assert process.wait() == 143
-    assert process.stderr.read().splitlines()[-1].endswith('saved. Go on with --resume auto.')
+    assert process.stderr.read().splitlines()[-1].endswith('saved. To go on, run the same command with --resume auto.')
     assert torch.load(sorted((tmp_path / 'script' / 'checkpoints').iterdir())[-1], weights_only=True)['step'] >= 1
 
 

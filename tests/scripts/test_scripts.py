@@ -99,6 +99,12 @@ def test_a_folder_that_holds_no_model_is_named(text, tmp_path):
     assert str(caught.value) == f'model local-dir:{tmp_path}: {tmp_path}/config.json does not describe a model.'
 
 
+def test_the_folder_of_a_training_that_was_stopped_is_named(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(InputError, match=r'its training has not ended; finetune\.py --resume auto goes on with it'):
+        create_model(f'local-dir:{tmp_path}')
+
+
 @pytest.mark.parametrize('error,text', [
     (ValueError('a. b'), 'a. b'), (AssertionError(), 'AssertionError'), (KeyError(17), 'KeyError: 17'),
     (ValueError('weights_only=True blocked it. If trusted, retry with weights_only=False.'),
