@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   scripts/push_to_hub.py output/t06 user/resnet50_aig.t06 --dry-run
   scripts/push_to_hub.py output/t06 user/resnet50_aig.t06 --private
   scripts/push_to_hub.py output/t06 user/resnet50_aig.t06 --revision v2
-  scripts/push_to_hub.py model_best.pth.tar user/resnet50_aig.t06 --hub-config resnet50_aig.t06_paper --create-pr"""
+  scripts/push_to_hub.py output/t06/model.safetensors user/resnet50_aig.t06 --hub-config resnet50_aig.t06_paper \\
+      --create-pr"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
