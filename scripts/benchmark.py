@@ -24,7 +24,7 @@ from _args import add_args, create_parser, integer, number
 from _common import blame, keep_freed_memory, open_device, print_table, require, run_script
 
 EXAMPLES = """examples:
-  scripts/benchmark.py                                            resnet50_aig at batch 1, 8 and 32
+  scripts/benchmark.py                                            # resnet50_aig at batch 1, 8 and 32
   scripts/benchmark.py --model cifar_resnet32_aig --train --batch-size 128 --num-images 256
   scripts/benchmark.py --cascade output/cascade --images my/images --num-images 256 --runtimes
   scripts/benchmark.py --device cuda --precision bfloat16 --torchcompile --batch-size 1 32 128 256 --num-images 256

@@ -26,9 +26,9 @@ from _common import ResultError, check_file, run_script, write_csv
 from _rivals import TASKS, trainings
 
 EXAMPLES = """examples:
-  scripts/compare.py glyphs --data-dir glyphs --jobs 2              train, or go on with it; then the table
-  scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    the table of what is trained so far
-  scripts/compare.py glyphs --data-dir glyphs --times times.csv     and the time of its rows, of the first seed"""
+  scripts/compare.py glyphs --data-dir glyphs --jobs 2              # train, or go on with it; then the table
+  scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    # the table of what is trained so far
+  scripts/compare.py glyphs --data-dir glyphs --times times.csv     # and the time of its rows, of the first seed"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

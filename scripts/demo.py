@@ -16,10 +16,10 @@ from _common import open_folder, print_table, require, run_script, sleep_when_id
 from _recipes import parse_training_args
 
 EXAMPLES = """examples:
-  scripts/demo.py                                       scikit-learn's digits, nothing is downloaded
+  scripts/demo.py                                       # scikit-learn's digits, nothing is downloaded
   scripts/demo.py --dataset torch/fashion_mnist --data-dir data --dataset-download
   scripts/demo.py --data-dir photos --model resnet18 --input-size 3 128 128
-                                                        photos/train/<class>/*.jpg, photos/validation/<class>/*.jpg"""
+                                                        # photos/train/<class>/*.jpg, photos/validation/<class>/*.jpg"""
 
 TIMED_BATCHES = (1, 64)
 TOLERANCES = (.01, .1, .9)  # of the budgets, the next one if a few images do not allow the one before

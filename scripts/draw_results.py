@@ -11,7 +11,7 @@ from _args import create_parser
 from _common import run_script
 
 EXAMPLES = """examples:
-  scripts/draw_results.py              after a change of hub_configs/results/fmnist*.csv or glyphs.csv"""
+  scripts/draw_results.py              # after a change of hub_configs/results/fmnist*.csv or glyphs.csv"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

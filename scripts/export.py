@@ -23,9 +23,9 @@ from _args import add_args, create_parser, integer
 from _common import ResultError, check_file, print_table, run_script
 
 EXAMPLES = """examples:
-  scripts/export.py --model local-dir:output/demo                                    output/demo's model as ONNX
+  scripts/export.py --model local-dir:output/demo                                  # output/demo's model as ONNX
   scripts/export.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --images shirts
-  scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200      calibrated on 200"""
+  scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200    # calibrated on 200"""
 
 SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'program': '.pt2'}
 

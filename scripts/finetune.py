@@ -32,12 +32,12 @@ from _recipes import parse_training_args, recipe_of
 
 EXAMPLES = """examples:
   scripts/finetune.py --data-dir photos --static --model resnet50.tv2_in1k --pretrained --num-classes 12 --opt sgd \\
-      --lr 0.02 --experiment parent                          photos/train/CLASS/*.jpg, photos/validation/CLASS/*.jpg
+      --lr 0.02 --experiment parent                        # photos/train/CLASS/*.jpg, photos/validation/CLASS/*.jpg
   scripts/finetune.py --data-dir photos --model local-dir:output/finetune/parent --target-rate 0.5 --opt sgd --lr 0.02
   torchrun --nproc-per-node 8 scripts/finetune.py --config hub_configs/resnet50_aig.t05_paper.json \\
-      --batch-size 32 --data-dir imagenet                    the recipes there are for 8 x 32 = 256 images
-  scripts/finetune.py --static --dataset torch/fashion_mnist --data-dir data --model cifar_resnet32 --experiment r32
-  scripts/finetune.py ... --experiment r50 --resume auto     start, or resume after a crash, SIGKILL or SIGTERM"""
+      --batch-size 32 --data-dir imagenet                  # the recipes there are for 8 x 32 = 256 images
+  scripts/finetune.py --static --dataset torch/fashion_mnist --data-dir data --model cifar_resnet32 --experiment r32 \\
+      --resume auto                                        # start, or resume after a crash, SIGKILL or SIGTERM"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

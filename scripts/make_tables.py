@@ -14,8 +14,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 from _args import create_parser
 
 EXAMPLES = """examples:
-  scripts/make_tables.py              write the tables of all READMEs
-  scripts/make_tables.py --check      exit with 1 if a table differs from its CSV file"""
+  scripts/make_tables.py              # write the tables of all READMEs
+  scripts/make_tables.py --check      # exit with 1 if a table differs from its CSV file"""
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ('README.md', 'hub_configs/README.md', 'scripts/README.md')

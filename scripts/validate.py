@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   scripts/validate.py --model local-dir:output/demo --data-dir photos --gate-offset -1 -0.5 0 0.5 1
   scripts/validate.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist \\
       --data-dir data --budgets 0.4 0.5 0.6 0.7 0.8 0.9 1 --alternatives local-dir:output/finetune/r32_s0 --plot all.png
-  scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos     paired test on the same images
+  scripts/validate.py --model local-dir:a --against local-dir:b --data-dir photos   # paired test on the same images
   scripts/validate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --thresholds 0.5 0.7 0.9
   torchrun --nproc-per-node 8 scripts/validate.py --model resnet101_aig --pretrained --data-dir imagenet"""
 

@@ -1,9 +1,12 @@
 """What holds for every script: how it starts, its help, and the form of its errors."""
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,16 @@ def without_torch():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     return lambda name, flag: results[f'{SCRIPTS / name} {flag}']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_examples_of_its_help_can_be_pasted_into_a_shell(name):
+    examples = import_module(name.removesuffix('.py')).EXAMPLES.split('\n\n')[0].replace('\\\n', '')
+    for line in examples.splitlines()[1:]:
+        words = shlex.split(line, comments=True)
+        script = next((i for i, word in enumerate(words) if re.fullmatch(r'scripts/\w+\.py', word)), None)
+        if script is not None:  # else a line of comment
+            import_module(Path(words[script]).stem).parse_args(words[script + 1:])
 
 
 @pytest.mark.parametrize('name', NAMES)
