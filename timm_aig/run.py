@@ -5,7 +5,7 @@ package. Take those of the installed version.
 
     python -m timm_aig.run validate.py data --model resnet50_aig --pretrained
     torchrun --nproc_per_node=2 -m timm_aig.run train.py data --model cifar_resnet32
-    python -m timm_aig.run --env                what a report of a problem needs: versions and the CPU
+    python -m timm_aig.run --env                # what a report of a problem needs: versions and the CPU
 """
 import platform
 import runpy
