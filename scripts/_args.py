@@ -66,7 +66,7 @@ ARGUMENTS = {
                     help='loader processes (default: %(default)s)'),
     'device': dict(metavar='NAME', help='default: cuda if there is one, else cpu'),
     'threads': dict(type=integer(1), metavar='N', help="CPU threads (default: torch's)"),
-    'amp': dict(action='store_true', help='mixed precision'),
+    'amp': dict(action='store_true', help='mixed precision; slow on CPUs without instructions for it'),
     'gate_offset': dict(type=number('[-inf, inf]'), metavar='X',
                         help="added to each gate's open logit; more opens more gates (default: the model's)"),
     'budgets': dict(type=number('(0, 1]'), nargs='+', metavar='X', help='MACs shares'),
