@@ -20,7 +20,7 @@ from _common import check_file, open_device, print_table, require, run_script, s
 
 EXAMPLES = """examples:
   scripts/predict.py shirt.png shoes --model cifar_resnet32_aig.fmnist_t06 --pretrained      # a file and a folder
-  scripts/predict.py photos --model local-dir:output/finetune/r50 --budget 0.5 --csv photos.csv
+  scripts/predict.py photos --model local-dir:r50 --budget 0.5 --csv photos.csv              # an output of calibrate.py
   scripts/predict.py photos --model r50.onnx --json                                          # a file of export.py
   scripts/predict.py photos --cascade resnet18 resnet50 --pretrained                         # images come first"""
 
