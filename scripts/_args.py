@@ -10,6 +10,8 @@ import re
 import sys
 from typing import Any, Callable, NoReturn, Optional
 
+# Those that this process may use: in a container or a job of Slurm fewer than the machine has.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 EXIT_CODES = (
     'exit code: 0 done, 1 the result cannot be used, 2 bad input, 3 output cannot be written, 130 Ctrl-C, 143 SIGTERM')
 
@@ -62,7 +64,7 @@ ARGUMENTS = {
                      "(default: the model's)"),
     'batch_size': dict(flags=('-b',), type=integer(1), default=128, metavar='N',
                        help='images in a batch, of each process (default: %(default)s)'),
-    'workers': dict(flags=('-j',), type=integer(0), default=min(4, os.cpu_count() or 1), metavar='N',
+    'workers': dict(flags=('-j',), type=integer(0), default=min(4, CPUS), metavar='N',
                     help='loader processes (default: %(default)s)'),
     'device': dict(metavar='NAME', help='default: cuda if there is one, else cpu'),
     'threads': dict(type=integer(1), metavar='N', help="CPU threads (default: torch's)"),

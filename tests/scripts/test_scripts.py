@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -52,6 +53,11 @@ def without_torch():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     return lambda name, flag: results[f'{SCRIPTS / name} {flag}']
+
+
+def test_a_process_that_may_use_one_cpu_gets_one_loader_process(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3}, raising=False)
+    assert runpy.run_path(str(SCRIPTS / '_args.py'))['ARGUMENTS']['workers']['default'] == 1
 
 
 @pytest.mark.parametrize('name', NAMES)
