@@ -14,7 +14,8 @@ SOURCE = Path('/usr/share/datasets/fashion-mnist')
 
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist && scripts/prepare_fashion_mnist.py data
-  scripts/prepare_fashion_mnist.py data --source downloads
+  scripts/prepare_fashion_mnist.py data                     # downloads it, without that package
+  scripts/prepare_fashion_mnist.py data --source my/gz      # a folder of the four .gz files
 
 Then pass --dataset torch/fashion_mnist --data-dir data to the other scripts."""
 
