@@ -72,7 +72,8 @@ TABLES = {
     'models': Table('models.csv', {
         'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
         'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
-        'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}',
+        'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}', 'ms, batch 1 / 32': '{ms_1} / {ms_32}',
+        'over the static network': '{ratio_1} / {ratio_32}',
     }, {}),
     'fmnist': Table('fmnist.csv', {
         **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
