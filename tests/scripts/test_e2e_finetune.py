@@ -180,7 +180,8 @@ def test_a_signal_to_all_its_processes_saves_exits_with_its_code_and_is_resumed(
     os.killpg(process, signum)
     assert wait(process) == 128 + signum, (tmp_path / 'stderr').read_text()
     error = (tmp_path / 'stderr').read_text()
-    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. To go on, run the same command' in error
+    assert f'stopped by {signum.name} in epoch 1 after step 1, saved. To go on, run the same command ' \
+           'with --resume auto.' in error
     assert wait(fork_main(args)) == 0
     assert 'Resumed in epoch 1 after step 1.' in (tmp_path / 'stderr').read_text()
     assert (tmp_path / 'stopped' / 'model.safetensors').read_bytes() == \

