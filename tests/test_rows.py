@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 from _serving import spread_gates
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_aig
 from timm_aig import force_gates, forward_gates, gated_blocks, optimize_for_inference, set_execution
+from timm_aig.inference.graphs import MAX_GRAPHS, GraphedForOne
 
 SMALL = dict(layers=(1, 2, 1, 1), num_classes=5)
 ARCHS = {
@@ -120,3 +122,70 @@ def test_a_block_waits_for_the_device_once_and_computes_its_open_rows(optimized,
         run(x)
     convs = 1 + sum(block.downsample is not None for block in gated_blocks(model).values())  # stem and shortcuts
     assert sorted(calls.rows) == [3, 3] + [4] * convs
+
+
+def record_operators(function, sample_args, pool):
+    """torch.cuda.make_graphed_callables without a GPU: replays the same operators on the same memory."""
+    program = make_fx(function)(*(x.clone() for x in sample_args))
+    static_output = program(*sample_args)
+
+    def replay(*args):
+        for static, own in zip(sample_args, args):
+            static.copy_(own)
+        return static_output.copy_(program(*sample_args))
+
+    return replay
+
+
+@pytest.fixture
+def graphs(place, monkeypatch):
+    """On a CPU, CUDA graphs are imitated and nothing is compiled."""
+    if place[0] == 'cpu':
+        monkeypatch.setattr('timm_aig.inference.optimize.is_on_cpu', lambda x: False)
+        monkeypatch.setattr('timm_aig.inference.optimize.GRAPH_DEVICE', 'cpu')
+        monkeypatch.setattr('timm_aig.inference.fused.mkldnn_ops', None)
+        monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: function)
+        monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, 'make_graphed_callables', record_operators)
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'resnet50', 'cifar_resnet20', 'seresnet50', 'regnety_002'])
+def test_cuda_graphs_give_the_outputs_of_masked_execution(arch, place, graphs):
+    device, dtype = place
+    model = create(arch, device, dtype)
+    optimized = optimize_for_inference(model, compile=True)
+    blocks = len(gated_blocks(model))
+    found, wanted = [], []
+    for batch in (1, 1, 1, 1, 3, 1):  # a graph runs more than once, and again after another batch size
+        x = images(8, device, dtype)[len(found):][:batch]
+        gates = torch.rand(batch, blocks, generator=torch.Generator().manual_seed(len(found))) < .5
+        with torch.no_grad(), force_gates(model, gates.to(device)):
+            set_execution(model, 'masked')
+            wanted.append(model(x))
+        with force_gates(optimized, gates.to(device)):
+            found.append(optimized(x))
+    for logits, expected in zip(found, wanted):  # none of them was overwritten by a later one
+        assert (logits - expected).abs().max() <= TOLERANCES[dtype] * max(1, expected.abs().max())
+
+
+def test_cuda_graphs_are_of_single_images_and_of_few_shapes(place, graphs):
+    device, dtype = place
+    model = create('cifar_resnet20', device, dtype)
+    features = timm.create_model('cifar_resnet20_aig', features_only=True).eval().to(device, dtype)
+    for net in (model, features):
+        timm_aig.set_gate_offset(net, 1e4)
+        optimized = optimize_for_inference(net, compile=True)
+        kept = []
+        for image, size in enumerate((32, 48, 64, 40, 56, 32)):
+            x = images(8, device, dtype)[image:image + 1, :, :size, :size]
+            kept.append((optimized(x), net(x)))
+        graphs_of = [f.graphs for m in optimized.modules() for f in vars(m).values() if isinstance(f, GraphedForOne)]
+        assert len(graphs_of) >= 9 + 9 + 2 + 1  # residual branches, gates, shortcuts, stem
+        assert [len(found) for found in graphs_of] == [MAX_GRAPHS] * len(graphs_of)  # of 5 shapes
+        before = [*map(dict, graphs_of)]
+        optimized(images(2, device, dtype))
+        assert graphs_of == before
+        for own, wanted in kept:
+            pairs = zip(own, wanted) if isinstance(own, list) else [(own, wanted)]
+            for a, b in pairs:
+                assert (a - b).abs().max() <= TOLERANCES[dtype] * max(1, b.abs().max())

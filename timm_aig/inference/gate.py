@@ -41,18 +41,22 @@ class InferenceGate(Gate):
 
     def answers(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> torch.Tensor:
         """Answers [B] of a block's gate, from its inputs as returned by pool."""
-        hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu()
-        scores = (torch.mv(hidden, self.weight2[0]) + self.bias2).float()
+        scores = self.scores(pooled, scale)
         if gate_pass.offset is not None:
             scores = scores + gate_pass.offset_like(scores)
         threshold = torch.rand_like(scores).logit() if gate_pass.sample else -self.offset
         return gate_pass.note(block, (scores > threshold).float())
 
+    def scores(self, pooled: torch.Tensor, scale: float) -> torch.Tensor:
+        """Open minus closed logit [B], float32."""
+        hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu()
+        return (torch.mv(hidden, self.weight2[0]) + self.bias2).float()
+
     def open_rows(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> Rows:
         """Indices of the samples that run a block, as open_rows of blocks.py returns them."""
         if gate_pass.sample or not is_on_cpu(pooled):
             return open_rows(self.answers(block, pooled, scale))
-        scores = self._scores(pooled, scale)
+        scores = self._host_scores(pooled, scale)
         if gate_pass.offset is not None and gate_pass.offset.ndim:  # one for each sample
             answers = [score + self.score + offset > 0
                        for score, offset in zip(scores, gate_pass.offset[gate_pass.rows].tolist())]
@@ -63,7 +67,7 @@ class InferenceGate(Gate):
             answers = gate_pass.note(block, torch.tensor(answers, dtype=torch.float32, device=pooled.device)).tolist()
         return [row for row, answer in enumerate(answers) if answer]
 
-    def _scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
+    def _host_scores(self, pooled: torch.Tensor, scale: float) -> List[float]:
         """Open minus closed logit of each sample, without fc2's bias."""
         if len(pooled) != 1:
             hidden = torch.addmm(self.bias1, pooled, self.weight1.t(), alpha=scale).relu_()

@@ -23,13 +23,16 @@ from ..blocks import family_of, gated_blocks
 from ..compat import has_forward_hooks, one_graph
 from ..config import InputError
 from ..convert import plain_copy, residual_blocks
-from ..gate import gate_pass
+from ..gate import gate_pass, is_on_cpu
 from .blocks import InferenceBlock, InferenceStage
 from .fused import Folded
+from .gate import InferenceGate
+from .graphs import GraphedForOne
 
 __all__ = ['InferenceModel', 'optimize_for_inference']
 
 MICRO_BATCH_PIXELS = 8 * 224 * 224
+GRAPH_DEVICE = 'cuda'  # with graphs that replay kernels
 FEATURE_NETS = (FeatureListNet, FeatureDictNet, FeatureHookNet)  # timm's features_only
 
 
@@ -122,7 +125,8 @@ def optimize_for_inference(
         model: Network of residual blocks, adaptive or static, or any module that contains one, on the device it will
             run on.
         compile: Compile with torch.compile: on a CPU the whole network as one graph that skips closed samples, which
-            takes a C++ compiler and a minute; on an accelerator block by block.
+            takes a C++ compiler and a minute; on an accelerator block by block, on a GPU with CUDA graphs for single
+            images.
         micro_batch: Number of images to run through the network at a time, for a model whose outputs are one for each
             image. Default: on a CPU, of a network whose family gains from it, as many as have the pixels of eight
             224 x 224 images, else the whole batch.
@@ -195,24 +199,32 @@ def _compile(model: Any, whole: bool) -> torch.memory_format:
     On a CPU it becomes one graph, in which a closed sample is a row left out of the batch. An accelerator wants
     channels_last, which inductor does not take for a number of rows that depends on values: there, and if the model is
     not `whole`, its network with fused blocks only, the stem, residual branches and shortcuts are compiled one by one.
+    On a GPU CUDA graphs replay these and the gates for a single image.
     """
-    if next(model.parameters()).device.type == 'cpu' and whole:
-        compiled: Any = torch.compile(model.forward, options={'layout_optimization': False})
+    weight = next(model.parameters())
+    if is_on_cpu(weight) and whole:
+        whole_graph = torch.compile(model.forward, options={'layout_optimization': False})
 
         def forward(x: torch.Tensor) -> Any:
             with one_graph(x):
-                return compiled(x)
+                return whole_graph(x)
 
         model.forward = forward
         return torch.contiguous_format
     # Freezing packs the weights for oneDNN. All blocks share the code of a method, and by default, or in a torch
     # before 2.14, its few compiled versions too.
     own = {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
-    compiled = partial(torch.compile, options={'freezing': True}, **own)
-    for module in list(model.modules()):
+    compiled: Any = partial(torch.compile, options={'freezing': True}, **own)
+    pool = torch.cuda.graph_pool_handle() if weight.device.type == GRAPH_DEVICE else None
+
+    def graphed(function: Any) -> Any:
+        return function if pool is None else GraphedForOne(function, pool)
+
+    for module in model.modules():
         if isinstance(module, InferenceBlock):
-            vars(module)['add_residual'] = compiled(module.add_residual)
-        for name, child in list(module.named_children()):
-            if type(child) is Folded:
-                setattr(module, name, compiled(child))
+            vars(module)['add_residual'] = graphed(compiled(module.add_residual))
+        elif type(module) is Folded:
+            vars(module)['forward'] = graphed(compiled(module.forward))
+        elif isinstance(module, InferenceGate):
+            vars(module)['scores'] = graphed(module.scores)
     return torch.channels_last

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Segment pages of characters with static and adaptive backbones: mean IoU over MACs.
+
+A page has 3 x 3 images of prepare_glyphs.py, of which a window of two characters' width is seen. The label of each
+position, 4 px wide, is the character there. No class probability of a page says whether it is sure, so a cascade has no
+rule by which to stop. Trainings that were stopped go on, those that are done are not repeated.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from _args import add_args, create_parser, integer
+from _common import check_file, print_table, run_script, write_csv, write_text
+
+# Arguments of finetune.py for each network, each after its teacher.
+COMMON = '--num-classes 2000 --input-size 1 40 40 --keep last'
+TAUGHT = '--teacher static-r32'
+NETWORKS = {
+    'static-r32': '--static --model cifar_resnet32', 'static-r20': '--static --model cifar_resnet20',
+    'static-r14': '--static --model cifar_resnet14', 'static-r8': '--static --model cifar_resnet8',
+    'any-r32': f'--recipe any --model cifar_resnet32_aig {TAUGHT}',
+    'distilled-r20': f'--static --model cifar_resnet20 --distill-weight 0.5 {TAUGHT}',
+    'distilled-r14': f'--static --model cifar_resnet14 --distill-weight 0.5 {TAUGHT}',
+    'distilled-r8': f'--static --model cifar_resnet8 --distill-weight 0.5 {TAUGHT}',
+}
+OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
+STRIDE = 4  # of a ResNet's last features
+EXAMPLES = """examples:
+  scripts/segment_glyphs.py --data-dir glyphs                              # train all, or go on with it
+  scripts/segment_glyphs.py --data-dir glyphs --networks static-r32 any-r32
+  scripts/segment_glyphs.py --data-dir glyphs --table segment.csv          # the table of what is trained so far"""
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = create_parser(__doc__, EXAMPLES)
+    arg = parser.add_argument
+    add_args(parser, 'data_dir', required=True)
+    add_args(parser, 'output', default='output/segment')
+    arg('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), metavar='NAME',
+        help=f'of {", ".join(NETWORKS)} (default: all)')
+    arg('--epochs', type=integer(1), default=4, metavar='N', help='default: %(default)s')
+    arg('--pages', type=integer(1), default=25_000, metavar='N', help='pages in an epoch (default: %(default)s)')
+    arg('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
+    add_args(parser, 'batch_size', default=32)
+    add_args(parser, 'device', 'seed', 'json')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # --help and wrong flags end here, before the slow imports
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from _common import open_device, open_folder
+from _inputs import TrainingData
+from _recipes import parse_training_args
+from finetune import create_trainer
+from timm.utils import random_seed
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+import timm_aig
+from timm_aig import InputError
+from timm_aig.run import environment
+
+
+class Glyphs(NamedTuple):
+    """Images [N, 20, 20] of a split, uint8, and their labels [N]."""
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def read_split(root: str, split: str) -> Glyphs:
+    dataset = ImageFolder(str(Path(root, split)))
+    images = [torch.frombuffer(bytearray(image.convert('L').tobytes()), dtype=torch.uint8).view(image.height, -1)
+              for image, _ in tqdm(dataset, f'read {split}', unit='image')]
+    return Glyphs(torch.stack(images), torch.tensor(dataset.targets))
+
+
+class Pages:
+    """Batches of windows of pages [B, 1, 40, 40] and the labels of their positions [B * 100]."""
+
+    def __init__(self, glyphs: Glyphs, batch_size: int, pages: int, seed: Optional[int] = None) -> None:
+        """
+        Args:
+            glyphs: What pages are made of.
+            batch_size: Pages in a batch.
+            pages: Pages in all.
+            seed: For the same pages in every pass. Default: new ones, from torch's random generator.
+        """
+        self.glyphs = glyphs
+        self.batch_size = batch_size
+        self.batches = pages // batch_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.default_generator if self.seed is None else torch.Generator().manual_seed(self.seed)
+        size = self.glyphs.images.shape[-1]
+        for _ in range(self.batches):
+            index = torch.randint(len(self.glyphs.images), (self.batch_size, 3, 3), generator=generator)
+            pages = self.glyphs.images[index].permute(0, 1, 3, 2, 4).reshape(self.batch_size, 3 * size, 3 * size)
+            labels = self.glyphs.labels[index].repeat_interleave(size, 1).repeat_interleave(size, 2)
+            corners = torch.randint(size + 1, (self.batch_size, 2), generator=generator).tolist()
+            windows = [(slice(top, top + 2 * size), slice(left, left + 2 * size)) for top, left in corners]
+            x = torch.stack([page[window] for page, window in zip(pages, windows)]).unsqueeze(1)
+            y = torch.stack([label[window] for label, window in zip(labels, windows)])
+            middle = STRIDE // 2
+            yield (x / 255 - .5) / .3, y[:, middle::STRIDE, middle::STRIDE].flatten()
+
+
+class Segmenter(nn.Module):
+    """A backbone, and one linear layer for the classes of each position. Returns logits [B * 100, num_classes]."""
+
+    def __init__(self, model: str, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(model, features_only=True, out_indices=(3,), in_chans=1)
+        self.head = nn.Conv2d(self.backbone.feature_info.channels()[0], num_classes, 1)
+        self.num_classes, self.in_chans = num_classes, 1
+        self.pretrained_cfg = {'architecture': model, 'input_size': (1, 40, 40), 'mean': (.5,), 'std': (.3,)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(x)[0]).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def create_network(name: str, num_classes: int, folder: Optional[Path] = None) -> Segmenter:
+    """A network of NETWORKS, with the weights that its training left in a folder."""
+    words = NETWORKS[name].split()
+    model = Segmenter(words[words.index('--model') + 1], num_classes)
+    if folder is not None:
+        safetensors.torch.load_model(model, folder / 'model.safetensors')
+    return model
+
+
+def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> None:
+    """Train a network, or go on with it, and save its weights."""
+    own = parse_training_args(
+        [*COMMON.split(), *NETWORKS[name].split(), '--epochs', str(args.epochs), '--batch-size', str(args.batch_size),
+         '--seed', str(args.seed), *(['--device', args.device] if args.device else [])])
+    open_device(own)
+    random_seed(args.seed, 0)
+    model = create_network(name, classes)
+    teacher = create_network(own.teacher, classes, Path(args.output, own.teacher)) if own.teacher else None
+    folder = open_folder(Path(args.output, name))
+    open_folder(folder / 'checkpoints')
+    data = TrainingData(Pages(glyphs, args.batch_size, args.pages), None, [], model.pretrained_cfg)
+    cost = timm_aig.compute_cost(model)
+    trainer = create_trainer(own, model, None, teacher, data, cost, folder)
+    trainer.title = name
+    trainer.resume()
+    trainer.fit()
+    safetensors.torch.save_model(model.eval(), str(folder / 'model.safetensors'))
+
+
+@torch.inference_mode()
+def evaluate(model: Segmenter, pages: Pages, cost: timm_aig.Cost, device: torch.device) -> Dict[str, float]:
+    """Mean IoU over the classes and share of right positions, in percent, and mean MACs of a page."""
+    counts = torch.zeros(3, model.num_classes, dtype=torch.long)  # positions of a class, answers of it, right ones
+    macs = []
+    for x, y in pages:
+        logits, gates = timm_aig.forward_gates(model, x.to(device))
+        answers = logits.argmax(1).cpu()
+        for row, found in zip(counts, (y, answers, y[y == answers])):
+            row += found.bincount(minlength=model.num_classes)
+        macs.append(cost.executed(gates).mean().item())
+    labels, answers, right = counts.double()
+    iou = right / (labels + answers - right)
+    return {'miou': 100 * iou.nanmean().item(), 'accuracy': 100 * (right.sum() / labels.sum()).item(),
+            'macs': sum(macs) / len(macs)}
+
+
+def measure(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> List[Dict[str, Any]]:
+    """Rows of the table of a trained network, one for each gate offset. They are kept beside its weights."""
+    path = Path(args.output, name, 'results.json')
+    if not path.is_file():
+        device = open_device(args)
+        model = create_network(name, classes, path.parent).eval().to(device)
+        cost = timm_aig.compute_cost(model)
+        pages = Pages(glyphs, args.batch_size, len(glyphs.images) // 4, seed=0)
+        rows = []
+        for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
+            if offset is not None:
+                timm_aig.set_gate_offset(model, offset)
+            setting = '' if offset is None else f'offset {offset:g}'
+            rows.append({'network': name, 'setting': setting, **evaluate(model, pages, cost, device)})
+        write_text(path, json.dumps(rows, indent=2))
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def run(args: argparse.Namespace) -> None:
+    if not Path(args.data_dir, 'train').is_dir():
+        raise InputError(f'must be a folder of prepare_glyphs.py, {args.data_dir!r} is not.', 'data_dir')
+    if args.table:
+        check_file(args.table, 'table')
+    done = [name for name in args.networks if Path(args.output, name, 'model.safetensors').is_file()]
+    if not args.table:
+        glyphs = read_split(args.data_dir, 'train')
+        classes = int(glyphs.labels.max()) + 1
+        for name in [name for name in args.networks if name not in done]:
+            train(args, name, glyphs, classes)
+        done = args.networks
+    test = read_split(args.data_dir, 'test')
+    classes = int(test.labels.max()) + 1
+    rows = [row for name in done for row in measure(args, name, test, classes)]
+    largest = max((row['macs'] for row in rows if row['network'] == 'static-r32'), default=float('nan'))
+    table = [{
+        'network': row['network'], 'setting': row['setting'], 'macs': round(row['macs'] / 1e6, 3),
+        'macs_over_resnet32': round(row['macs'] / largest, 4), 'miou': f'{row["miou"]:.2f}',
+        'accuracy': f'{row["accuracy"]:.2f}',
+    } for row in rows]
+    if args.json:
+        print(json.dumps(table, indent=2))
+    else:
+        print_table(table, 'network', 'setting')
+    if args.table:
+        source = {'seed': args.seed, 'pages': args.epochs * args.pages, 'machine': environment()['cpu'],
+                  'source': ' '.join(sys.argv)}
+        write_csv(args.table, [*table[0], *source], [[*row.values(), *source.values()] for row in table])
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return run_script(run, parse_args(argv))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
