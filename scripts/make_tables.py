@@ -69,6 +69,9 @@ TABLES = {
         'model': ('cascade, static nets', 'cascade, static or adaptive nets'),
         'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
                     'as static-r20', 'as static-r32')}),
+    'glyphs-rules': Table('glyphs_rules.csv', {
+        'rule': '{rule}', 'nets': '{nets}', **{f'0.{share} of the MACs': f'{{top1_{share}}}[ ({{change_{share}}})]'
+                                               for share in (30, 35, 40, 45, 50)}}, {}),
     'models': Table('models.csv', {
         'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
         'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
