@@ -2,8 +2,8 @@
 """Segment pages of characters with static and adaptive backbones: mean IoU over MACs.
 
 A page has 3 x 3 images of prepare_glyphs.py, of which a window of two characters' width is seen. The label of each
-position, 4 px wide, is the character there. No class probability of a page says whether it is sure, so a cascade has no
-rule by which to stop. Trainings that were stopped go on, those that are done are not repeated.
+position, 4 px wide, is the character there. A page has no class probability that says whether the answer is sure: the
+cascades here take the mean of its positions. Trainings that were stopped go on, those that are done are not repeated.
 """
 import argparse
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from _args import add_args, create_parser, integer
-from _common import check_file, print_table, run_script, write_csv, write_text
+from _common import ResultError, check_file, print_table, run_script, write_csv
 
 # Arguments of finetune.py for each network, each after its teacher.
 COMMON = '--num-classes 2000 --input-size 1 40 40 --keep last'
@@ -26,6 +26,8 @@ NETWORKS = {
     'distilled-r8': f'--static --model cifar_resnet8 --distill-weight 0.5 {TAUGHT}',
 }
 OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
+CASCADES = (('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'))
+SHARES = (.1, .2, .3, .4, .5, .6, .7, .8, .9)  # of the pages, go on to the second network
 STRIDE = 4  # of a ResNet's last features
 EXAMPLES = """examples:
   scripts/segment_glyphs.py --data-dir glyphs                              # train all, or go on with it
@@ -146,6 +148,8 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     open_device(own)
     random_seed(args.seed, 0)
     model = create_network(name, classes)
+    if own.teacher and not Path(args.output, own.teacher, 'model.safetensors').is_file():
+        raise InputError(f'{name} learns from {own.teacher}, which is not trained.', 'networks')
     teacher = create_network(own.teacher, classes, Path(args.output, own.teacher)) if own.teacher else None
     folder = open_folder(Path(args.output, name))
     open_folder(folder / 'checkpoints')
@@ -158,39 +162,77 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     safetensors.torch.save_model(model.eval(), str(folder / 'model.safetensors'))
 
 
+class Answers(NamedTuple):
+    """What a network answers for N pages: class of each position [N, 100], mean of its largest probability and MACs."""
+    classes: torch.Tensor
+    confidence: torch.Tensor
+    macs: torch.Tensor
+
+
 @torch.inference_mode()
-def evaluate(model: Segmenter, pages: Pages, cost: timm_aig.Cost, device: torch.device) -> Dict[str, float]:
-    """Mean IoU over the classes and share of right positions, in percent, and mean MACs of a page."""
-    counts = torch.zeros(3, model.num_classes, dtype=torch.long)  # positions of a class, answers of it, right ones
-    macs = []
-    for x, y in pages:
+def answer(model: Segmenter, pages: Pages, cost: timm_aig.Cost, device: torch.device) -> Answers:
+    found = []
+    for x, _ in pages:
         logits, gates = timm_aig.forward_gates(model, x.to(device))
-        answers = logits.argmax(1).cpu()
-        for row, found in zip(counts, (y, answers, y[y == answers])):
-            row += found.bincount(minlength=model.num_classes)
-        macs.append(cost.executed(gates).mean().item())
-    labels, answers, right = counts.double()
-    iou = right / (labels + answers - right)
-    return {'miou': 100 * iou.nanmean().item(), 'accuracy': 100 * (right.sum() / labels.sum()).item(),
-            'macs': sum(macs) / len(macs)}
+        probability, classes = logits.softmax(1).view(len(x), -1, model.num_classes).max(2)
+        found.append(Answers(classes.short().cpu(), probability.mean(1).cpu(), cost.executed(gates).cpu()))
+    return Answers(*map(torch.cat, zip(*found)))
 
 
-def measure(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> List[Dict[str, Any]]:
-    """Rows of the table of a trained network, one for each gate offset. They are kept beside its weights."""
-    path = Path(args.output, name, 'results.json')
+def answer_all(args: argparse.Namespace, name: str, pages: Pages, classes: int) -> Dict[str, Answers]:
+    """Answers of a trained network by its setting, one for each gate offset. They are kept beside its weights."""
+    path = Path(args.output, name, 'answers.pt')
     if not path.is_file():
         device = open_device(args)
         model = create_network(name, classes, path.parent).eval().to(device)
         cost = timm_aig.compute_cost(model)
-        pages = Pages(glyphs, args.batch_size, len(glyphs.images) // 4, seed=0)
-        rows = []
+        found = {}
         for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
             if offset is not None:
                 timm_aig.set_gate_offset(model, offset)
-            setting = '' if offset is None else f'offset {offset:g}'
-            rows.append({'network': name, 'setting': setting, **evaluate(model, pages, cost, device)})
-        write_text(path, json.dumps(rows, indent=2))
-    return json.loads(path.read_text(encoding='utf-8'))
+            found['' if offset is None else f'offset {offset:g}'] = tuple(answer(model, pages, cost, device))
+        torch.save(found, path)
+    return {setting: Answers(*values) for setting, values in torch.load(path, weights_only=True).items()}
+
+
+def join(first: Answers, second: Answers, share: float) -> Answers:
+    """A cascade: the share of the pages of which the first network is least sure goes on to the second one."""
+    goes_on = first.confidence < first.confidence.quantile(share)
+    return Answers(torch.where(goes_on[:, None], second.classes, first.classes), first.confidence,
+                   first.macs + goes_on * second.macs)
+
+
+def score(found: Answers, labels: torch.Tensor, classes: int) -> Tuple[float, float]:
+    """Mean IoU over the classes that occur, and share of right positions, in percent."""
+    answers, labels = found.classes.flatten().long(), labels.flatten()
+    right = labels[answers == labels]
+    union = [part.bincount(minlength=classes).double() for part in (labels, answers, right)]
+    iou = union[2] / (union[0] + union[1] - union[2])
+    return 100 * iou.nanmean().item(), 100 * len(right) / len(labels)
+
+
+def sum_up(args: argparse.Namespace, names: List[str]) -> List[Dict[str, Any]]:
+    """Rows of the table, on pages of the test images."""
+    test = read_split(args.data_dir, 'test')
+    classes = int(test.labels.max()) + 1
+    pages = Pages(test, args.batch_size, len(test.images) // 4, seed=0)
+    labels = torch.cat([y.view(args.batch_size, -1) for _, y in pages])
+    found = {(name, setting): answers for name in names
+             for setting, answers in answer_all(args, name, pages, classes).items()}
+    for first, second in CASCADES:
+        if first in names and second in names:
+            for share in SHARES:
+                found[f'cascade, {first} + {second}', f'{share:.0%} go on'] = join(
+                    found[first, ''], found[second, ''], share)
+    largest = timm_aig.compute_cost(create_network('static-r32', classes)).total
+    table = []
+    for (name, setting), answers in found.items():
+        miou, accuracy = score(answers, labels, classes)
+        macs = answers.macs.mean().item()
+        table.append({
+            'network': name, 'setting': setting, 'macs': round(macs / 1e6, 3),
+            'macs_over_resnet32': round(macs / largest, 4), 'miou': f'{miou:.2f}', 'accuracy': f'{accuracy:.2f}'})
+    return table
 
 
 def run(args: argparse.Namespace) -> None:
@@ -205,15 +247,9 @@ def run(args: argparse.Namespace) -> None:
         for name in [name for name in args.networks if name not in done]:
             train(args, name, glyphs, classes)
         done = args.networks
-    test = read_split(args.data_dir, 'test')
-    classes = int(test.labels.max()) + 1
-    rows = [row for name in done for row in measure(args, name, test, classes)]
-    largest = max((row['macs'] for row in rows if row['network'] == 'static-r32'), default=float('nan'))
-    table = [{
-        'network': row['network'], 'setting': row['setting'], 'macs': round(row['macs'] / 1e6, 3),
-        'macs_over_resnet32': round(row['macs'] / largest, 4), 'miou': f'{row["miou"]:.2f}',
-        'accuracy': f'{row["accuracy"]:.2f}',
-    } for row in rows]
+    if not done:
+        raise ResultError(f'no network is trained in {args.output}.')
+    table = sum_up(args, done)
     if args.json:
         print(json.dumps(table, indent=2))
     else:
