@@ -450,6 +450,9 @@ def test_a_gate_offset_for_each_image_replaces_that_of_the_model(optimized, trai
         assert gates.mean(1)[[0, 1, 3, 4]].tolist() == [1, 0, 1, 0]
         assert torch.equal(gates[2], own[2]) and 0 < own.mean() < 1
         assert forward_gates(model, x)[1].max() == 0  # outside the block
+        for count in (2, 6):
+            with use_gate_offset(offsets.repeat(2)[:count]), pytest.raises(InputError, match=f'5 images, not {count}'):
+                model(x)
 
 
 def test_training_adds_the_offset_before_the_noise(train_gates):

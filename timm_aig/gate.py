@@ -40,8 +40,11 @@ class _GatePass(threading.local):
         return answers[self.rows]
 
     def offset_like(self, logits: torch.Tensor) -> torch.Tensor:
-        """The offset, a number or one for each row of logits [B, 2]."""
+        """The offset, a number or one for each row of logits [B, ...]."""
         assert self.offset is not None
+        batch = len(logits) if self.batch is None else self.batch
+        if self.offset.ndim and len(self.offset) != batch:
+            raise InputError(f'must be a number, or one for each of {batch} images, not {len(self.offset)}.', 'offset')
         self.offset = self.offset.to(logits.device)  # once a pass, not once a gate
         offset = self.offset.to(logits.dtype)
         return offset[self.rows] if offset.ndim else offset

@@ -42,9 +42,11 @@ class InferenceGate(Gate):
     def answers(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> torch.Tensor:
         """Answers [B] of a block's gate, from its inputs as returned by pool."""
         scores = self.scores(pooled, scale)
-        if gate_pass.offset is not None:
-            scores = scores + gate_pass.offset_like(scores)
-        threshold = torch.rand_like(scores).logit() if gate_pass.sample else -self.offset
+        offset = None if gate_pass.offset is None else gate_pass.offset_like(scores)
+        if gate_pass.sample:
+            threshold = torch.rand_like(scores).logit() - (0. if offset is None else offset)
+        else:
+            threshold = -(self.offset if offset is None else offset)
         return gate_pass.note(block, (scores > threshold).float())
 
     def scores(self, pooled: torch.Tensor, scale: float) -> torch.Tensor:
@@ -58,8 +60,8 @@ class InferenceGate(Gate):
             return open_rows(self.answers(block, pooled, scale))
         scores = self._host_scores(pooled, scale)
         if gate_pass.offset is not None and gate_pass.offset.ndim:  # one for each sample
-            answers = [score + self.score + offset > 0
-                       for score, offset in zip(scores, gate_pass.offset[gate_pass.rows].tolist())]
+            offsets = gate_pass.offset_like(pooled).tolist()
+            answers = [score + self.score + offset > 0 for score, offset in zip(scores, offsets)]
         else:
             threshold = self.threshold if gate_pass.offset is None else -self.score - gate_pass.offset.item()
             answers = [score > threshold for score in scores]
