@@ -15,7 +15,7 @@ def open_cascade(args: argparse.Namespace) -> Cascade:
     """The cascade of the models that --cascade names, or the saved one if it names one, in eval."""
     if len(args.cascade) == 1:
         with blame('cascade', args.cascade[0], Exception):  # timm, the Hub and the file formats raise all kinds
-            return Cascade.from_pretrained(args.cascade[0]).eval()
+            return Cascade.from_pretrained(args.cascade[0])
     models = {name: open_model(args, name, 'cascade') for name in dict.fromkeys(args.cascade)}
     with blame('cascade', ' '.join(args.cascade)):
         return Cascade([models[name] for name in args.cascade]).eval()

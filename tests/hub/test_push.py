@@ -347,3 +347,29 @@ result = [[r.dataset_type, r.dataset_split, r.metric_type, r.metric_value] for r
         [dataset, 'test', 'accuracy', 94.5], [dataset, 'test', 'accuracy', 99.8],
         [dataset, 'test', 'execution_rate', 0.55], [dataset, 'test', 'macs_share', 0.6], [dataset, 'test', 'paths', 63]]
     assert json.loads(hub.files('alice/card')['results.json']) == odd
+
+
+def push_cascade(repo_id, license='apache-2.0', **kwargs):
+    return (f"models = make(0), make(1)\nmodels[0].pretrained_cfg['license'] = {license!r}\n"
+            f'result = timm_aig.Cascade(models, .5).push_to_hub({repo_id!r}, **{kwargs!r})')
+
+
+def test_a_cascade_keeps_the_own_text_of_its_card_and_takes_the_licence_of_its_models(hub, client):
+    client.get(push_cascade('alice/two'))
+    files = hub.files('alice/two')
+    assert set(files) == {'.gitattributes', 'README.md', 'config.json', *(
+        f'model_{i}/{name}' for i in (1, 2) for name in ('config.json', 'model.safetensors'))}
+    card = files['README.md'].decode()
+    assert 'license: apache-2.0' in card and "from_pretrained('hf-hub:alice/two')" in card
+    client.get(f"upload('alice/two', {{'README.md': {(card + 'My own words.').encode()!r}}})")
+    client.get(push_cascade('alice/two', revision='v2'))
+    card = hub.files('alice/two', 'refs/heads/v2')['README.md'].decode()
+    assert 'My own words.' in card and '| 1 | cifar_resnet20_aig |  | 0.5 |' in card and 'alice/two@v2' in card
+    client.get(push_cascade('alice/mixed', 'cc-by-nc-4.0'))
+    assert 'license:' not in hub.files('alice/mixed')['README.md'].decode()
+
+
+def test_a_private_cascade_is_not_pushed_to_a_public_repository(hub, client):
+    client.get(push('alice/open'))
+    error = client.run(push_cascade('alice/open', private=True))['error']
+    assert 'alice/open exists and is public' in error and len(hub.repo('alice/open').commits) == 2

@@ -117,12 +117,21 @@ def make_card(
         _usage(name, adaptive, config['pretrained_cfg']['input_size'][0]),
         CITATION,
     ]
+    return merge_card(repo_id, sections, _card_data(repo_id.partition('/')[2], config, results), existing)
+
+
+def merge_card(repo_id: str, sections: Sequence[str], data: ModelCardData, existing: Optional[str]) -> str:
+    """A README.md of generated sections and front matter; own text and front matter of the present one are kept.
+
+    Raises:
+        InputError: The front matter of the present README.md cannot be read, so it cannot be kept.
+    """
     generated = '\n\n'.join([BEGIN, *filter(None, sections), END])
     try:
         card = ModelCard(existing or '---\n{}\n---\n', ignore_metadata_errors=False)
     except (ValueError, yaml.YAMLError) as e:
         raise InputError(f'README.md of {repo_id} has front matter that cannot be read, correct it there: {e}') from e
-    _update(card.data, _card_data(repo_id.partition('/')[2], config, results))
+    _update(card.data, data)
     if GENERATED.search(card.text):
         card.text = GENERATED.sub(lambda _: generated, card.text, count=1)
     else:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
 
 import timm
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
 
 from .. import __version__
 from ..config import InputError
-from .card import INSTALL
-from .push import TIMEOUT, check_repo_id
+from .card import INSTALL, merge_card
+from .push import TIMEOUT, Upload, check_repo_id, look_up, send
 from .save import save_pretrained
 from .timeout import hub_timeout
 
@@ -21,28 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ['load_cascade', 'push_cascade', 'save_cascade']
 
-CARD = """---
-library_name: timm
-license: apache-2.0
-tags: [timm, timm_aig, image-classification, cascade]
----
-# {name}
-
-A cascade: an image goes on to the next stage while its largest class probability is below the threshold.
-
-{install}
-
-| stage | model | budget | threshold |
+TAGS = ['timm', 'timm_aig', 'image-classification', 'cascade']
+ABOUT = 'A cascade: an image goes on to the next stage while its largest class probability is below the threshold.'
+STAGES = """| stage | model | budget | threshold |
 |---|---|---|---|
-{rows}
-
-```python
+"""
+USAGE = """```python
 import timm_aig
 
-cascade = timm_aig.Cascade.from_pretrained('hf-hub:{repo_id}').eval()
+cascade = timm_aig.Cascade.from_pretrained('hf-hub:{name}')
 logits = cascade(x)
-```
-"""
+```"""
 
 
 def save_cascade(cascade: 'Cascade', folder: Union[str, os.PathLike]) -> Path:
@@ -67,7 +56,7 @@ def save_cascade(cascade: 'Cascade', folder: Union[str, os.PathLike]) -> Path:
 
 
 def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
-    """Load a cascade from a folder, 'local-dir:folder' or 'hf-hub:user/name[@revision]', of which one commit is read.
+    """Load a cascade, in eval, from a folder, 'local-dir:folder' or 'hf-hub:user/name[@revision]', of one commit.
 
     Args:
         name: Where it is.
@@ -92,7 +81,8 @@ def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
     names = sorted({stage['model'] for stage in stages})
     models = {name: timm.create_model(f'local-dir:{folder / name}', pretrained=True, **kwargs) for name in names}
     return Cascade(
-        [(models[stage['model']], stage['budget']) for stage in stages], [stage['threshold'] for stage in stages[:-1]])
+        [(models[stage['model']], stage['budget']) for stage in stages],
+        [stage['threshold'] for stage in stages[:-1]]).eval()
 
 
 def _read_stages(path: Path) -> List[Dict[str, Any]]:
@@ -114,13 +104,13 @@ def push_cascade(
         token: Optional[str] = None,
         timeout: float = TIMEOUT,
 ) -> str:
-    """Publish a cascade in one commit, with a model card.
+    """Publish a cascade in one commit, with a model card. Your own text in a card that is there is kept.
 
     Args:
         cascade: As for save_cascade.
         repo_id: 'user/name', created if missing.
         private: Visibility of a new repository, None for the namespace's default.
-        revision: Existing branch to commit to. None for main.
+        revision: Branch to commit to, created from main if missing. None for main.
         token: Access token, None for HF_TOKEN or the one saved by `hf auth login`.
         timeout: Seconds to wait for a Hub that stalls, see hub_timeout.
 
@@ -128,7 +118,7 @@ def push_cascade(
         URL of the commit.
 
     Raises:
-        InputError: The id is not 'user/name', or a model cannot be saved.
+        InputError: The id is not 'user/name', a model cannot be saved, or private is True and the repository is public.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused a request.
         TimeoutError: The Hub stalled.
     """
@@ -136,17 +126,24 @@ def push_cascade(
     api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
         folder = save_cascade(cascade, temporary)
-        (folder / 'README.md').write_text(_card(cascade, repo_id), encoding='utf-8')
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message='Add cascade', revision=revision).commit_url
+        upload, head, old_card = look_up(api, Upload(repo_id, private=private, revision=revision))
+        (folder / 'README.md').write_text(_card(cascade, upload, old_card), encoding='utf-8', newline='')
+        return send(api, upload, head, folder, 'Add cascade')
 
 
-def _card(cascade: 'Cascade', repo_id: str) -> str:
+def _card(cascade: 'Cascade', upload: Upload, existing: Optional[str]) -> str:
     rows = []
     for stage, index in enumerate(cascade.order):
         model: Any = cascade.models[index]
         budget, threshold = cascade.budgets[stage], (*cascade.thresholds, None)[stage]
         cells = ('' if value is None else f'{value:.4g}' for value in (budget, threshold))
         rows.append(f'| {stage + 1} | {model.pretrained_cfg["architecture"]} | {" | ".join(cells)} |')
-    return CARD.format(name=repo_id.partition('/')[2], repo_id=repo_id, rows='\n'.join(rows), install=INSTALL)
+    models: Any = cascade.models
+    licenses = {model.pretrained_cfg.get('license') for model in models}
+    data = ModelCardData(
+        license=licenses.pop() if len(licenses) == 1 else None, library_name='timm', tags=TAGS,
+        pipeline_tag='image-classification')
+    name = upload.repo_id if upload.revision in (None, 'main') else f'{upload.repo_id}@{upload.revision}'
+    title, table = f'# {upload.repo_id.partition("/")[2]}', STAGES + '\n'.join(rows)
+    sections = [title, ABOUT, INSTALL, table, USAGE.format(name=name)]
+    return merge_card(upload.repo_id, sections, data, existing)

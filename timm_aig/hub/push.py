@@ -20,7 +20,7 @@ from .card import checked_results, make_card
 from .save import save_pretrained
 from .timeout import hub_timeout
 
-__all__ = ['TIMEOUT', 'Upload', 'check_repo_id', 'push_to_hub']
+__all__ = ['TIMEOUT', 'Upload', 'check_repo_id', 'look_up', 'push_to_hub', 'send']
 
 TIMEOUT = 60.  # seconds
 
@@ -89,20 +89,26 @@ def push_to_hub(
     api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
         folder = save_pretrained(model, Path(temporary, 'model'), model_config)
-        upload, head, old_card = _look_up(api, Upload(repo_id, private=private, revision=revision, create_pr=create_pr))
+        upload, head, old_card = look_up(api, Upload(repo_id, private=private, revision=revision, create_pr=create_pr))
         card = _write_card(unwrap_model(model), folder, upload, old_card, results, pictures)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         upload = replace(upload, files=files, card=card)
         if dry_run:
             return upload
-        if not upload.exists:
-            api.create_repo(repo_id, private=private)
-        if upload.new_revision:
-            api.create_branch(repo_id, branch=str(revision), revision=head)
-        commit = api.create_commit(
-            repo_id, [CommitOperationAdd(name, folder / name) for name in files], commit_message=commit_message,
-            revision=revision, create_pr=create_pr, parent_commit=head)
-        return replace(upload, url=commit.pr_url or commit.commit_url)
+        return replace(upload, url=send(api, upload, head, folder, commit_message))
+
+
+def send(api: HfApi, upload: Upload, head: Optional[str], folder: Path, commit_message: str) -> str:
+    """Commit the files of a folder, after look_up. Returns the URL of the commit or pull request."""
+    if not upload.exists:
+        api.create_repo(upload.repo_id, private=upload.private)
+    if upload.new_revision:
+        api.create_branch(upload.repo_id, branch=str(upload.revision), revision=head)
+    files = sorted(file for file in folder.rglob('*') if file.is_file())
+    commit = api.create_commit(
+        upload.repo_id, [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files],
+        commit_message=commit_message, revision=upload.revision, create_pr=upload.create_pr, parent_commit=head)
+    return commit.pr_url or commit.commit_url
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -119,7 +125,7 @@ def check_repo_id(repo_id: str) -> None:
         raise InputError(f"must be 'user/name', not {repo_id!r}.", 'repo_id')
 
 
-def _look_up(api: HfApi, upload: Upload) -> Tuple[Upload, Optional[str], Optional[str]]:
+def look_up(api: HfApi, upload: Upload) -> Tuple[Upload, Optional[str], Optional[str]]:
     """Read the state of the repository.
 
     Returns:
