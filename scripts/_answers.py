@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
 
     def run(images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         logits, gates = timm_aig.forward_gates(model, images)
-        return logits, cost.executed(gates).double()
+        return logits, cost.executed(gates)
 
     measured = []
     for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):

@@ -140,11 +140,14 @@ def test_calibrate_finds_the_best_accuracy_within_macs(pair):
 def test_calibrate_measures_what_the_cascade_then_does(adaptive):
     model, x = adaptive
     labels = torch.randint(10, (40,), generator=torch.Generator().manual_seed(1))
-    cascade = Cascade([(model, .6), (model, 1.)]).eval()
+    cascade = Cascade([(model, .6), (model, 1.)])  # not in eval itself
+    before = {name: value.clone() for name, value in cascade.state_dict().items()}
+    cascade.models[0].train()
     points = cascade.calibrate([(x, labels)], macs=1.2, budgets=[(.6, .8), (.8, 1.)])
     chosen = next(p for p in points if p.thresholds == cascade.thresholds and p.budgets == cascade.budgets)
+    assert cascade.training and all(torch.equal(value, before[name]) for name, value in cascade.state_dict().items())
     with torch.no_grad():
-        rounds = cascade.rounds(x)
+        rounds = cascade.eval().rounds(x)
     static = timm_aig.compute_cost(model, (1, 32, 32)).static
     assert rounds.macs.mean().item() / static == pytest.approx(chosen.macs_share)
     assert 100 * (rounds.logits.argmax(1) == labels).double().mean().item() == pytest.approx(chosen.top1)
@@ -193,7 +196,7 @@ def test_a_saved_cascade_loads_with_each_model_once(adaptive, tmp_path):
     assert files == ['config.json', 'model_1/config.json', 'model_1/model.safetensors',
                      'model_2/config.json', 'model_2/model.safetensors']
     for name in (tmp_path, f'local-dir:{tmp_path}'):
-        loaded = Cascade.from_pretrained(name).eval()
+        loaded = Cascade.from_pretrained(name)  # in eval
         assert loaded.thresholds == (.2, .3) and loaded.budgets == (None, .6, 1.)
         assert torch.equal(loaded(x), cascade(x))
 

@@ -30,7 +30,7 @@ class Rounds(NamedTuple):
     Args:
         logits: Of the last stage that saw the image, [B, num_classes].
         stages: How many stages saw it, [B], from 1.
-        macs: MACs of all of them, float64 [B].
+        macs: MACs of all of them, float64 [B] (float32 on mps).
     """
     logits: torch.Tensor
     stages: torch.Tensor
@@ -123,11 +123,12 @@ class Cascade(nn.Module):
         """
         costs = self.costs(tuple(x.shape[1:]))  # type: ignore[arg-type]
         logits, seen = self._run(x, costs)
-        stages, macs = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
+        stages = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        macs = torch.zeros(len(x), dtype=seen[0][1].dtype, device=x.device)
         for rows, executed in seen:
-            stages.index_add_(0, rows, torch.ones_like(executed))
+            stages.index_add_(0, rows, torch.ones_like(rows))
             macs.index_add_(0, rows, executed)
-        return Rounds(logits, stages.long(), macs)
+        return Rounds(logits, stages, macs)
 
     def calibrate(self, loader: Iterable[Any], **kwargs: Any) -> List['CascadePoint']:
         """Choose the thresholds on held-out images, for `macs=` or `accuracy=`. See training/thresholds.py."""
@@ -175,10 +176,10 @@ class Cascade(nn.Module):
     def run_stage(
             self, stage: int, x: torch.Tensor, costs: Optional[List[Cost]],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Logits of a stage for all images [B, C, H, W], and with costs the MACs of each, float64 [B]."""
+        """Logits of a stage for all images [B, C, H, W], and with costs the MACs of each [B]."""
         model, offset = self.models[self.order[stage]], self.offsets[stage]
         with nullcontext() if offset is None else use_gate_offset(offset):
             if costs is None:
                 return model(x), x.new_empty(0)
             logits, gates = forward_gates(model, x)
-        return logits, costs[stage].executed(gates).double()
+        return logits, costs[stage].executed(gates)

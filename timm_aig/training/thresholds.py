@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..cascade import Cascade, confidence
 from ..config import InputError
 from .calibrate import Batch, read_batches
-from .evaluate import check_output
+from .evaluate import check_output, eval_mode
 
 __all__ = [
     'CascadePoint', 'StageAnswers', 'answer_images', 'best_points', 'calibrate_cascade', 'compare_thresholds',
@@ -33,7 +33,7 @@ class CascadePoint:
     Args:
         thresholds: Of all stages but the last, in [0, 1].
         budgets: Of all stages, None for a stage without one.
-        macs_share: Mean MACs over those of the largest static model.
+        macs_share: Mean MACs over those of the largest model without gates.
         top1: Accuracy, percent.
         images: Number of images.
     """
@@ -107,7 +107,8 @@ def answer_images(
         logits, macs = run(images.to(device, memory_format=torch.channels_last))
         logits = logits.cpu()
         check_output(logits, labels)
-        found.append(torch.stack([confidence(logits).double(), (logits.argmax(1) == labels).double(), macs.cpu()]))
+        found.append(torch.stack([
+            confidence(logits).double(), (logits.argmax(1) == labels).double(), macs.cpu().double()]))
     return StageAnswers(*torch.cat(found, 1))
 
 
@@ -129,7 +130,7 @@ def calibrate_cascade(
         cascade: On the device to run on. Its thresholds and budgets change.
         loader: Batches of images [B, C, H, W] and labels [B] that no model was trained on. Images with a negative label
             are left out.
-        macs: Most mean MACs, over those of the largest static model. The most accurate cascade within them is set.
+        macs: Most mean MACs, over those of the largest model without gates. The most accurate cascade within is set.
         accuracy: Least accuracy, percent. The cascade with the fewest MACs that has it is set.
         budgets: Budgets to try for each stage, (None,) for a stage without. Default: the present ones.
         progress: Show a progress bar on stderr.
@@ -152,12 +153,13 @@ def calibrate_cascade(
     tried = [(budget,) for budget in before] if budgets is None else [tuple(some) for some in budgets]
     answers: Dict[Tuple[int, Optional[float]], StageAnswers] = {}
     try:
-        for stage, some in enumerate(tried):
-            for budget in some:
-                cascade.set_budgets([budget if i == stage else None for i in range(len(tried))])
-                answers[stage, budget] = answer_images(
-                    partial(cascade.run_stage, stage, costs=costs), batches, device,
-                    f'stage {stage + 1}' if progress else None)
+        with eval_mode(cascade):
+            for stage, some in enumerate(tried):
+                for budget in some:
+                    cascade.set_budgets([budget if i == stage else None for i in range(len(tried))])
+                    answers[stage, budget] = answer_images(
+                        partial(cascade.run_stage, stage, costs=costs), batches, device,
+                        f'stage {stage + 1}' if progress else None)
     finally:
         cascade.set_budgets(before)
     largest = max(cost.static for cost in costs)
