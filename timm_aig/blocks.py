@@ -72,6 +72,10 @@ class GatedBlock(nn.Module):
         """What is added to the residual branch; x itself for an identity shortcut."""
         return x if self.downsample is None else self.downsample(x)
 
+    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Residual branch and shortcut. A block whose branches share a norm runs it once, for its statistics."""
+        return self.residual(x), self.shortcut_of(x)
+
     def last_act(self, x: torch.Tensor) -> torch.Tensor:
         """Activation after the sum of shortcut and residual."""
         return x
@@ -105,8 +109,7 @@ class GatedBlock(nn.Module):
             z = gate_pass.note(self, z)
             if self._runs_sparse(x):
                 return run_open_rows(self, x, open_rows(z))  # closed samples are skipped here
-        y = self.residual(x)
-        shortcut = self.shortcut_of(x)
+        y, shortcut = self.branches(x)
         if not torch.jit.is_scripting():
             if runs_eagerly(x):
                 return self.last_act(_AddMasked.apply(shortcut.to(y.dtype), y, z.to(y.dtype)))

@@ -101,6 +101,16 @@ def test_a_closed_network_computes_what_the_parent_does_without_its_branches(pai
         assert not torch.allclose(closed, parent(images(2)))
 
 
+def test_an_open_network_trains_as_the_parent_and_normalises_as_often(pair):
+    parent, model = (m.train() for m in copy.deepcopy(pair))
+    x = images(4)
+    with torch.no_grad(), timm_aig.force_gates(model, torch.ones(4, len(gated_blocks(model)))):
+        torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-4)
+    found = dict(model.named_buffers())
+    for name, value in parent.named_buffers():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_every_gate_and_weight_gets_a_finite_gradient(pair):
     model = copy.deepcopy(pair[1]).train()
     for m in model.modules():

@@ -1,6 +1,6 @@
 """RegNets (X, Y, Z, V): the gated block, and <arch>_aig for every arch of timm.models.regnet."""
 import sys
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from timm.models.regnet import Bottleneck, PreBottleneck, RegNet, RegStage
@@ -46,8 +46,8 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
     stage_cls = RegStage
     model_classes = (RegNet,)
 
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm1(x)
+    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual branch from the output of norm1 on."""
         x = self.conv1(x)
         x = self.norm2(x)
         x = self.conv2(x)
@@ -56,8 +56,15 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
         x = self.conv3(x)
         return self.drop_path(x)
 
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        return self.behind_norm(self.norm1(x))
+
     def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
         return self.downsample(self.norm1(x))
+
+    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm1(x)
+        return self.behind_norm(x), self.downsample(x)
 
     @staticmethod
     def in_channels(block: Any) -> Optional[int]:

@@ -1,5 +1,6 @@
 """ResNetV2 (pre-activation, BiT): the gated blocks, and <arch>_aig for every arch of timm.models.resnetv2."""
 import sys
+from typing import Tuple
 
 import torch
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
@@ -14,16 +15,27 @@ class GatedPreActBlock(GatedBlock):
     """Base of the gated pre-activation blocks, whose shortcut starts behind the first norm if it is a convolution."""
     model_classes = (ResNetV2,)
 
+    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual branch from the output of norm1 on."""
+        raise NotImplementedError
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        return self.behind_norm(self.norm1(x))
+
     def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.downsample is None else self.downsample(self.norm1(x))
+
+    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        x_preact = self.norm1(x)
+        return self.behind_norm(x_preact), x if self.downsample is None else self.downsample(x_preact)
 
 
 @gated_form_of(PreActBasic)
 class GatedPreActBasic(GatedPreActBlock, PreActBasic):
     """timm's PreActBasic with a gate."""
 
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(self.norm1(x))
+    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
         x = self.conv2(self.norm2(x))
         return self.drop_path(x)
 
@@ -33,8 +45,8 @@ class GatedPreActBottleneck(GatedPreActBlock, PreActBottleneck):
     """timm's PreActBottleneck with a gate."""
     bottleneck = True
 
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(self.norm1(x))
+    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
         x = self.conv2(self.norm2(x))
         x = self.conv3(self.norm3(x))
         return self.drop_path(x)
