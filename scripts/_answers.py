@@ -3,6 +3,7 @@ import argparse
 import csv
 import shlex
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import timm
 import torch
 import validate
+from _common import ResultError
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
 from _timing import Run, sum_up, time_runs
@@ -19,6 +21,7 @@ from tqdm import tqdm
 import timm_aig
 from timm_aig.export.cascade import CascadeRunner
 from timm_aig.export.runtime import open_exported
+from timm_aig.training.checkpoint import write_atomically
 from timm_aig.training.thresholds import StageAnswers, answer_images, best_points, compare_thresholds, run_thresholds
 
 TIMED, ROUNDS, BATCHES = 256, 7, (1, 32)  # images, rounds and batch sizes of a timing
@@ -53,7 +56,7 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
         if offset is not None:
             timm_aig.set_gate_offset(model, offset)
         measured.append(Measured(offset, *(answer_images(run, batches, device) for batches in parts)))
-    torch.save([(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured], path)
+    write_atomically(path, partial(torch.save, [(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured]))
     return measured
 
 
@@ -166,6 +169,8 @@ def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[
             [None if offset is None else np.full(runs[name][1], offset, np.float32) for name, offset in row.stages])
         return lambda x: runner(x.numpy())
 
+    if not any(row.name == 'static-r32' for row in rows):
+        raise ResultError('times are over those of static-r32, which is not trained.')
     found = []
     for batch in BATCHES:
         seconds = time_runs({(row.name, row.setting): runner_of(row) for row in rows}, images, batch, ROUNDS)

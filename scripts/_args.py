@@ -115,5 +115,5 @@ def add_evaluation_args(parser: Any, split: str = 'validation', cascade: bool = 
     parser.add_argument('--split', default=split, metavar='NAME', help='default: %(default)s')
     parser.add_argument(
         '--holdout', type=integer(0), default=0, metavar='N',
-        help='only the N images of the split that finetune.py --holdout N does not train on (default: all images)')
+        help='with --split train: only the N images that finetune.py --holdout N does not train on (default: all)')
     add_args(parser, 'unreadable', 'input_size', 'crop_pct', 'batch_size', 'workers', 'device')

@@ -60,7 +60,7 @@ def torch_runs(cascade: Cascade, parent: Any) -> Dict[str, Run]:
 def optimized(model: Any) -> Any:
     try:
         return timm_aig.optimize_for_inference(model)
-    except InputError:  # no ResNet blocks
+    except InputError:  # no blocks that timm_aig knows
         return model.to(memory_format=torch.channels_last)
 
 

@@ -71,7 +71,8 @@ class Epochs:
         for old in self.folder.glob('checkpoints/best-*.safetensors'):
             if old != self.best_file(best):
                 old.unlink()
-        write_csv(self.folder / 'summary.csv', self.rows[0], [row.values() for row in self.rows])
+        head = max(self.rows, key=len)  # an epoch without an update has no results
+        write_csv(self.folder / 'summary.csv', head, [[row.get(name, '') for name in head] for row in self.rows])
         rates = self.trainer.rate_names
         values = {**results, **{f'eval {name}': value for name, value in evaluated.items()}, 'lr': lr}
         if self.writer is not None:
@@ -138,7 +139,7 @@ class Epochs:
         if self.args.static:
             return
         blocks = list(timm_aig.gated_blocks(self.model))
-        rates = torch.tensor([[float(row[f'train_rate_{name}'] or 'nan') for name in blocks] for row in self.rows])
+        rates = torch.tensor([[float(row.get(f'train_rate_{name}') or 'nan') for name in blocks] for row in self.rows])
         share = results['metrics']['macs_share']
         title = f'{results["architecture"]} on {self.args.dataset}, {share:.0%} of the MACs'
         plot_rates_over_epochs(rates, blocks, self.folder / 'rates_over_epochs.png', title)

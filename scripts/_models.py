@@ -122,7 +122,7 @@ def create_teacher(args: argparse.Namespace, model: Any, parent: Any, names: Lis
         return None
     if parent is None:
         raise InputError(
-            f'{args.distill_weight} needs a teacher: a --model that is a trained static ResNet (--pretrained, '
+            f'{args.distill_weight} needs a teacher: a --model that is trained and static (--pretrained, '
             f'--initial-checkpoint, local-dir:, hf-hub:), or --teacher. 0 trains without a teacher.', 'distill_weight')
     if has_new_head(args, model):
         raise InputError(
@@ -141,7 +141,6 @@ def check_normalization(args: argparse.Namespace, teacher: Any, data_config: Dic
 
 def parent_name(name: str, model: nn.Module) -> str:
     """A public name of the starting point: a model of timm, a repository of the Hub, or an architecture."""
-    source, colon, rest = name.partition(':')
-    if not colon:
-        return name
-    return rest.partition('@')[0] if source == 'hf-hub' else model.pretrained_cfg['architecture'].removesuffix('_aig')
+    if name.startswith('local-dir:'):
+        return model.pretrained_cfg['architecture'].removesuffix('_aig')
+    return name.partition('@')[0]

@@ -59,7 +59,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_args(parser, 'device', 'threads', 'seed', 'json')
     args = parser.parse_args(argv)
     for mode, refused in {'requests': ('batch_size', 'torchcompile', 'runtimes', 'memory'),
-                          'cascade': ('torchcompile', 'memory')}.items():
+                          'cascade': ('torchcompile', 'memory'), 'train': ('runtimes',)}.items():
         for name in refused:
             if getattr(args, mode) and getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} cannot be combined with --{mode}.')

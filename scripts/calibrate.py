@@ -60,7 +60,7 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import torch
-from _cascade import create_cascade_loader, open_cascade
+from _cascade import common_data_config, create_cascade_loader, open_cascade
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 from torch.utils.data import IterableDataset
 
@@ -72,12 +72,17 @@ from timm_aig.training.calibrate import Calibration
 def create_loader(args: argparse.Namespace, model: Any) -> Any:
     """Loader of the calibration images."""
     dataset, config = open_evaluation_split(args, model), data_config(args, model)
+    check_size(dataset, config)
+    return create_evaluation_loader(args, dataset, config, use_prefetcher=False)
+
+
+def check_size(dataset: Any, config: Dict[str, Any]) -> None:
+    """Raise InputError if the images of a data set would fill the memory."""
     size = 0 if isinstance(dataset, IterableDataset) else 4 * len(dataset) * math.prod(config['input_size'])
     if size > MAX_BYTES:
         raise InputError(
             f'must be at most {MAX_BYTES // (size // len(dataset))}, since the images are kept in memory: '
             f'{len(dataset)} take {size / 1e9:.0f} GB; 10000 are plenty.', 'holdout')
-    return create_evaluation_loader(args, dataset, config, use_prefetcher=False)
 
 
 def read_hub_config(path: str, architecture: str) -> Dict[str, Any]:
@@ -106,6 +111,7 @@ def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
     if args.output:
         open_folder(args.output)
     loader = create_cascade_loader(args, cascade, device)
+    check_size(loader.dataset, common_data_config(args, cascade))
     cascade = cascade.to(device, memory_format=torch.channels_last)
     tables = [timm_aig.budget_table(cascade.models[index]) for index in cascade.order]
     budgets: Any = [[p.budget for p in table if p.budget in args.budgets] or [None] for table in tables]

@@ -40,8 +40,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--seeds', type=integer(0), nargs='+', default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     arg('--only', metavar='TEXT', nargs='+', help='only trainings whose names contain one of these')
     arg('--jobs', type=integer(1), default=1, metavar='N', help='trainings at a time (default: %(default)s)')
-    arg('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
-    arg('--times', metavar='FILE', help='train nothing, write a CSV file of times in ONNX Runtime')
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
+    tables.add_argument('--times', metavar='FILE', help='train nothing, write a CSV file of times in ONNX Runtime')
     add_args(parser, 'workers', default=0)
     add_args(parser, 'device', 'json')
     return parser.parse_args(argv)
@@ -75,8 +76,8 @@ def planned(args: argparse.Namespace) -> List[Training]:
             common += f' --device {args.device}'
         own = own.format(output=shlex.quote(args.output), seed=seed)
         needs = next((word for word in shlex.split(own) if word.startswith('local-dir:')), None)
-        command = shlex.split(f'{sys.executable} {Path(__file__).with_name("finetune.py")} {common} {own} '
-                              f'--output {shlex.quote(args.output)} --experiment {name}-s{seed} --resume auto')
+        command = [sys.executable, str(Path(__file__).with_name('finetune.py')), *shlex.split(f'{common} {own}'),
+                   '--output', args.output, '--experiment', f'{name}-s{seed}', '--resume', 'auto']
         plan.append(Training(f'{name}-s{seed}', command, needs and needs.rpartition('/')[2]))
     return plan
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Make a static ResNet adaptive and fine-tune it, or continue with an adaptive one, or train a static one.
+"""Make a static model adaptive and fine-tune it, or continue with an adaptive one, or train a static one.
 
-The arguments are named as in timm's train.py. Two recipes set their defaults: `distill` (gates open at the start,
-distillation from the frozen parent, one target for the MACs of the whole network, no gate noise at the end) and `paper`
-(a target rate for each block and steps of the learning rate, as in the paper's code).
+The arguments are named as in timm's train.py. Three recipes set their defaults: `distill` (gates open at the start,
+distillation from the frozen parent, one target for the MACs of the whole network, no gate noise at the end), `any` (the
+same for all budgets at once) and `paper` (a target rate for each block and steps of the learning rate, as in the
+paper's code).
 
     setup -> train -> save
 
@@ -127,14 +128,15 @@ def create_task(args: argparse.Namespace, model: nn.Module, teacher: Optional[nn
 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay on weights but not on biases and norms; gates have their own learning rate and weight decay."""
+    """Weight decay as timm's, not on biases and norms; gates have their own learning rate and weight decay."""
     groups: Dict[Tuple[float, float], List[nn.Parameter]] = {}
+    without_decay = getattr(model, 'no_weight_decay', set)()  # position embeddings and the like
     for name, p in model.named_parameters():
         lr, decay = args.lr, args.weight_decay
         if '.gate.' in name:
             lr *= args.gate_lr_scale
             decay = decay if args.gate_weight_decay is None else args.gate_weight_decay
-        groups.setdefault((lr, decay if p.ndim > 1 else 0.), []).append(p)
+        groups.setdefault((lr, decay if p.ndim > 1 and name not in without_decay else 0.), []).append(p)
     with blame('opt', args.opt, Exception):  # each optimizer raises its own kinds
         return create_optimizer_v2(
             [{'params': params, 'lr': lr, 'weight_decay': decay} for (lr, decay), params in groups.items()],

@@ -29,7 +29,7 @@ class Table(NamedTuple):
     file: CSV file in hub_configs/results.
     columns: Heading -> format string over the CSV's columns. A part in [] is left out if a value in it is empty. A
         cell is empty if a value outside of [] is.
-    where: Column -> value, or values, of the rows to show, '*' for any value but an empty one.
+    where: Column -> value, or values, of the rows to show.
     """
     file: str
     columns: Dict[str, str]
@@ -149,8 +149,7 @@ def cell(template: str, row: Dict[str, str]) -> str:
 
 
 def is_shown(row: Dict[str, str], where: Dict[str, Union[str, Sequence[str]]]) -> bool:
-    return all(row[name] != '' if value == '*' else row[name] in ([value] if isinstance(value, str) else value)
-               for name, value in where.items())
+    return all(row[name] in ([value] if isinstance(value, str) else value) for name, value in where.items())
 
 
 def make_table(table: Table, results: Path) -> str:

@@ -47,6 +47,7 @@ Which blocks of an adaptive network (ConvNet-AIG, package `timm_aig`) run for an
 saves, and whether a second stage is needed. `app.py` is `scripts/space/app.py` of the package;
 `scripts/push_space.py` updates this Space.
 """
+PAGE = ('*.py', '*.css', '*.html', 'examples/*.png')  # files of scripts/space
 CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'  # a tenth of the size of PyPI's
 # Files that this script uploads, or uploaded in an earlier version.
 OURS = re.compile(r'space_\w+\.py|(space_)?examples/.*|timm_aig/.*|hub_configs/.*')
@@ -59,7 +60,7 @@ def collect_files() -> Dict[str, Any]:
     package += [file for pattern in ('*.json', '*.safetensors', '*/rates.csv') for file in configs.glob(pattern)]
     needed = [line for line in requires('timm_aig') or [] if 'extra ==' not in line]  # a Space installs Gradio itself
     return {
-        **{str(file.relative_to(page)): file for file in page.rglob('*.*') if 'pycache' not in str(file)},
+        **{str(file.relative_to(page)): file for pattern in PAGE for file in sorted(page.glob(pattern))},
         **{str(file.relative_to(CHECKOUT)): file for file in sorted(package)},
         'requirements.txt': '\n'.join([CPU_WHEELS, *needed, '']).encode()}
 

@@ -89,12 +89,12 @@ def load_model(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Dic
         if folder:
             model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
         else:
-            model = timm.create_model(
-                results['architecture'],
-                pretrained_cfg={**results['pretrained_cfg'], 'architecture': results['architecture'], 'file': None},
-                gate_budgets=results.get('gate_budgets', ()),
-                **{k: v for k, v in results['aig'].items() if k != 'version'},
-            )
+            gates = {}  # of a static model
+            if 'aig' in results:
+                gates = {**results['aig'], 'gate_budgets': results.get('gate_budgets', ())}
+                gates.pop('version', None)
+            cfg = {**results['pretrained_cfg'], 'architecture': results['architecture'], 'file': None}
+            model = timm.create_model(results['architecture'], pretrained_cfg=cfg, **gates)
             load_checkpoint(model, str(args.source), filter_fn=checkpoint_filter_fn)
     except Exception as e:  # of timm, torch and the file formats
         raise InputError(f'SOURCE {args.source} cannot be loaded: {type(e).__name__}: {e}') from e

@@ -53,6 +53,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if args.cascade and (args.optimize or args.sample or args.against or args.alternatives or args.plot
                          or args.predictions or args.budgets or args.gate_offset):
         parser.error('--cascade takes --thresholds, not the options for the gates of one model, or for comparing.')
+    if args.thresholds and not args.cascade:
+        parser.error('--thresholds is for --cascade.')
     for argument in ('against', 'predictions'):
         if getattr(args, argument) and len(args.budgets or args.gate_offset or ()) > 1:
             parser.error(f'--{argument} takes one --budgets or --gate-offset value, not several.')
@@ -237,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
     alternatives = [prepare_model(args, name, 'alternatives') for name in args.alternatives]
 
     results = validate(args, opened, device)
-    others = [validate(args, model, device)[0] for model in against + alternatives]
+    others = [result for model in against + alternatives for result in validate(args, model, device)]
     comparison = None
     if against:
         first, second = results[0].evaluation, others[0].evaluation

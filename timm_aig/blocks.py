@@ -53,7 +53,7 @@ class GatedBlock(nn.Module):
         Args:
             block: The block to take over.
             gate: Gate for the block's input.
-            target_rate: Share of samples that should run the block, in (0, 1).
+            target_rate: See AIGConfig.
             relu_input: The activation after the sum does not change the input, since there is none or both end in a
                 ReLU: a closed block with an identity shortcut returns its input.
         """

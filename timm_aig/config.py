@@ -1,4 +1,4 @@
-"""AIGConfig: which blocks of a ResNet are gated, their target rates and the form of their gates.
+"""AIGConfig: which blocks of a network are gated, their target rates and the form of their gates.
 
 Also InputError, the exception for bad arguments.
 """
@@ -39,7 +39,7 @@ def _paper_schedule(stages: Sequence[int], bottleneck: bool, t: float) -> List[f
 
 @dataclass(frozen=True)
 class AIGConfig:
-    """How to make a ResNet adaptive.
+    """How to make a network adaptive.
 
     The schedule 'paper' (section 4.2) leaves blocks that always run without a gate. With t = target_rate, the published
     schedules are `[1, 1, .8, 1, t, t, t, 1, t, t, t, t, t, 1, .7, 1]` for ResNet-50 and `[1] * 8 + [t] * 25` for
@@ -47,7 +47,8 @@ class AIGConfig:
     these: the first stage, the first block of each stage and the last block always run.
 
     Args:
-        target_rate: Share of samples that should run a gated block, in (0, 1].
+        target_rate: What training aims for, in (0, 1]: a share of the MACs (ComputeTargetLoss), or of the samples that
+            run a gated block (TargetRateLoss).
         schedule: None gates every block at target_rate. 'paper' gates some of them, see above.
         target_rates: One rate for each block of the network in order, instead of target_rate and schedule. A block
             with rate 1 always runs and has no gate.

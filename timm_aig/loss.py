@@ -109,7 +109,7 @@ class ComputeTargetLoss(nn.Module):
         """
         Args:
             cost: MACs of the model, from compute_cost.
-            target: Target MACs share, in (0, 1].
+            target: Target share of the model's own MACs, in (0, 1].
             weight: Factor of the loss.
             process_group: Processes that share the global batch, as for DistributedDataParallel. Default: all.
 
@@ -153,7 +153,7 @@ class AnyBudgetLoss(nn.Module):
         """
         Args:
             cost: MACs of the model, from compute_cost.
-            least: Target MACs share of the first group, in (0, 1).
+            least: Target share of the model's own MACs in the first group, in (0, 1).
             weight: Factor of the loss.
             groups: Number of groups, at least 3. A batch has at least one image for each.
             largest_offset: Offsets go from minus this to plus this, but for the last group, whose gates are all open.

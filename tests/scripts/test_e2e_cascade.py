@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import calibrate
 import pytest
 import timm
 import torch
@@ -93,6 +94,7 @@ def test_tables_are_printed_for_people(call, static_model, adaptive_model):
 
 @pytest.mark.parametrize('script, args, problem', [
     ('validate.py', ['--cascade', '{static}', '{static}', '--optimize'], '--cascade takes --thresholds'),
+    ('validate.py', ['--model', '{static}', '--thresholds', '.5'], '--thresholds is for --cascade'),
     ('validate.py', ['--cascade', 'no/such'], '--cascade no/such: no/such is not a saved cascade'),
     ('validate.py', ['--cascade', '{static}', '{other}'], 'same classes, not 3, 2'),
     ('validate.py', ['--cascade', '{static}', '{large}'], '--cascade must take the same images, but input_size is'),
@@ -108,6 +110,13 @@ def test_bad_input_is_named(call, static_model, tmp_path, script, args, problem)
             names[name] = f'local-dir:{timm_aig.save_pretrained(model, tmp_path / name)}'
     code, _, err = call(script, *(arg.format(**names) for arg in args))
     assert code == 2 and problem in err
+
+
+def test_images_that_would_fill_the_memory_are_not_read(images, static_model, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, 'MAX_BYTES', 1e4)
+    args = ['--cascade', static_model, static_model, '--data-dir', str(images), '--macs', '0.9', '--workers', '0']
+    assert calibrate.main(args) == 2
+    assert '--holdout must be at most' in capsys.readouterr().err
 
 
 def test_calibrated_stages_run_at_the_budgets_that_are_best(call, rows, adaptive_model, tmp_path):

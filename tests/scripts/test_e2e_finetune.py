@@ -20,7 +20,7 @@ import _epochs
 import pytest
 import timm
 import torch
-from _models import create_models
+from _models import create_models, parent_name
 from _recipes import parse_training_args as parse_args, recipe_of
 from PIL import Image
 
@@ -392,6 +392,9 @@ def test_gates_have_a_learning_rate_and_a_weight_decay_of_their_own_and_vectors_
         lr, decay = (.1, .4) if '.gate.' in name else (.2, .3)
         assert found.pop(id(p)) == (lr, decay if p.ndim > 1 else 0.), name
     assert not found
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32)
+    decays = [group for group in finetune.create_optimizer(args, model).param_groups if group['weight_decay']]
+    assert not any(p is model.pos_embed or p is model.cls_token for group in decays for p in group['params'])
 
 
 def test_a_training_is_not_overwritten_nor_resumed_with_other_arguments_or_weights(
@@ -434,6 +437,25 @@ def test_a_loss_that_is_not_finite_is_exit_code_1(run, tmp_path):
     code, err = run('--gate-loss-weight', '1e300', '--nonfinite', 'skip', name='skipped')
     assert code == 1 and 'not finite in any of the 12 steps' in err.splitlines()[-1]
     assert not (tmp_path / 'skipped' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('name, public', [
+    ('resnet18.a1_in1k', 'resnet18.a1_in1k'), ('hf-hub:user/name@v1', 'hf-hub:user/name'),
+    ('local-dir:/home/me/x', 'cifar_resnet20')])
+def test_the_parent_in_results_is_a_public_name(name, public):
+    assert parent_name(name, timm.create_model('cifar_resnet20_aig')) == public
+
+
+def test_an_epoch_without_an_update_has_an_empty_row(run, finetune, tmp_path, monkeypatch):
+    train_epoch = finetune.Trainer._train_epoch
+    monkeypatch.setattr(
+        finetune.Trainer, '_train_epoch', lambda self: {} if train_epoch(self) and self.epoch == 0 else self.results())
+    assert run('--epochs', 2)[0] == 0
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
+        first, second = csv.DictReader(file)
+    assert first['train_loss'] == '' and float(first['eval_top1']) >= 0 and float(second['train_loss']) > 0
+    assert float(first['lr']) > float(second['lr'])
+    assert (tmp_path / 'run' / 'rates_over_epochs.png').is_file()
 
 
 def test_the_recipe_of_a_result_given_back_is_the_same_training(run, finetune, images, tmp_path):

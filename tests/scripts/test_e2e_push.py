@@ -1,5 +1,6 @@
 """scripts/push_to_hub.py, against a double of the Hub."""
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -66,6 +67,13 @@ def test_a_checkpoint_is_published_with_what_a_hub_config_says(hub, client, tmp_
     assert 'From a checkpoint.' in card and 'license: mit' in card
     args = json.loads(hub.files('alice/checkpoint')['config.json'])['model_args']
     assert args['target_rate'] == 0.5 and [row['budget'] for row in args['gate_budgets']] == [0.5]
+
+
+def test_a_static_checkpoint_is_published_too(hub, client):
+    weights = Path(__file__).parents[2] / 'hub_configs' / 'cifar_resnet8.glyphs.safetensors'
+    code, _, err = client.script('push_to_hub.py', weights, 'alice/static', '--hub-config', 'cifar_resnet8.glyphs')
+    assert code == 0, err
+    assert json.loads(hub.files('alice/static')['config.json'])['architecture'] == 'cifar_resnet8'
 
 
 def test_bad_input_is_one_line_with_exit_code_2(client, folder, tmp_path):

@@ -76,6 +76,8 @@ def test_alternatives_are_rows_too_and_all_of_it_is_drawn(validate, calibrated_m
     with Image.open(tmp_path / 'a.png') as image:
         assert min(image.size) > 500 and len(set(image.convert('RGB').get_flattened_data())) > 100
     assert [path.name for path in tmp_path.iterdir()] == ['a.png']
+    rows = validate('--model', calibrated_model, '--budgets', .4, .8, '--alternatives', calibrated_model)['rows']
+    assert [row['budget'] for row in rows] == [.4, .8, .4, .8]
 
 
 def test_two_models_are_compared_image_by_image(validate, static_model, adaptive_model, plain_loop):

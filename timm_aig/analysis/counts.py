@@ -82,8 +82,9 @@ def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
     return {kind: [name for name in names if name in gated] for kind, names in kinds.items()}
 
 
-def wilson_interval(successes: torch.Tensor, n: int, z: float = 1.96) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Lower and upper end of the Wilson interval of successes out of n trials, any shape; 95 % for z = 1.96."""
+def wilson_interval(successes: torch.Tensor, n: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper end of the 95 % Wilson interval of successes out of n trials, any shape."""
+    z = 1.96
     rate = successes.double() / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)).sqrt()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..training.checkpoint import write_atomically
+
 __all__ = ['plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_execution_rates',
            'plot_rates_over_epochs']
 
@@ -316,12 +318,8 @@ def _figure(height: float, heading: str, title: str) -> Any:
 
 
 def _save(figure: Any, path: PathLike, pixels: int = PIXELS) -> Path:
-    path, file = Path(path), io.BytesIO()
-    figure.savefig(file, format='png', dpi=pixels / figure.get_figwidth())
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        Image.open(file).convert('RGB').save(partial, 'PNG', optimize=True)  # a tenth smaller
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path, drawn = Path(path), io.BytesIO()
+    figure.savefig(drawn, format='png', dpi=pixels / figure.get_figwidth())
+    picture = Image.open(drawn).convert('RGB')
+    write_atomically(path, lambda file: picture.save(file, 'PNG', optimize=True))  # a tenth smaller
     return path

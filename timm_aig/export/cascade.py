@@ -83,6 +83,7 @@ def export_cascade(
         InputError, ExportError, ImportError: As the export function does.
     """
     from ..blocks import gated_blocks
+    from .check import own_offsets
     from .onnx import export_onnx
     from .openvino import export_openvino
 
@@ -97,7 +98,7 @@ def export_cascade(
         for number, model in enumerate(cascade.models, start=1)]
     stages = []
     for index, offset, threshold in zip(cascade.order, cascade.offsets, (*cascade.thresholds, None)):
-        gates = [float(block.gate.offset) for block in gated_blocks(cascade.models[index]).values()]
+        gates = own_offsets(cascade.models[index]).tolist()
         stages.append({
             'file': f'model_{index + 1}{SUFFIXES[runtime]}', 'threshold': threshold,
             'gate_offset': (gates if offset is None else [offset] * len(gates)) or None})

@@ -250,14 +250,13 @@ def _shown(names: Sequence[str]) -> str:
     return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
-def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
+def hold_out(train: Any, copy: Any, count: int) -> Sequence[Any]:
     """Hold out some training images, to choose settings without the test set.
 
     Args:
         train: Training split.
         copy: The same split, opened again: the two parts get different transforms.
-        count: Number of images to hold out, drawn at random.
-        seed: Seed of the draw. The default holds out the same images in every training.
+        count: Number of images to hold out, drawn at random, the same in every training.
 
     Returns:
         The images to train on, and the held-out images.
@@ -267,7 +266,7 @@ def hold_out(train: Any, copy: Any, count: int, seed: int = 0) -> Sequence[Any]:
     """
     if isinstance(train, IterableDataset) or not 0 < count < len(train) - 1:
         raise InputError(f'must leave at least 2 images of a data set with random access, not {count}.', 'holdout')
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     return HeldOut(train, sorted(order[count:])), HeldOut(copy, sorted(order[:count]))
 
 
