@@ -11,7 +11,7 @@ from _args import create_parser
 from _common import run_script
 
 EXAMPLES = """examples:
-  scripts/draw_results.py              # after a change of hub_configs/results/fmnist*.csv or glyphs.csv"""
+  scripts/draw_results.py              # after a change of fmnist*.csv, glyphs*.csv or segment.csv"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -38,6 +38,13 @@ RIVALS = {
     'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 32 taught by ResNet-32',
     'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
     'distill-r32': 'ResNet-32, recipe distill', 'paper-r32': 'ResNet-32, recipe of the paper',
+}
+
+SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
+SEGMENT_CURVES = {'any-r32': 'one ResNet-32 for any budget'}
+SEGMENT_RIVALS = {
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 20 taught by ResNet-32',
+    'cascade, ': 'cascade of ResNet-8 and ResNet-32 by the mean probability of a page',
 }
 
 Point = Tuple[str, float, float]
@@ -92,6 +99,13 @@ def draw_glyphs() -> None:
             f'{GLYPHS} Mean time of an image in ONNX Runtime, one thread, batch {batch}.', over='time')
 
 
+def draw_segment() -> None:
+    rows = [{**row, 'model': row['network'], 'top1': row['miou']} for row in read('segment.csv')]
+    plot_accuracy_macs(
+        curves_of(rows, SEGMENT_CURVES, 'macs_over_resnet32'), curves_of(rows, SEGMENT_RIVALS, 'macs_over_resnet32'),
+        ROOT / 'segment_miou_macs.png', SEGMENT, accuracy='mean IoU, %')
+
+
 def draw_fmnist() -> None:
     rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
     curves = [
@@ -109,6 +123,7 @@ def draw_fmnist() -> None:
 def run(args: argparse.Namespace) -> None:
     draw_fmnist()
     draw_glyphs()
+    draw_segment()
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -193,6 +193,7 @@ def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path
 
 def plot_accuracy_macs(
         points: Points, others: Points, path: PathLike, title: str = '', ranges: Any = None, over: str = 'MACs',
+        accuracy: str = 'top-1 accuracy, %',
 ) -> Path:
     """Draw accuracy against MACs, or `over` time, of one checkpoint at many budgets, with other models beside it.
 
@@ -201,6 +202,7 @@ def plot_accuracy_macs(
             joins points of one name that follow one another.
         others: The same for the models to compare with, in dashed lines.
         ranges: Lowest and highest accuracy of seeds, by name.
+        accuracy: Label of the vertical axis.
     """
     names = list(dict.fromkeys(name for name, *_ in [*points, *others]))
     figure = _figure(4.5 + .1 * len(names), f'Accuracy against {over}', title)
@@ -212,7 +214,7 @@ def plot_accuracy_macs(
             axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, color=colours[name], **style)
             low, high = (ranges or {}).get(name, accuracies[:1] * 2)
             axes.vlines(shares[0], low, high, linewidth=1.5, color=colours[name])
-    axes.set(xlabel=f"{over} over the static parent's", ylabel='top-1 accuracy, %')
+    axes.set(xlabel=f"{over} over the static parent's", ylabel=accuracy)
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)
