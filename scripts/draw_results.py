@@ -43,8 +43,8 @@ RIVALS = {
 SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
 SEGMENT_CURVES = {'any-r32': 'one ResNet-32 for any budget'}
 SEGMENT_RIVALS = {
-    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 20 taught by ResNet-32',
-    'cascade, ': 'cascade of ResNet-8 and ResNet-32 by the mean probability of a page',
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-14, 20 taught by ResNet-32',
+    'cascade, static-r8': 'cascade of ResNet-8 and 32', 'cascade, distilled': 'cascade of the taught ResNet-14 and 20',
 }
 
 Point = Tuple[str, float, float]

@@ -23,10 +23,9 @@ NETWORKS = {
     'any-r32': f'--recipe any --model cifar_resnet32_aig {TAUGHT}',
     'distilled-r20': f'--static --model cifar_resnet20 --distill-weight 0.5 {TAUGHT}',
     'distilled-r14': f'--static --model cifar_resnet14 --distill-weight 0.5 {TAUGHT}',
-    'distilled-r8': f'--static --model cifar_resnet8 --distill-weight 0.5 {TAUGHT}',
 }
 OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
-CASCADES = (('distilled-r8', 'static-r32'), ('distilled-r14', 'static-r32'))
+CASCADES = (('static-r8', 'static-r32'), ('distilled-r14', 'distilled-r20'))
 SHARES = (.1, .2, .3, .4, .5, .6, .7, .8, .9)  # of the pages, go on to the second network
 STRIDE = 4  # of a ResNet's last features
 EXAMPLES = """examples:
