@@ -48,6 +48,12 @@ _SPEED = {**_TIME, 'efficiency': '{efficiency}', 'peak MiB': '{peak_mib}'}
 _MODEL_TIME = {'model': '`{model}`', **_TIME}
 _CHANGE = {'top-1, %': '{top1}', 'right only by it / only by the default': '{only_change} / {only_default}', 'p': '{p}'}
 
+_PRECISION = {
+    'model': '`{model}`', 'runtime': '{runtime}', 'network': '{network}', 'precision': '{precision}',
+    'top-1, %': '{top1}', 'batch 1: ms / image': '{ms_1}', 'over the float32 parent': '{ratio_1}',
+    'batch 8 or 32: ms / image': '{ms_n}', 'over the float32 parent ': '{ratio_n}',
+}
+
 _GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]'}
 _SEVERITY = {'MACs / ResNet-32, from the least to the most damaged quarter': '{macs_by_severity}'}
 
@@ -72,6 +78,9 @@ TABLES = {
     'glyphs-rules': Table('glyphs_rules.csv', {
         'rule': '{rule}', 'nets': '{nets}', **{f'0.{share} of the MACs': f'{{top1_{share}}}[ ({{change_{share}}})]'
                                                for share in (30, 35, 40, 45, 50)}}, {}),
+    'segment': Table('segment.csv', {
+        'network': '`{network}`', 'setting': '{setting}', 'MACs / ResNet-32': '{macs_over_resnet32}',
+        'mean IoU, %': '{miou}', 'positions right, %': '{accuracy}'}, {}),
     'models': Table('models.csv', {
         'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'static parent': '{parent_top1}',
         'MACs share': '{macs_share}', 'MACs, M': '{macs}', 'params, M': '{params}',
@@ -123,11 +132,11 @@ TABLES = {
         'over the parent ': '{p50_ratio}', 'p99, ms': '{p99_ms}', 'over the parent  ': '{p99_ratio}',
         'mean batch': '{mean_batch}', 'MACs share': '{macs_share}',
     }, {}),
-    'int8': Table('int8.csv', {
-        'model': '`{model}`', 'runtime': '{runtime}', 'network': '{network}', 'precision': '{precision}',
-        'top-1, %': '{top1}', 'batch 1: ms / image': '{ms_1}', 'over the float32 parent': '{ratio_1}',
-        'batch 8 or 32: ms / image': '{ms_n}', 'over the float32 parent ': '{ratio_n}',
-    }, {}),
+    'int8': Table('int8.csv', _PRECISION, {'machine': [f'{cores} of an AMD EPYC (AVX2, shared virtual machine)'
+                                                       for cores in ('1 core', '2 cores')]}),
+    'int8-vnni': Table('int8.csv', _PRECISION, {'machine': [
+        f'{cores} of an AMD EPYC (Zen 4, AVX-512 with VNNI and bfloat16, virtual machine)'
+        for cores in ('1 core', '2 cores')]}),
     'training-step': Table('training_step.csv', {
         'model': '`{model}`', 'px': '{img_size}', 'batch': '{batch_size}', 'threads': '{threads}',
         'time': '{ratio}', 'with `--torchcompile`': '{ratio_compiled}',
