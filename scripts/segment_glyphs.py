@@ -8,6 +8,7 @@ cascades here take the mean of its positions. Trainings that were stopped go on,
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -67,6 +68,7 @@ from tqdm import tqdm
 import timm_aig
 from timm_aig import InputError
 from timm_aig.run import environment
+from timm_aig.training.checkpoint import write_atomically
 
 
 class Glyphs(NamedTuple):
@@ -135,7 +137,7 @@ def create_network(name: str, num_classes: int, folder: Optional[Path] = None) -
     words = NETWORKS[name].split()
     model = Segmenter(words[words.index('--model') + 1], num_classes)
     if folder is not None:
-        safetensors.torch.load_model(model, folder / 'model.safetensors')
+        model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
     return model
 
 
@@ -158,7 +160,8 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     trainer.title = name
     trainer.resume()
     trainer.fit()
-    safetensors.torch.save_model(model.eval(), str(folder / 'model.safetensors'))
+    weights = safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
+    write_atomically(folder / 'model.safetensors', lambda file: file.write(weights))
 
 
 class Answers(NamedTuple):
@@ -190,7 +193,7 @@ def answer_all(args: argparse.Namespace, name: str, pages: Pages, classes: int) 
             if offset is not None:
                 timm_aig.set_gate_offset(model, offset)
             found['' if offset is None else f'offset {offset:g}'] = tuple(answer(model, pages, cost, device))
-        torch.save(found, path)
+        write_atomically(path, partial(torch.save, found))
     return {setting: Answers(*values) for setting, values in torch.load(path, weights_only=True).items()}
 
 
