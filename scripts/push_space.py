@@ -47,7 +47,7 @@ Which blocks of an adaptive network (ConvNet-AIG, package `timm_aig`) run for an
 saves, and whether a second stage is needed. `app.py` is `scripts/space/app.py` of the package;
 `scripts/push_space.py` updates this Space.
 """
-PAGE = ('*.py', '*.css', '*.html', 'examples/*.png')  # files of scripts/space
+PAGE = ('*.py', '*.css', '*.html', 'examples/*.png', 'examples/README.md')  # files of scripts/space
 CPU_WHEELS = '--extra-index-url https://download.pytorch.org/whl/cpu'  # a tenth of the size of PyPI's
 # Files that this script uploads, or uploaded in an earlier version.
 OURS = re.compile(r'space_\w+\.py|(space_)?examples/.*|timm_aig/.*|hub_configs/.*')

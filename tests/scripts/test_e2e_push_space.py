@@ -34,6 +34,8 @@ def test_a_space_has_the_page_unchanged_its_settings_and_what_it_needs(hub, file
     needed = files['requirements.txt'].decode().split('\n')
     assert {'torch>=2.9', 'timm>=1.0.31', 'safetensors'} <= set(needed)
     assert not [line for line in needed if line.startswith(('gradio', 'timm_aig'))]
+    page = {str(file.relative_to(SCRIPT.parent / 'space')) for file in (SCRIPT.parent / 'space').rglob('*.*')}
+    assert {name for name in page if 'pycache' not in name} <= set(files)  # the licence of the examples too
     assert 'timm_aig/__init__.py' in files and 'hub_configs/cifar_resnet32_aig.fmnist_t06.safetensors' in files
     assert not [name for name in files if '..' in name or 'pycache' in name or name.startswith('/')]
 
