@@ -25,7 +25,6 @@ NETWORKS = {
     'distilled-r20': f'--static --model cifar_resnet20 --distill-weight 0.5 {TAUGHT}',
     'distilled-r14': f'--static --model cifar_resnet14 --distill-weight 0.5 {TAUGHT}',
 }
-OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
 CASCADES = (('static-r8', 'static-r32'), ('distilled-r14', 'distilled-r20'))
 SHARES = (.1, .2, .3, .4, .5, .6, .7, .8, .9)  # of the pages, go on to the second network
 STRIDE = 4  # of a ResNet's last features
@@ -60,6 +59,7 @@ import torch.nn as nn
 from _common import open_device, open_folder
 from _inputs import TrainingData
 from _recipes import parse_training_args
+from _rivals import OFFSETS
 from finetune import create_trainer
 from timm.utils import random_seed
 from torchvision.datasets import ImageFolder

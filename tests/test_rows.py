@@ -83,9 +83,10 @@ def test_an_optimized_models_own_gates_answer_as_the_models(arch, place):
         offset = torch.linspace(-1, 1, 8)
         with timm_aig.passes.use_gate_offset(offset):
             assert torch.equal(forward_gates(optimized, x)[1], forward_gates(model, x)[1])
-        for m in (model, optimized):
-            timm_aig.set_gate_offset(m, -5.)
-        assert torch.equal(forward_gates(optimized, x)[1], forward_gates(model, x)[1])
+        for moved in (.4, -5.):
+            for m in (model, optimized):
+                timm_aig.set_gate_offset(m, moved)
+            assert torch.equal(forward_gates(optimized, x)[1], forward_gates(model, x)[1])
         for own in (offset, 0., 5.):  # in place of the model's
             with timm_aig.passes.use_gate_offset(own):
                 found = forward_gates(optimized, x)[1]

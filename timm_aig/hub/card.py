@@ -15,7 +15,7 @@ from ..budget import budget_table
 from ..config import InputError
 from ..cost import compute_cost
 
-__all__ = ['PROJECT_URL', 'checked_results', 'make_card']
+__all__ = ['INSTALL', 'PROJECT_URL', 'checked_results', 'make_card', 'merge_card', 'name_on_hub']
 
 PROJECT_URL = 'https://github.com/timm-aig/timm_aig'
 BEGIN = '<!-- timm_aig: generated, the next push replaces it up to the end mark; your own text goes above or below. -->'
@@ -102,7 +102,6 @@ def make_card(
     Raises:
         InputError: The front matter of the present README.md cannot be read, so it cannot be kept.
     """
-    name = f'{repo_id}@{revision}' if revision not in (None, 'main') else repo_id
     adaptive = bool(gated_blocks(model))
     sections = [
         f'# {repo_id.partition("/")[2]}',
@@ -114,10 +113,15 @@ def make_card(
         results.get('card') or '',
         _budgets(model),
         *(f'![{Path(picture).stem.replace("_", " ")}]({quote(picture)})' for picture in pictures),
-        _usage(name, adaptive, config['pretrained_cfg']['input_size'][0]),
+        _usage(name_on_hub(repo_id, revision), adaptive, config['pretrained_cfg']['input_size'][0]),
         CITATION,
     ]
     return merge_card(repo_id, sections, _card_data(repo_id.partition('/')[2], config, results), existing)
+
+
+def name_on_hub(repo_id: str, revision: Optional[str]) -> str:
+    """What follows 'hf-hub:' in the name of a model or cascade."""
+    return repo_id if revision in (None, 'main') else f'{repo_id}@{revision}'
 
 
 def merge_card(repo_id: str, sections: Sequence[str], data: ModelCardData, existing: Optional[str]) -> str:

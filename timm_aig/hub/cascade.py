@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCardData, snapshot_download
 
 from .. import __version__
 from ..config import InputError
-from .card import INSTALL, merge_card
+from .card import INSTALL, merge_card, name_on_hub
 from .push import TIMEOUT, Upload, check_repo_id, look_up, send
 from .save import save_pretrained
 from .timeout import hub_timeout
@@ -143,7 +143,7 @@ def _card(cascade: 'Cascade', upload: Upload, existing: Optional[str]) -> str:
     data = ModelCardData(
         license=licenses.pop() if len(licenses) == 1 else None, library_name='timm', tags=TAGS,
         pipeline_tag='image-classification')
-    name = upload.repo_id if upload.revision in (None, 'main') else f'{upload.repo_id}@{upload.revision}'
+    name = name_on_hub(upload.repo_id, upload.revision)
     title, table = f'# {upload.repo_id.partition("/")[2]}', STAGES + '\n'.join(rows)
     sections = [title, ABOUT, INSTALL, table, USAGE.format(name=name)]
     return merge_card(upload.repo_id, sections, data, existing)

@@ -15,7 +15,7 @@ class GraphedForOne:
     shapes or under autocast run the function. A graph has memory of its own: no two threads may call it at a time.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], pool: Any = None) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], pool: Any) -> None:
         """
         Args:
             function: Returns a tensor. It does not wait for the device.

@@ -211,15 +211,11 @@ def _compile(model: Any, whole: bool) -> torch.memory_format:
     own = {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
     compiled: Any = partial(torch.compile, options={'freezing': True}, **own)
     pool = torch.cuda.graph_pool_handle() if weight.device.type == GRAPH_DEVICE else None
-
-    def graphed(function: Any) -> Any:
-        return function if pool is None else GraphedForOne(function, pool)
-
     for module in model.modules():
-        if isinstance(module, InferenceBlock):
-            vars(module)['add_residual'] = graphed(compiled(module.add_residual))
-        elif type(module) is Folded:
-            vars(module)['forward'] = graphed(compiled(module.forward))
-        elif isinstance(module, InferenceGate):
-            vars(module)['scores'] = graphed(module.scores)
+        name = 'add_residual' if isinstance(module, InferenceBlock) else 'forward' if type(module) is Folded else ''
+        if name:
+            function = compiled(getattr(module, name))
+            vars(module)[name] = function if pool is None else GraphedForOne(function, pool)
+        elif pool is not None and isinstance(module, InferenceGate):
+            vars(module)['scores'] = GraphedForOne(module.scores, pool)
     return torch.channels_last

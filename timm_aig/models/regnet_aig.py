@@ -1,11 +1,11 @@
 """RegNets (X, Y, Z, V): the gated block, and <arch>_aig for every arch of timm.models.regnet."""
 import sys
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
 import torch
 from timm.models.regnet import Bottleneck, PreBottleneck, RegNet, RegStage
 
-from ..blocks import GatedBlock, gated_form_of
+from ..blocks import GatedBlock, GatedPreActBlock, gated_form_of
 from ..compat import regnet_filter_fn
 from .entry_points import Family, register_family
 
@@ -40,14 +40,13 @@ class GatedRegNetBlock(GatedBlock, Bottleneck):
 
 
 @gated_form_of(PreBottleneck)
-class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
+class GatedRegNetPreBlock(GatedPreActBlock, PreBottleneck):
     """timm's pre-activation RegNet block with a gate. Without a shortcut it has none."""
     bottleneck = True
     stage_cls = RegStage
     model_classes = (RegNet,)
 
     def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual branch from the output of norm1 on."""
         x = self.conv1(x)
         x = self.norm2(x)
         x = self.conv2(x)
@@ -55,16 +54,6 @@ class GatedRegNetPreBlock(GatedBlock, PreBottleneck):
         x = self.norm3(x)
         x = self.conv3(x)
         return self.drop_path(x)
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        return self.behind_norm(self.norm1(x))
-
-    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
-        return self.downsample(self.norm1(x))
-
-    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x = self.norm1(x)
-        return self.behind_norm(x), self.downsample(x)
 
     @staticmethod
     def in_channels(block: Any) -> Optional[int]:

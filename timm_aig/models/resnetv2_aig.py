@@ -1,38 +1,19 @@
 """ResNetV2 (pre-activation, BiT): the gated blocks, and <arch>_aig for every arch of timm.models.resnetv2."""
 import sys
-from typing import Tuple
 
 import torch
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
 
-from ..blocks import GatedBlock, gated_form_of
+from ..blocks import GatedBlock, GatedPreActBlock, gated_form_of
 from .entry_points import Family, register_family
 
 __all__ = ['GatedPreActBasic', 'GatedPreActBottleneck', 'GatedResNetV2Bottleneck']  # and each entry point
 
 
-class GatedPreActBlock(GatedBlock):
-    """Base of the gated pre-activation blocks, whose shortcut starts behind the first norm if it is a convolution."""
-    model_classes = (ResNetV2,)
-
-    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual branch from the output of norm1 on."""
-        raise NotImplementedError
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        return self.behind_norm(self.norm1(x))
-
-    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.downsample is None else self.downsample(self.norm1(x))
-
-    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x_preact = self.norm1(x)
-        return self.behind_norm(x_preact), x if self.downsample is None else self.downsample(x_preact)
-
-
 @gated_form_of(PreActBasic)
 class GatedPreActBasic(GatedPreActBlock, PreActBasic):
     """timm's PreActBasic with a gate."""
+    model_classes = (ResNetV2,)
 
     def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
@@ -44,6 +25,7 @@ class GatedPreActBasic(GatedPreActBlock, PreActBasic):
 class GatedPreActBottleneck(GatedPreActBlock, PreActBottleneck):
     """timm's PreActBottleneck with a gate."""
     bottleneck = True
+    model_classes = (ResNetV2,)
 
     def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
