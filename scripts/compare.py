@@ -44,7 +44,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     tables.add_argument('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
     tables.add_argument('--times', metavar='FILE', help='train nothing, write a CSV file of times in ONNX Runtime')
     add_args(parser, 'workers', default=0)
-    add_args(parser, 'device', 'json')
+    add_args(parser, 'device', 'amp', 'json')
     return parser.parse_args(argv)
 
 
@@ -74,6 +74,8 @@ def planned(args: argparse.Namespace) -> List[Training]:
         common = f'{task.data} --data-dir {shlex.quote(args.data_dir)} --workers {args.workers} --seed {seed}'
         if args.device:
             common += f' --device {args.device}'
+        if args.amp:
+            common += ' --amp'
         own = own.format(output=shlex.quote(args.output), seed=seed)
         needs = next((word for word in shlex.split(own) if word.startswith('local-dir:')), None)
         command = [sys.executable, str(Path(__file__).with_name('finetune.py')), *shlex.split(f'{common} {own}'),

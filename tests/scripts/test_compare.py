@@ -102,10 +102,10 @@ def test_nothing_to_train_on_or_to_sum_up_is_an_error(start, capsys, args, code,
 def test_trainings_are_valid_command_lines(finetune, images, tmp_path):
     for task in compare.TASKS:
         plans = compare.planned(compare.parse_args([
-            task, '--data-dir', str(images), '--seeds', '0', '--output', str(tmp_path / 'two words')]))
+            task, '--data-dir', str(images), '--seeds', '0', '--output', str(tmp_path / 'two words'), '--amp']))
         for training in plans:
             args = finetune.parse_args(training.command[2:])
-            assert args.experiment == training.name and args.resume == 'auto'
+            assert args.experiment == training.name and args.resume == 'auto' and args.amp
             assert args.output == str(tmp_path / 'two words') and training.needs in {None, *(t.name for t in plans)}
             if training.needs == 'half-r32-s0':
                 parent = next(t for t in plans if t.name == training.needs)
