@@ -74,6 +74,7 @@ class Row(NamedTuple):
     setting: str
     macs: float
     top1: float
+    right: torch.Tensor  # of each image, bool
     stages: Tuple[Tuple[str, Optional[float]], ...]  # models and gate offsets
     thresholds: Tuple[float, ...] = ()  # between them
     macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
@@ -99,7 +100,8 @@ def create_row(
         severity: Optional[torch.Tensor],
 ) -> Row:
     quarters = () if severity is None else tuple(part.mean().item() for part in macs[severity.argsort()].chunk(4))
-    return Row(name, setting, macs.mean().item(), 100 * right.mean().item(), stages, thresholds, quarters)
+    return Row(
+        name, setting, macs.mean().item(), 100 * right.mean().item(), right.bool(), stages, thresholds, quarters)
 
 
 def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:

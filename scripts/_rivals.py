@@ -65,5 +65,17 @@ CASCADES = {
     'any-r32 + any-r32': (('any-r32', 'any-r32'),), 'static nets': STATIC_CASCADES,
     'static or adaptive nets': STATIC_CASCADES + ADAPTIVE_CASCADES,
 }
+# Rows of the table that are compared image by image.
+PAIRS = tuple(((name, setting), against) for name, setting, *others in (
+    ('any-r32', 'offset -3', ('static-r32', '')),
+    ('any-r32', 'offset 0', ('static-r32', '')),
+    ('any-r32', 'offset 1', ('distilled-r32', '')),
+    ('any-r32', 'offset 10000', ('distilled-r32', '')),
+    ('cascade, static nets', '0.4 of the MACs', ('static-r32', '')),
+    ('cascade, static nets', '0.5 of the MACs', ('distilled-r32', '')),
+    ('cascade, static or adaptive nets', '0.35 of the MACs', ('static-r32', ''),
+     ('cascade, static nets', '0.35 of the MACs')),
+    ('cascade, static or adaptive nets', '0.4 of the MACs', ('cascade, static nets', '0.4 of the MACs')),
+) for against in others)
 OFFSETS = (-6., -4.5, -3., -2., -1., 0., 1., 2., 3., 4.5, 6., 1e4)
 SHARES = [share / 100 for share in range(30, 105, 5)]  # mean MACs of the cascades of the table

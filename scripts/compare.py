@@ -10,6 +10,7 @@ All trainings of a task have the same number of epochs; those of a parent count.
 from its last checkpoint, and one that is done is not repeated. The test images are used for the table only.
 """
 import argparse
+import csv
 import itertools
 import json
 import math
@@ -19,15 +20,16 @@ import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from _args import add_args, create_parser, integer
-from _common import ResultError, check_file, run_script, write_csv
-from _rivals import TASKS, trainings
+from _common import ResultError, blame, check_file, run_script, write_csv
+from _rivals import PAIRS, TASKS, trainings
 
 EXAMPLES = """examples:
   scripts/compare.py glyphs --data-dir glyphs --jobs 2              # train, or go on with it; then the table
   scripts/compare.py glyphs --data-dir glyphs --table glyphs.csv    # the table of what is trained so far
+  scripts/compare.py glyphs --data-dir glyphs --pairs pairs.csv     # its paired tests on the images
   scripts/compare.py glyphs --data-dir glyphs --times times.csv     # and the time of its rows, of the first seed"""
 
 
@@ -42,7 +44,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--jobs', type=integer(1), default=1, metavar='N', help='trainings at a time (default: %(default)s)')
     tables = parser.add_mutually_exclusive_group()
     tables.add_argument('--table', metavar='FILE', help='train nothing, write a CSV file of what is trained')
+    tables.add_argument('--pairs', metavar='FILE', help='train nothing, write a CSV file of exact McNemar tests')
     tables.add_argument('--times', metavar='FILE', help='train nothing, write a CSV file of times in ONNX Runtime')
+    arg('--add', metavar='FILE', help='table of other seeds, made elsewhere, for --table to take in')
     add_args(parser, 'workers', default=0)
     add_args(parser, 'device', 'amp', 'json')
     return parser.parse_args(argv)
@@ -51,8 +55,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
-from _answers import Row, rows_of_seed, time_rows
+from _answers import rows_of_seed, time_rows
 from tqdm import tqdm
+from validate import mcnemar
 
 from timm_aig import InputError
 from timm_aig.run import environment
@@ -121,31 +126,80 @@ def is_done(folder: Path, name: str) -> bool:
 
 TIMED_OFFSETS = ('offset -6', 'offset -3', 'offset -1', 'offset 1', 'offset 3', 'offset 10000')
 TIMED_SHARES = ('0.35 of the MACs', '0.4 of the MACs', '0.5 of the MACs', '0.6 of the MACs', '0.8 of the MACs')
+SHOWN = {  # columns that are printed
+    'table': ('macs_over_resnet32', 'top1', 'macs_by_severity'), 'times': ('batch_size', 'top1', 'ratio'),
+    'pairs': ('against', 'against_setting', 'seed', 'only_model', 'only_against', 'p'),
+}
+
+
+class Result(NamedTuple):
+    """What a seed adds to a row of the table."""
+    seed: int
+    macs: float
+    top1: float
+    used: str
+    macs_of_quarters: Sequence[float]
+
+
+def read_results(path: str) -> List[Tuple[Tuple[str, str], Result]]:
+    """Results in a table that this script wrote, with model and setting. MACs are the mean of its seeds."""
+    found = []
+    faults = OSError, KeyError, ValueError, TypeError
+    with blame('add', path, faults), open(path, newline='', encoding='utf-8') as file:
+        for row in csv.DictReader(file):
+            macs = 1e6 * float(row['macs'])
+            largest = macs / float(row['macs_over_resnet32'])
+            quarters = [float(share) * largest for share in row['macs_by_severity'].split()]
+            for seed, top1 in zip(row['seeds'].split(', '), row['top1_seeds'].split(', ')):
+                result = Result(int(seed), macs, float(top1), row['used'], quarters)
+                found.append(((row['model'], row['setting']), result))
+    return found
 
 
 def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Rows of the table: means over seeds."""
-    by_seed = {seed: rows_of_seed(args, seed) for seed in args.seeds}
-    groups: Dict[Tuple[str, str], List[Tuple[int, Row]]] = {}
-    for seed, rows in by_seed.items():
-        for row in rows:
-            groups.setdefault((row.name, row.setting), []).append((seed, row))
-    largest = groups['static-r32', ''][0][1].macs if ('static-r32', '') in groups else math.nan
+    groups: Dict[Tuple[str, str], List[Result]] = {}
+    for key, result in read_results(args.add) if args.add else []:
+        groups.setdefault(key, []).append(result)
+    for seed in args.seeds:
+        for row in rows_of_seed(args, seed):
+            result = Result(seed, row.macs, row.top1, row.used, row.macs_of_quarters)
+            groups.setdefault((row.name, row.setting), []).append(result)
+    largest = groups['static-r32', ''][0].macs if ('static-r32', '') in groups else math.nan
     table = []
-    for (name, setting), some in groups.items():
-        seeds, found = zip(*some)
-        accuracies = [row.top1 for row in found]
-        macs = statistics.mean(row.macs for row in found)
-        quarters = [statistics.mean(part) / largest for part in zip(*(row.macs_of_quarters for row in found))]
+    for (name, setting), found in groups.items():
+        seeds, all_macs, accuracies, used, quarters = zip(*found)
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f'has seeds {sorted(set(seeds))}, of which some are in {args.output!r} as well.', 'add')
+        macs = statistics.mean(all_macs)
+        shares = [statistics.mean(part) / largest for part in zip(*quarters)]
         table.append({
             'task': args.task, 'model': name, 'setting': setting, 'macs': round(macs / 1e6, 3),
             'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 3),
             'top1_std': round(statistics.stdev(accuracies), 3) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
-            'used': '; '.join(dict.fromkeys(row.used for row in found)) if ' + ' in found[0].used else '',
-            'macs_by_severity': ' '.join(f'{share:.3f}' for share in quarters),
+            'used': '; '.join(dict.fromkeys(used)) if ' + ' in used[0] else '',
+            'macs_by_severity': ' '.join(f'{share:.3f}' for share in shares),
             'seeds': ', '.join(map(str, seeds)), 'epochs': TASKS[args.task].epochs})
     return table
+
+
+def pairs(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Paired tests on the test images of each seed, for those of PAIRS that are trained."""
+    found = []
+    for seed in args.seeds:
+        rows = {(row.name, row.setting): row for row in rows_of_seed(args, seed)}
+        for key, other in PAIRS:
+            if {key, other} <= rows.keys():
+                first, second = rows[key], rows[other]
+                test = mcnemar(first.right, second.right)
+                found.append({
+                    'task': args.task, 'model': first.name, 'setting': first.setting,
+                    'macs': round(first.macs / 1e6, 3), 'against': second.name, 'against_setting': second.setting,
+                    'against_macs': round(second.macs / 1e6, 3), 'seed': seed, 'images': len(first.right),
+                    'only_model': test['only_first_right'], 'only_against': test['only_second_right'],
+                    'points': f'{test["difference"]:+.2f}', 'p': f'{test["p_value"]:.2g}'})
+    return found
 
 
 def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -158,23 +212,25 @@ def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
 def run(args: argparse.Namespace) -> None:
     if not Path(args.data_dir).is_dir():
         raise InputError(f'must be a folder, {args.data_dir!r} is not.', 'data_dir')
-    for name in ('table', 'times'):
-        if getattr(args, name):
-            check_file(getattr(args, name), name)
-    if not args.table and not args.times:
+    outputs = {'table': summarize, 'pairs': pairs, 'times': times}
+    wanted = next((name for name in outputs if getattr(args, name)), None)
+    if args.add and wanted != 'table':
+        raise InputError('is for --table only.', 'add')
+    if wanted:
+        check_file(getattr(args, wanted), wanted)
+    else:
         train(args)
     source = {'machine': environment()['cpu'], 'source': ' '.join(sys.argv)}
-    table = [{**row, **source} for row in (times(args) if args.times else summarize(args))]
-    if (args.table or args.times) and not table:
+    table = [{**row, **source} for row in outputs[wanted or 'table'](args)]
+    if wanted and not table:
         raise ResultError(f'no training of {args.task} is done in {args.output}.')
     if args.json:
         print(json.dumps(table, indent=2))
     else:
         for row in table:
-            name, value = ('batch_size', 'ratio') if args.times else ('macs_over_resnet32', 'macs_by_severity')
-            print(f'{row["model"]:36} {row["setting"]:18} {row[name]:7} {row["top1"]:6.2f} {row[value]}')
-    if args.table or args.times:
-        write_csv(args.times or args.table, table[0], [row.values() for row in table])
+            print(f'{row["model"]:36} {row["setting"]:18}', *(row[name] for name in SHOWN[wanted or 'table']), sep='  ')
+    if wanted:
+        write_csv(getattr(args, wanted), table[0], [row.values() for row in table])
 
 
 def main(argv: Optional[List[str]] = None) -> int:

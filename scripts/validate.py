@@ -178,9 +178,12 @@ def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> 
     return results
 
 
-def mcnemar(a: Evaluation, b: Evaluation) -> Dict[str, Any]:
-    """Exact two-sided test of whether two models are right on the same number of images (McNemar, 1947)."""
-    right, other = a.predictions == a.labels, b.predictions == b.labels
+def mcnemar(right: torch.Tensor, other: torch.Tensor) -> Dict[str, Any]:
+    """Exact two-sided test of whether two models are right on the same number of images (McNemar, 1947).
+
+    Args:
+        right, other: For each image, whether the first and the second model is right, bool [N] each.
+    """
     only_a, only_b = int((right & ~other).sum()), int((other & ~right).sum())
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
@@ -245,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
         first, second = results[0].evaluation, others[0].evaluation
         if not torch.equal(first.labels, second.labels):
             raise InputError('did not see the same images in the same order as --model.', 'against')
-        comparison = mcnemar(first, second)
+        comparison = mcnemar(*(part.predictions == part.labels for part in (first, second)))
     if args.rank != 0:
         return
 

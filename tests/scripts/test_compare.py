@@ -142,6 +142,50 @@ def test_one_seed_has_no_spread_and_a_second_run_reads_the_answers(start, traine
     assert ',,' in (tmp_path / 'a.csv').read_text()
 
 
+def test_seeds_trained_elsewhere_are_added_to_the_table(start, trained, tmp_path, capsys):
+    trained('static-r32', 'any-r20')
+    first, second, both = (tmp_path / f'{name}.csv' for name in ('first', 'second', 'both'))
+    assert start('--table', first) == 0
+    for name in ('static-r32', 'any-r20'):
+        (tmp_path / 'out' / f'{name}-s0').rename(tmp_path / 'out' / f'{name}-s3')
+    answers = torch.load(tmp_path / 'out' / 'any-r20-s3' / 'answers.pt', weights_only=True)
+    answers[0][2][1][:2] = 1 - answers[0][2][1][:2]  # of the test images at offset -1, two are now right or wrong
+    torch.save(answers, tmp_path / 'out' / 'any-r20-s3' / 'answers.pt')
+    assert start('--seeds', 3, '--table', second) == 0 and start('--seeds', 3, '--add', first, '--table', both) == 0
+    tables = []
+    for path in (first, second, both):
+        with open(path, newline='') as file:
+            tables.append({(row['model'], row['setting']): row for row in csv.DictReader(file)})
+    for key in (('static-r32', ''), ('any-r20', 'offset -1')):
+        a, b, mean = (table[key] for table in tables)
+        top1 = [float(a['top1_seeds']), float(b['top1_seeds'])]
+        assert mean['seeds'] == '0, 3' and mean['top1_seeds'] == f'{a["top1_seeds"]}, {b["top1_seeds"]}'
+        assert float(mean['top1']) == pytest.approx(sum(top1) / 2, abs=.01)
+        assert float(mean['top1_std']) == pytest.approx(abs(top1[0] - top1[1]) / 2 ** .5, abs=.01)
+        assert float(mean['macs']) == pytest.approx((float(a['macs']) + float(b['macs'])) / 2, abs=1e-3)
+
+    assert start('--seeds', 3, '--add', both, '--table', second) == 2
+    assert "--add has seeds [0, 3]" in capsys.readouterr().err
+    (tmp_path / 'bad.csv').write_text('model,setting\nx,y\n')
+    for args in (('--add', first), ('--add', tmp_path / 'bad.csv', '--table', both), ('--add', 'no', '--table', both)):
+        assert start('--seeds', 3, *args) == 2 and 'error: --add ' in capsys.readouterr().err
+
+
+def test_pairs_are_counted_on_the_images(start, trained, tmp_path):
+    trained('static-r32', 'any-r32')
+    for name, right in {'static-r32': [1, 1, 1, 1, 0, 0], 'any-r32': [1, 0, 0, 0, 1, 0]}.items():
+        answers = [torch.full((6,), .5, dtype=torch.float64), torch.tensor(right, dtype=torch.float64),
+                   torch.full((6,), 2e6, dtype=torch.float64)]
+        offset = None if name == 'static-r32' else 0.
+        torch.save([(offset, answers, answers)], tmp_path / 'out' / f'{name}-s0' / 'answers.pt')
+    assert start('--pairs', tmp_path / 'pairs.csv') == 0
+    with open(tmp_path / 'pairs.csv', newline='') as file:
+        row, = csv.DictReader(file)
+    assert (row['model'], row['setting'], row['against'], row['seed']) == ('any-r32', 'offset 0', 'static-r32', '0')
+    assert (row['only_model'], row['only_against'], row['points']) == ('1', '3', '-33.33')
+    assert row['images'] == '6' and row['p'] == '0.62'  # 2 * (1 + 4) / 2 ** 4 = 0.625
+
+
 def test_macs_are_split_by_the_severity_of_the_image(start, trained, images, tmp_path, capsys):
     trained('static-r32', 'any-r20')
     files = sorted((images / 'validation').rglob('*.*'))
