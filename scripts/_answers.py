@@ -5,7 +5,7 @@ import shlex
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -15,6 +15,7 @@ from _common import ResultError
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
 from _timing import Run, sum_up, time_runs
+from early_exits import open_exits
 from timm.utils import natural_key
 from tqdm import tqdm
 
@@ -28,36 +29,42 @@ TIMED, ROUNDS, BATCHES = 256, 7, (1, 32)  # images, rounds and batch sizes of a 
 
 
 class Measured(NamedTuple):
-    """Answers of a model at a gate offset (None for a static one)."""
+    """Answers of a model at a gate offset (None for a static one), or of one of its early exits, by its number."""
     offset: Optional[float]
     held_out: StageAnswers
     test: StageAnswers
 
 
 def measure(args: argparse.Namespace, name: str) -> List[Measured]:
-    """Answers of a trained model, at each of OFFSETS if it is adaptive. They are kept in a file beside it."""
+    """Answers of a trained model, at each of OFFSETS if it is adaptive, or at each exit. They are kept in a file."""
     path = Path(args.output, name, 'answers.pt')
     if path.is_file():
         return [Measured(offset, StageAnswers(*held_out), StageAnswers(*test))
                 for offset, held_out, test in torch.load(path, weights_only=True)]
-    model = timm.create_model(f'local-dir:{path.parent}', pretrained=True).eval()
-    cost = timm_aig.compute_cost(model)
+    model, settings = open_exits(path.parent) if name.startswith('exits-') else open_model(path.parent)
     task = TASKS[args.task]
     parts = [list(open_images(args, name, model, split)) for split in (task.held_out, task.test)]
     device = torch.device(args.device or 'cpu')
-    model = model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
+    measured = [
+        Measured(setting, *(answer_images(run, batches, device) for batches in parts)) for setting, run in settings]
+    write_atomically(path, partial(torch.save, [(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured]))
+    return measured
 
-    def run(images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+
+def open_model(folder: Path) -> Tuple[Any, List[Tuple[Optional[float], Callable[..., Any]]]]:
+    """A trained model, and its gate offsets, each with a function from images to logits and MACs of each image."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    cost = timm_aig.compute_cost(model)
+
+    def run(offset: Optional[float], images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        if offset is not None:
+            timm_aig.set_gate_offset(model, offset)
         logits, gates = timm_aig.forward_gates(model, images)
         return logits, cost.executed(gates)
 
-    measured = []
-    for offset in OFFSETS if timm_aig.gated_blocks(model) else (None,):
-        if offset is not None:
-            timm_aig.set_gate_offset(model, offset)
-        measured.append(Measured(offset, *(answer_images(run, batches, device) for batches in parts)))
-    write_atomically(path, partial(torch.save, [(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured]))
-    return measured
+    offsets = OFFSETS if timm_aig.gated_blocks(model) else (None,)
+    return model, [(offset, partial(run, offset)) for offset in offsets]
 
 
 def open_images(args: argparse.Namespace, name: str, model: Any, split: str) -> Any:
@@ -68,6 +75,9 @@ def open_images(args: argparse.Namespace, name: str, model: Any, split: str) -> 
     return create_evaluation_loader(split_args, dataset, data_config(split_args, model), use_prefetcher=False)
 
 
+Stages = Tuple[Tuple[str, Optional[float]], ...]  # models and gate offsets of a cascade
+
+
 class Row(NamedTuple):
     """Results of one seed on the test images."""
     name: str
@@ -75,7 +85,7 @@ class Row(NamedTuple):
     macs: float
     top1: float
     right: torch.Tensor  # of each image, bool
-    stages: Tuple[Tuple[str, Optional[float]], ...]  # models and gate offsets
+    stages: Stages
     thresholds: Tuple[float, ...] = ()  # between them
     macs_of_quarters: Tuple[float, ...] = ()  # of the images, from the least severe; only of glyphs
 
@@ -113,28 +123,32 @@ def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
     rows = [
         create_row(name, '' if m.offset is None else f'offset {m.offset:g}', ((name, m.offset),), (), m.test.right,
                    m.test.macs, severity)
-        for name, some in measured.items() for m in some]
+        for name, some in measured.items() if not name.startswith('exits-') for m in some]
     if 'static-r32' not in measured:
         return rows
-    largest = measured['static-r32'][0].test.macs[0].item()
     for name, pairs in CASCADES.items():
-        rows += cascade_rows(f'cascade, {name}', pairs, measured, largest, severity)
+        stages = {
+            ((first, a.offset), (second, b.offset)): (a, b)
+            for first, second in pairs if {first, second} <= measured.keys()
+            for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
+        rows += cascade_rows(f'cascade, {name}', stages, measured, severity)
+    for name in (name for name in measured if name.startswith('exits-')):
+        exits = {tuple((name, m.offset) for m in measured[name]): measured[name]}
+        rows += cascade_rows(name, exits, measured, severity)
     return rows
 
 
 def cascade_rows(
-        name: str, pairs: Sequence[Tuple[str, str]], measured: Dict[str, List[Measured]], largest: float, severity: Any,
+        name: str, cascades: Dict[Stages, Sequence[Measured]], measured: Dict[str, List[Measured]], severity: Any,
 ) -> List[Row]:
     """Cascades that are the best on the held-out images: for each of SHARES, and as accurate as each static net there.
 
-    Pair of models, gate offsets and threshold are chosen on these images, then applied to the test images.
+    Models, gate offsets and thresholds are chosen on these images, then applied to the test images.
     """
-    stages = {
-        (first, a.offset, second, b.offset): (a, b) for first, second in pairs if {first, second} <= measured.keys()
-        for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
+    largest = measured['static-r32'][0].test.macs[0].item()
     points: List[Any] = best_points(
-        point for key, (a, b) in stages.items()
-        for point in compare_thresholds([a.held_out, b.held_out], key, largest))  # type: ignore[arg-type]
+        point for key, stages in cascades.items()
+        for point in compare_thresholds([m.held_out for m in stages], key, largest))  # type: ignore[arg-type]
     chosen = {f'{share:g} of the MACs': [p for p in points if p.macs_share <= share][-1:] for share in SHARES}
     for net in ('static-r20', 'static-r32'):
         if net in measured:
@@ -142,10 +156,8 @@ def cascade_rows(
             chosen[f'as {net}'] = [p for p in points if p.top1 >= top1][:1]
     rows = []
     for setting, point in ((setting, point) for setting, some in chosen.items() for point in some):
-        right, macs = run_thresholds([m.test for m in stages[point.budgets]], point.thresholds)
-        first, first_offset, second, second_offset = point.budgets
-        rows.append(create_row(
-            name, setting, ((first, first_offset), (second, second_offset)), point.thresholds, right, macs, severity))
+        right, macs = run_thresholds([m.test for m in cascades[point.budgets]], point.thresholds)
+        rows.append(create_row(name, setting, point.budgets, point.thresholds, right, macs, severity))
     return rows
 
 

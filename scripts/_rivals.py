@@ -43,6 +43,7 @@ def trainings(task: Task) -> Dict[str, str]:
     runs['small-r32'] = f'--static --model {NETS["r32"]} {long} --input-size 1 {task.small} {task.small}'
     runs['any-r20'] = f'--recipe any --model {NETS["r20"]} {long} {TEACHER}'
     runs['any-r32'] = f'--recipe any --model {NETS["r32"]} {long} {TEACHER}'
+    runs['exits-r32'] = runs['distilled-r32']  # by early_exits.py
     runs['half-r32'] = f'--static --model {NETS["r32"]} --epochs {first}'
     runs['distill-r32'] = f'--recipe distill {PARENT} {rest}'
     runs['paper-r32'] = f'--recipe paper {PARENT} {rest}'

@@ -4,6 +4,7 @@
     static       nets of several depths, also distilled from the deepest or at a lower resolution
     any budget   one adaptive checkpoint at many gate offsets
     two stages   a static parent, then its gates, as --recipe distill and --recipe paper do
+    early exits  of earlyon, in the largest net
     cascades     of two of these, with thresholds from held-out images, at several mean MACs
 
 All trainings of a task have the same number of epochs; those of a parent count. A training that was stopped goes on
@@ -83,7 +84,8 @@ def planned(args: argparse.Namespace) -> List[Training]:
             common += ' --amp'
         own = own.format(output=shlex.quote(args.output), seed=seed)
         needs = next((word for word in shlex.split(own) if word.startswith('local-dir:')), None)
-        command = [sys.executable, str(Path(__file__).with_name('finetune.py')), *shlex.split(f'{common} {own}'),
+        script = 'early_exits.py' if name.startswith('exits-') else 'finetune.py'
+        command = [sys.executable, str(Path(__file__).with_name(script)), *shlex.split(f'{common} {own}'),
                    '--output', args.output, '--experiment', f'{name}-s{seed}', '--resume', 'auto']
         plan.append(Training(f'{name}-s{seed}', command, needs and needs.rpartition('/')[2]))
     return plan
@@ -206,6 +208,7 @@ def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Times of static nets, of adaptive ones at some offsets and of cascades at some shares of the MACs."""
     rows = rows_of_seed(args, args.seeds[0])
     shown = [row for row in rows if row.name.startswith('static-') or row.setting in TIMED_OFFSETS + TIMED_SHARES]
+    shown = [row for row in shown if not row.name.startswith('exits-')]  # earlyon cannot export them
     return time_rows(args, args.seeds[0], shown)
 
 

@@ -37,7 +37,8 @@ CURVES = {
 RIVALS = {
     'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 32 taught by ResNet-32',
     'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
-    'distill-r32': 'ResNet-32, recipe distill', 'paper-r32': 'ResNet-32, recipe of the paper',
+    'exits-r32': 'ResNet-32 with early exits', 'distill-r32': 'ResNet-32, recipe distill',
+    'paper-r32': 'ResNet-32, recipe of the paper',
 }
 
 SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
