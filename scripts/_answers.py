@@ -115,9 +115,11 @@ def create_row(
 
 
 def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
-    """Accuracy and MACs on the test images."""
+    """Accuracy and MACs on the test images. Cascades are of nets that are trained for all seeds."""
     folder = Path(args.output)
-    names = [name for name in trainings(TASKS[args.task]) if (folder / f'{name}-s{seed}' / 'results.json').is_file()]
+    done = {other: [name for name in trainings(TASKS[args.task])
+                    if (folder / f'{name}-s{other}' / 'results.json').is_file()] for other in args.seeds}
+    names, shared = done[seed], set.intersection(*map(set, done.values()))
     measured = {name: measure(args, f'{name}-s{seed}') for name in tqdm(names, f'seed {seed}', unit='model')}
     severity = severities(args)
     rows = [
@@ -129,7 +131,7 @@ def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
     for name, pairs in CASCADES.items():
         stages = {
             ((first, a.offset), (second, b.offset)): (a, b)
-            for first, second in pairs if {first, second} <= measured.keys()
+            for first, second in pairs if {first, second} <= shared
             for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
         rows += cascade_rows(f'cascade, {name}', stages, measured, severity)
     for name in (name for name in measured if name.startswith('exits-')):
@@ -172,7 +174,7 @@ def time_rows(args: argparse.Namespace, seed: int, rows: Sequence[Row]) -> List[
             model = timm.create_model(f'local-dir:{args.output}/{name}-s{seed}', pretrained=True).eval()
             if not len(images):
                 images = torch.cat([batch for batch, _ in open_images(args, name, model, TASKS[args.task].test)])
-                images = images[::len(images) // TIMED][:TIMED]  # spread over the classes
+                images = images[::max(1, len(images) // TIMED)][:TIMED]  # spread over the classes
             file, blocks = Path(folder, f'{name}.onnx'), len(timm_aig.gated_blocks(model))
             timm_aig.export_onnx(model, file, 'sparse' if blocks else 'masked', images=images[:4])
             runs[name] = open_exported(file, threads=1, spinning=False), blocks

@@ -112,8 +112,9 @@ def add_evaluation_args(parser: Any, split: str = 'validation', cascade: bool = 
     if cascade:
         add_args(model, 'cascade')
     add_args(parser, 'pretrained', 'data_dir', 'dataset', 'dataset_download', 'input_key', 'target_key')
-    parser.add_argument('--split', default=split, metavar='NAME', help='default: %(default)s')
+    parser.add_argument('--split', metavar='NAME', help=f'default: {split}; with --holdout train')
+    parser.set_defaults(default_split=split)
     parser.add_argument(
         '--holdout', type=integer(0), default=0, metavar='N',
-        help='with --split train: only the N images that finetune.py --holdout N does not train on (default: all)')
+        help='only the N training images that finetune.py --holdout N does not train on (default: all images)')
     add_args(parser, 'unreadable', 'input_size', 'crop_pct', 'batch_size', 'workers', 'device')

@@ -28,7 +28,7 @@ def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]
         InputError: The models want different images, or order their classes differently.
     """
     configs = [data_config(args, model) for model in cascade.models]
-    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
         values = [config[name] for config in configs]
         if any(value != values[0] for value in values):
             raise InputError(f'must take the same images, but {name} is {" and ".join(map(str, values))}.', 'cascade')

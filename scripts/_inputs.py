@@ -57,7 +57,8 @@ def open_split(args: argparse.Namespace, split: str, is_training: bool = False, 
 
 
 def open_evaluation_split(args: argparse.Namespace, model: Any) -> Any:
-    """--split, or the --holdout images of it, with the labels of a model."""
+    """--split, or the --holdout images of it, with the labels of a model. Sets args.split."""
+    args.split = args.split or ('train' if args.holdout else args.default_split)
     dataset = open_split(args, args.split)
     if args.holdout:
         dataset = hold_out(dataset, dataset, args.holdout)[1]  # the other part is not used
@@ -71,10 +72,11 @@ def data_config(args: argparse.Namespace, model: Any) -> Dict[str, Any]:
 
 
 def create_evaluation_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], **kwargs: Any) -> Any:
-    """Loader of center crops, without augmentation."""
+    """Loader of images as the model takes them, without augmentation."""
     loader = create_loader(
         dataset, config['input_size'], args.batch_size, interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'], num_workers=args.workers, persistent_workers=False, **kwargs)
+        std=config['std'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], num_workers=args.workers,
+        persistent_workers=False, **kwargs)
     convert_images(dataset, config['input_size'][0])
     return loader
 
@@ -84,7 +86,7 @@ class TrainingData(NamedTuple):
     train: Any
     val: Any
     names: List[str]  # of the classes; empty if the data set has none
-    config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct
+    config: Dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
 
 
 def open_training_splits(args: argparse.Namespace) -> Any:
@@ -99,10 +101,14 @@ def open_training_splits(args: argparse.Namespace) -> Any:
 
 
 def fit_batch_size(args: argparse.Namespace, train: Any) -> None:
-    """Make args.batch_size a quarter of the training images of a process if they do not fill a batch."""
+    """Make args.batch_size a quarter of the training images of a process if they do not fill a batch.
+
+    It stays above the least with which the gates can be trained.
+    """
     images = args.batch_size if isinstance(train, IterableDataset) else len(train) // args.world_size
     if images < args.batch_size:
-        batch_size = max(2, images // 8 * 2)
+        least = 4 if not args.static and args.gate_loss == 'budgets' else 2
+        batch_size = max(least, images // 8 * 2)
         print(f'--batch-size {args.batch_size} is more than the {images} training images of a process, {batch_size} is '
               'used.', file=sys.stderr)
         args.batch_size = batch_size
@@ -122,8 +128,8 @@ def create_calibration_loader(args: argparse.Namespace, train: Any, data: Traini
 
 def create_training_loaders(args: argparse.Namespace, train: Any, val: Any, model: nn.Module) -> TrainingData:
     given = {k: getattr(args, k) for k in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
-    if args.crop_padding is not None and args.crop_pct is None:
-        given['crop_pct'] = 1.  # evaluate the whole image too, at the same scale
+    if args.crop_padding is not None:  # evaluate the whole image too, at the same scale
+        given.update(crop_pct=args.crop_pct or 1., crop_mode='center')
     channels = (args.input_size or model.pretrained_cfg['input_size'])[0]
     for name in ('mean', 'std'):
         if given[name] and len(given[name]) not in (1, channels):
@@ -138,7 +144,8 @@ def create_training_loaders(args: argparse.Namespace, train: Any, val: Any, mode
         train_loader = create_loader(
             train, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
             color_jitter=args.color_jitter or None, auto_augment=args.aa, re_prob=args.reprob, **common)
-        val_loader = create_loader(val, batch_size=args.batch_size, crop_pct=config['crop_pct'], **common)
+        val_loader = create_loader(
+            val, batch_size=args.batch_size, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], **common)
     if len(train_loader) == 0:
         raise InputError(f'{args.batch_size} is more than the {len(train)} training images.', 'batch_size')
     if isinstance(train_loader.sampler, DistributedSampler):

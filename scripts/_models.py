@@ -43,6 +43,8 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
             raise InputError(f'must be a model of a family that timm_aig can gate, not {args.model!r}.', 'model')
         timm_aig.gate_(model, timm_aig.AIGConfig(**given_gate_args(args)))
     if not args.static:
+        if args.gate_loss == 'budgets' and args.batch_size < 4:
+            raise InputError(f'must be at least 4 to train budgets side by side, not {args.batch_size}.', 'batch_size')
         config = timm_aig.AIGConfig(**{k: v for k, v in model_args(model).items() if k in AIG_ARGS})
         if config.target_rates and args.gate_loss == 'rate':
             raise InputError(f'rate: {args.model} has target_rates of its own, one for each block.', 'gate_loss')

@@ -106,6 +106,18 @@ def print_result(result: Calibration) -> None:
               f'{s.interval[1]:.2f}.')
 
 
+def usable_budgets(args: argparse.Namespace, cascade: Any, stage: int) -> List[float]:
+    """Those of --budgets in the range of a stage's table. Says on stderr if an adaptive stage has none."""
+    model = cascade.models[cascade.order[stage]]
+    table = timm_aig.budget_table(model)
+    ends = [point.budget for point in (*table[:1], *table[-1:])]
+    found = [budget for budget in args.budgets if table and min(ends) <= budget <= max(ends)]
+    if timm_aig.gated_blocks(model) and not found:
+        why = f'calibrated for {min(ends):g} to {max(ends):g}' if table else 'not calibrated'
+        print(f'Stage {stage + 1} keeps its gate offset: it is {why}.', file=sys.stderr)
+    return found
+
+
 def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
     cascade = open_cascade(args)
     if args.output:
@@ -113,8 +125,7 @@ def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
     loader = create_cascade_loader(args, cascade, device)
     check_size(loader.dataset, common_data_config(args, cascade))
     cascade = cascade.to(device, memory_format=torch.channels_last)
-    tables = [timm_aig.budget_table(cascade.models[index]) for index in cascade.order]
-    budgets: Any = [[p.budget for p in table if p.budget in args.budgets] or [None] for table in tables]
+    budgets: Any = [usable_budgets(args, cascade, stage) or [None] for stage in range(len(cascade.order))]
     points = cascade.calibrate(loader, macs=args.macs, accuracy=args.accuracy, budgets=budgets, progress=True)
     chosen = next(p for p in points if (p.thresholds, p.budgets) == (cascade.thresholds, cascade.budgets))
     if args.json:

@@ -16,12 +16,13 @@ import itertools
 import json
 import math
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _args import add_args, create_parser, integer
 from _common import ResultError, blame, check_file, run_script, write_csv
@@ -56,12 +57,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
-from _answers import rows_of_seed, time_rows
+from _answers import Row, rows_of_seed, time_rows
 from tqdm import tqdm
 from validate import mcnemar
 
 from timm_aig import InputError
 from timm_aig.run import environment
+from timm_aig.training.trainer import Stopped
 
 # Train
 
@@ -74,7 +76,7 @@ class Training(NamedTuple):
 def planned(args: argparse.Namespace) -> List[Training]:
     task = TASKS[args.task]
     plan = []
-    for seed, (name, own) in itertools.product(args.seeds, trainings(task).items()):
+    for seed, (name, own) in itertools.product(dict.fromkeys(args.seeds), trainings(task).items()):
         if args.only and not any(text in name for text in args.only):
             continue
         common = f'{task.data} --data-dir {shlex.quote(args.data_dir)} --workers {args.workers} --seed {seed}'
@@ -96,6 +98,7 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     submitted: Dict[str, Future] = {}
+    running: Set[subprocess.Popen] = set()
 
     def run_training(training: Training) -> Optional[str]:
         """What went wrong, None if it is trained."""
@@ -106,16 +109,26 @@ def train(args: argparse.Namespace) -> None:
         if is_done(folder, training.name):
             return None
         with open(folder / f'{training.name}.log', 'ab') as log:
-            code = subprocess.run(training.command, stdout=log, stderr=log).returncode
+            process = subprocess.Popen(training.command, stdout=log, stderr=log)
+            running.add(process)
+            code = process.wait()
+            running.discard(process)
         return f'{training.name} failed, see {log.name}.' if code else None
 
+    def stop(signum: int, frame: Any) -> None:
+        for process in tuple(running):
+            process.terminate()  # it saves
+        raise Stopped(f'stopped by {signal.Signals(signum).name}. Run it again to go on.', signum)
+
     pool = ThreadPoolExecutor(args.jobs)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         for training in planned(args):  # in an order in which none waits for a later one
             submitted[training.name] = pool.submit(run_training, training)
         problems = [future.result() for future in tqdm(submitted.values(), args.task, unit='training')]
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C reaches the trainings too, and they save
+        signal.signal(signal.SIGTERM, before)
     if any(problems):
         raise ResultError(' '.join(filter(None, problems)))
 
@@ -141,19 +154,25 @@ class Result(NamedTuple):
     top1: float
     used: str
     macs_of_quarters: Sequence[float]
+    precision: str
 
 
-def read_results(path: str) -> List[Tuple[Tuple[str, str], Result]]:
-    """Results in a table that this script wrote, with model and setting. MACs are the mean of its seeds."""
+def read_results(args: argparse.Namespace) -> List[Tuple[Tuple[str, str], Result]]:
+    """Results of args.add, a table that this script wrote, with model and setting. MACs are the mean of its seeds."""
     found = []
     faults = OSError, KeyError, ValueError, TypeError
-    with blame('add', path, faults), open(path, newline='', encoding='utf-8') as file:
+    with blame('add', args.add, faults), open(args.add, newline='', encoding='utf-8') as file:
         for row in csv.DictReader(file):
+            if (row['task'], int(row['epochs'])) != (args.task, TASKS[args.task].epochs):
+                raise ValueError(f'it is of {row["task"]}, {row["epochs"]} epochs.')
             macs = 1e6 * float(row['macs'])
             largest = macs / float(row['macs_over_resnet32'])
+            if math.isnan(largest):
+                raise ValueError('it has no static-r32.')
             quarters = [float(share) * largest for share in row['macs_by_severity'].split()]
-            for seed, top1 in zip(row['seeds'].split(', '), row['top1_seeds'].split(', ')):
-                result = Result(int(seed), macs, float(top1), row['used'], quarters)
+            columns = (row[name].split(', ') for name in ('seeds', 'top1_seeds', 'precision'))
+            for seed, top1, precision in zip(*columns):
+                result = Result(int(seed), macs, float(top1), row['used'], quarters, precision)
                 found.append(((row['model'], row['setting']), result))
     return found
 
@@ -161,16 +180,16 @@ def read_results(path: str) -> List[Tuple[Tuple[str, str], Result]]:
 def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Rows of the table: means over seeds."""
     groups: Dict[Tuple[str, str], List[Result]] = {}
-    for key, result in read_results(args.add) if args.add else []:
+    for key, result in read_results(args) if args.add else []:
         groups.setdefault(key, []).append(result)
     for seed in args.seeds:
         for row in rows_of_seed(args, seed):
-            result = Result(seed, row.macs, row.top1, row.used, row.macs_of_quarters)
+            result = Result(seed, row.macs, row.top1, row.used, row.macs_of_quarters, precision(args, row, seed))
             groups.setdefault((row.name, row.setting), []).append(result)
     largest = groups['static-r32', ''][0].macs if ('static-r32', '') in groups else math.nan
     table = []
     for (name, setting), found in groups.items():
-        seeds, all_macs, accuracies, used, quarters = zip(*found)
+        seeds, all_macs, accuracies, used, quarters, precisions = zip(*found)
         if len(set(seeds)) < len(seeds):
             raise InputError(f'has seeds {sorted(set(seeds))}, of which some are in {args.output!r} as well.', 'add')
         macs = statistics.mean(all_macs)
@@ -182,8 +201,19 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
             'used': '; '.join(dict.fromkeys(used)) if ' + ' in used[0] else '',
             'macs_by_severity': ' '.join(f'{share:.3f}' for share in shares),
-            'seeds': ', '.join(map(str, seeds)), 'epochs': TASKS[args.task].epochs})
+            'seeds': ', '.join(map(str, seeds)), 'precision': ', '.join(precisions),
+            'epochs': TASKS[args.task].epochs})
     return table
+
+
+def precision(args: argparse.Namespace, row: Row, seed: int) -> str:
+    """What the models of a row were trained in: float32, --amp, or both."""
+    found = set()
+    for name, _ in row.stages:
+        results = json.loads(Path(args.output, f'{name}-s{seed}', 'results.json').read_text(encoding='utf-8'))
+        recipe = results['recipe']
+        found.add(recipe['amp_dtype'] if recipe['amp'] else 'float32')
+    return ' and '.join(sorted(found))
 
 
 def pairs(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -219,6 +249,9 @@ def run(args: argparse.Namespace) -> None:
     wanted = next((name for name in outputs if getattr(args, name)), None)
     if args.add and wanted != 'table':
         raise InputError('is for --table only.', 'add')
+    for name in ('only', 'amp') if wanted else ():
+        if getattr(args, name):
+            raise InputError(f'is for trainings, not for --{wanted}.', name)
     if wanted:
         check_file(getattr(args, wanted), wanted)
     else:
@@ -226,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
     source = {'machine': environment()['cpu'], 'source': ' '.join(sys.argv)}
     table = [{**row, **source} for row in outputs[wanted or 'table'](args)]
     if wanted and not table:
-        raise ResultError(f'no training of {args.task} is done in {args.output}.')
+        raise ResultError(f'{args.output} has no trainings of {args.task} to sum up.')
     if args.json:
         print(json.dumps(table, indent=2))
     else:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Train a ResNet with early exits, a rival in compare.py: an image leaves the network at the first exit that is sure.
 
-The exits are those of earlyon, after the first two stages. Takes the arguments of finetune.py --static; all exits have
-the same loss and the same teacher. Writes the network as finetune.py does, and the heads to exits.safetensors.
+The exits are those of earlyon, after the first two stages. Takes the arguments of finetune.py for a static network; all
+exits have the same loss and the same teacher. Validates nothing, and writes the last epoch: the network as finetune.py
+does, and the heads to exits.safetensors.
 """
 import argparse
 import copy
@@ -12,32 +13,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
 
-from _common import blame, create_model, keep_freed_memory, open_device, require, run_script
+from _args import Parser
+from _common import blame, create_model, keep_freed_memory, open_device, require, run_script, sleep_when_idle
 from _recipes import parse_training_args
 
 EXITS = ('layer1', 'layer2')
 EXAMPLES = """examples:
-  scripts/early_exits.py --static --model cifar_resnet32 --data-dir glyphs --num-classes 2000 --input-size 1 20 20
+  scripts/early_exits.py --model cifar_resnet32 --data-dir glyphs --num-classes 2000 --input-size 1 20 20
   scripts/compare.py glyphs --data-dir glyphs --only exits     # with the arguments and the teacher of its rivals"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    return parse_training_args(argv, __doc__, EXAMPLES)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_training_args([*argv, '--static', '--keep', 'last'], __doc__, EXAMPLES)
+    for name in ('calibrate', 'json', 'model_ema', 'tensorboard', 'torchcompile'):
+        if getattr(args, name):
+            Parser().error(f'--{name.replace("_", "-")} is not for networks with early exits.')
+    return args
 
 
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
+sleep_when_idle()
+
 import safetensors.torch
 import torch
 import torch.nn as nn
 from _inputs import create_training_loaders, fit_batch_size, open_training_splits
-from _models import create_models
+from _models import check_normalization, create_models
 from finetune import create_trainer, describe_data, open_output, recipe_of
 from timm.utils import random_seed
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_aig
+from timm_aig import InputError
 from timm_aig.run import environment
 from timm_aig.training.checkpoint import CheckpointError, write_atomically
 from timm_aig.training.data import class_names
@@ -102,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     require('exits', 'earlyon')
     keep_freed_memory()
     open_device(args)
+    if args.distributed:
+        raise InputError('early_exits.py runs in one process, without torchrun.')
     random_seed(args.seed, 0)
     train_set, val_set = open_training_splits(args)
     fit_batch_size(args, train_set)
@@ -109,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
     data = create_training_loaders(args, train_set, val_set, static)
     loader = getattr(data.train, 'loader', data.train)  # of timm's PrefetchLoader
     loader.collate_fn = partial(repeat_labels, loader.collate_fn)
+    if args.teacher and teacher is not None:
+        check_normalization(args, teacher, data.config)
     describe_data(static, data)
     model, cost = EarlyExits(copy.deepcopy(static)), timm_aig.compute_cost(static)
     folder = open_output(args)

@@ -94,7 +94,7 @@ def describe_data(model: nn.Module, data: TrainingData) -> None:
     cfg: Any = model.pretrained_cfg
     if tuple(cfg['input_size']) != tuple(data.config['input_size']):
         cfg.pop('pool_size', None)  # holds for another input size
-    cfg.update({k: data.config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
+    cfg.update({k: data.config[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')})
     cfg['num_classes'] = model.num_classes
     for key in ('tag', 'hf_hub_id', 'url', 'file', 'origin_url', 'label_names', 'paper_ids', 'test_input_size',
                 'test_crop_pct', 'test_pool_size'):

@@ -76,7 +76,7 @@ WARNING = ': its answers mean nothing'
 
 class Predictor(NamedTuple):
     """A model, cascade or file."""
-    config: Dict[str, Any]  # timm's data config: input_size, mean, std, interpolation, crop_pct
+    config: Dict[str, Any]  # timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode
     labels: Sequence[str]  # of the classes, empty if it has none
     run: Callable[[torch.Tensor], Dict[str, Any]]  # from images to their logits and further columns, each [B]
 
@@ -171,7 +171,8 @@ def open_file(args: argparse.Namespace) -> Predictor:
     known = {key: json.loads(data[key]) for key in (
         'input_size', 'mean', 'std', 'crop_pct', 'labels', 'budgets', 'gates') if key in data}
     config = {**{key: known[key] for key in ('input_size', 'mean', 'std')},
-              'crop_pct': args.crop_pct or known['crop_pct'], 'interpolation': data['interpolation']}
+              'crop_pct': args.crop_pct or known['crop_pct'], 'interpolation': data['interpolation'],
+              'crop_mode': data.get('crop_mode', 'center')}
     feeds = {}
     if args.budget:
         shapes = [value.shape for value in session.get_overridable_initializers() if value.name == 'gate_offset']

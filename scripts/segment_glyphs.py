@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from _args import add_args, create_parser, integer
-from _common import ResultError, check_file, print_table, run_script, write_csv
+from _common import ResultError, check_file, print_table, run_script, sleep_when_idle, write_csv, write_text
 
 # Arguments of finetune.py for each network, each after its teacher.
 COMMON = '--num-classes 2000 --input-size 1 40 40 --keep last'
@@ -28,6 +28,7 @@ NETWORKS = {
 CASCADES = (('static-r8', 'static-r32'), ('distilled-r14', 'distilled-r20'))
 SHARES = (.1, .2, .3, .4, .5, .6, .7, .8, .9)  # of the pages, go on to the second network
 STRIDE = 4  # of a ResNet's last features
+TEST_BATCH = 32  # pages; other batches would be other pages
 EXAMPLES = """examples:
   scripts/segment_glyphs.py --data-dir glyphs                              # train all, or go on with it
   scripts/segment_glyphs.py --data-dir glyphs --networks static-r32 any-r32
@@ -51,6 +52,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
+
+sleep_when_idle()
 
 import safetensors.torch
 import timm
@@ -141,6 +144,29 @@ def create_network(name: str, num_classes: int, folder: Optional[Path] = None) -
     return model
 
 
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.output, f'{name}-s{args.seed}')
+
+
+def is_trained(args: argparse.Namespace, name: str) -> bool:
+    """Whether a network is trained.
+
+    Raises:
+        InputError: It was trained for another time.
+    """
+    path = folder_of(args, name) / 'training.json'
+    if not path.is_file():
+        return False
+    trained = json.loads(path.read_text(encoding='utf-8'))
+    if trained != length_of(args):
+        raise InputError(f'{path.parent} was trained with {trained}: pass the same, or another folder.', 'output')
+    return True
+
+
+def length_of(args: argparse.Namespace) -> Dict[str, int]:
+    return {name: getattr(args, name) for name in ('epochs', 'pages', 'batch_size')}
+
+
 def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> None:
     """Train a network, or go on with it, and save its weights."""
     own = parse_training_args(
@@ -149,10 +175,10 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     open_device(own)
     random_seed(args.seed, 0)
     model = create_network(name, classes)
-    if own.teacher and not Path(args.output, own.teacher, 'model.safetensors').is_file():
+    if own.teacher and not is_trained(args, own.teacher):
         raise InputError(f'{name} learns from {own.teacher}, which is not trained.', 'networks')
-    teacher = create_network(own.teacher, classes, Path(args.output, own.teacher)) if own.teacher else None
-    folder = open_folder(Path(args.output, name))
+    teacher = create_network(own.teacher, classes, folder_of(args, own.teacher)) if own.teacher else None
+    folder = open_folder(folder_of(args, name))
     open_folder(folder / 'checkpoints')
     data = TrainingData(Pages(glyphs, args.batch_size, args.pages), None, [], model.pretrained_cfg)
     cost = timm_aig.compute_cost(model)
@@ -162,6 +188,7 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     trainer.fit()
     weights = safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
     write_atomically(folder / 'model.safetensors', lambda file: file.write(weights))
+    write_text(folder / 'training.json', json.dumps(length_of(args)))
 
 
 class Answers(NamedTuple):
@@ -183,7 +210,7 @@ def answer(model: Segmenter, pages: Pages, cost: timm_aig.Cost, device: torch.de
 
 def answer_all(args: argparse.Namespace, name: str, pages: Pages, classes: int) -> Dict[str, Answers]:
     """Answers of a trained network by its setting, one for each gate offset. They are kept beside its weights."""
-    path = Path(args.output, name, 'answers.pt')
+    path = folder_of(args, name) / 'answers.pt'
     if not path.is_file():
         device = open_device(args)
         model = create_network(name, classes, path.parent).eval().to(device)
@@ -217,8 +244,10 @@ def sum_up(args: argparse.Namespace, names: List[str]) -> List[Dict[str, Any]]:
     """Rows of the table, on pages of the test images."""
     test = read_split(args.data_dir, 'test')
     classes = int(test.labels.max()) + 1
-    pages = Pages(test, args.batch_size, len(test.images) // 4, seed=0)
-    labels = torch.cat([y.view(args.batch_size, -1) for _, y in pages])
+    pages = Pages(test, TEST_BATCH, len(test.images) // 4, seed=0)
+    if not len(pages):
+        raise InputError(f'must have at least {4 * TEST_BATCH} test images, not {len(test.images)}.', 'data_dir')
+    labels = torch.cat([y.view(TEST_BATCH, -1) for _, y in pages])
     found = {(name, setting): answers for name in names
              for setting, answers in answer_all(args, name, pages, classes).items()}
     for first, second in CASCADES:
@@ -242,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'must be a folder of prepare_glyphs.py, {args.data_dir!r} is not.', 'data_dir')
     if args.table:
         check_file(args.table, 'table')
-    done = [name for name in args.networks if Path(args.output, name, 'model.safetensors').is_file()]
+    done = [name for name in args.networks if is_trained(args, name)]
     if not args.table:
         glyphs = read_split(args.data_dir, 'train')
         classes = int(glyphs.labels.max()) + 1

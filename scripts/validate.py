@@ -246,7 +246,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = None
     if against:
         first, second = results[0].evaluation, others[0].evaluation
-        if not torch.equal(first.labels, second.labels):
+        if not torch.equal(first.positions, second.positions):
             raise InputError('did not see the same images in the same order as --model.', 'against')
         comparison = mcnemar(*(part.predictions == part.labels for part in (first, second)))
     if args.rank != 0:

@@ -101,6 +101,7 @@ def test_the_file_says_what_its_user_needs(tmp_path):
     values = {p.key: p.value for p in onnx.load(tmp_path / 'm.onnx').metadata_props}
     assert json.loads(values['labels'])[9] == 'Ankle boot'
     assert json.loads(values['input_size']) == [1, 28, 28] and json.loads(values['mean']) == [0.286]
+    assert (values['interpolation'], values['crop_mode']) == ('bicubic', 'center')
     assert json.loads(values['gated_blocks']) == list(timm_aig.gated_blocks(model))
     assert values['architecture'] == 'cifar_resnet32_aig' and values['mode'] == 'masked'
     assert dict(json.loads(values['budgets']))[.5] == timm_aig.set_budget(model, .5)

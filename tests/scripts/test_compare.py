@@ -1,7 +1,12 @@
 """scripts/compare.py: the order of its trainings, what it resumes, and its table."""
 import csv
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import _answers
@@ -13,6 +18,7 @@ import torch
 from PIL import Image
 
 import timm_aig
+from timm_aig.training.trainer import Stopped
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def trained(tmp_path, monkeypatch):
             torch.nn.init.normal_(model.fc.weight)
             folder = tmp_path / 'out' / f'{name}-s0'
             timm_aig.save_pretrained(model.eval(), folder)
-            (folder / 'results.json').write_text('{}')
+            (folder / 'results.json').write_text('{"recipe": {"amp": false}}')
 
     return _trained
 
@@ -90,7 +96,7 @@ def test_a_training_that_fails_is_named_and_what_needs_it_does_not_start(start, 
 
 @pytest.mark.parametrize('args, code, problem', [
     (['--data-dir', '/nowhere'], 2, "--data-dir must be a folder, '/nowhere' is not"),
-    (['--table', 'table.csv'], 1, 'no training of glyphs is done in'),
+    (['--table', 'table.csv'], 1, 'has no trainings of glyphs to sum up'),
 ])
 def test_nothing_to_train_on_or_to_sum_up_is_an_error(start, capsys, args, code, problem):
     assert start(*args) == code and problem in capsys.readouterr().err
@@ -166,9 +172,48 @@ def test_seeds_trained_elsewhere_are_added_to_the_table(start, trained, tmp_path
 
     assert start('--seeds', 3, '--add', both, '--table', second) == 2
     assert "--add has seeds [0, 3]" in capsys.readouterr().err
-    (tmp_path / 'bad.csv').write_text('model,setting\nx,y\n')
-    for args in (('--add', first), ('--add', tmp_path / 'bad.csv', '--table', both), ('--add', 'no', '--table', both)):
+    other = first.read_text().replace('glyphs,', 'fmnist,'), second.read_text().replace('static-r32,,', 'static-r32,,n')
+    bad = {'bad.csv': 'model,setting\nx,y\n', 'task.csv': other[0], 'nan.csv': other[1]}
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+    for args in (('--add', first), *(('--add', tmp_path / name, '--table', both) for name in (*bad, 'missing.csv'))):
         assert start('--seeds', 3, *args) == 2 and 'error: --add ' in capsys.readouterr().err
+    for args in (('--amp',), ('--only', 'static')):
+        assert start(*args, '--table', both) == 2 and f'error: {args[0]} is for trainings' in capsys.readouterr().err
+
+
+def test_cascades_are_of_nets_that_all_seeds_have(start, trained, tmp_path):
+    trained('static-r8', 'static-r32', 'any-r32')
+    for name in ('static-r8', 'static-r32'):
+        shutil.copytree(tmp_path / 'out' / f'{name}-s0', tmp_path / 'out' / f'{name}-s1')
+    recipe = tmp_path / 'out' / 'static-r8-s1' / 'results.json'
+    recipe.write_text('{"recipe": {"amp": true, "amp_dtype": "bfloat16"}}')
+    assert start('--seeds', 0, 1, '--table', tmp_path / 'table.csv') == 0
+    with open(tmp_path / 'table.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert {row['used'] for row in rows if row['model'].startswith('cascade')} == {'static-r8 + static-r32'}
+    assert {row['seeds'] for row in rows if row['model'].startswith('any')} == {'0'}
+    assert {row['precision'] for row in rows if row['model'].startswith('cascade')} == {
+        'float32, bfloat16 and float32'}
+
+
+def test_sigterm_stops_the_trainings_too(images, tmp_path, monkeypatch):
+    program = ('import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit('
+               'pathlib.Path(sys.argv[1], "saved").write_text("x") and 0)); pathlib.Path(sys.argv[1], "up").touch(); '
+               'time.sleep(60)')
+    args = compare.parse_args(['glyphs', '--data-dir', str(images), '--output', str(tmp_path), '--only', 'static-r8'])
+    plan = [t._replace(command=[sys.executable, '-c', program, str(tmp_path)]) for t in compare.planned(args)]
+    monkeypatch.setattr(compare, 'planned', lambda args: plan)
+
+    def stop():
+        while not (tmp_path / 'up').exists():
+            time.sleep(.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Stopped, match='stopped by SIGTERM'):
+        compare.train(args)
+    assert (tmp_path / 'saved').exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_pairs_are_counted_on_the_images(start, trained, tmp_path):

@@ -128,6 +128,12 @@ def test_calibrated_stages_run_at_the_budgets_that_are_best(call, rows, adaptive
     assert code == 0 and 'budgets ' in out
     cascade = timm_aig.Cascade.from_pretrained(tmp_path / 'cascade')
     assert len(cascade.models) == 1 and set(cascade.budgets) <= {.4, 1.}
+    _, _, err = call('calibrate.py', '--cascade', name, adaptive_model, '--macs', 2, '--budgets', .6, '--output',
+                     tmp_path / 'between')
+    assert timm_aig.Cascade.from_pretrained(tmp_path / 'between').budgets == (.6, None)
+    assert 'Stage 2 keeps its gate offset: it is not calibrated.' in err and 'Stage 1' not in err
+    _, _, err = call('calibrate.py', '--cascade', name, name, '--macs', 2, '--budgets', .3)
+    assert 'Stage 1 keeps its gate offset: it is calibrated for 0.4 to 1.' in err
     best = max(rows('--model', name, '--budgets', .4, 1), key=lambda row: row['top1'])
     assert rows('--cascade', tmp_path / 'cascade')[0]['top1'] >= best['top1'] - 1e-9
 

@@ -17,7 +17,7 @@ def folder(finetune_args, static_model, tmp_path_factory):
     """A trained ResNet-20 with exits, as compare.py would train it."""
     output = tmp_path_factory.mktemp('exits')
     args = [
-        *finetune_args, '--static', '--model', 'cifar_resnet20', '--teacher', static_model, '--distill-weight', '0.5',
+        *finetune_args, '--model', 'cifar_resnet20', '--teacher', static_model, '--distill-weight', '0.5',
         '--output', str(output), '--experiment', 'exits-r32-s0']
     assert early_exits.main(args) == 0
     return output / 'exits-r32-s0'
@@ -55,7 +55,7 @@ def test_images_leave_at_the_first_exit_that_is_sure(folder, images, static_mode
     monkeypatch.setitem(_rivals.TASKS, 'glyphs', small)
     static = folder.with_name('static-r32-s0')
     timm_aig.save_pretrained(timm.create_model(f'local-dir:{folder}', pretrained=True), static)
-    (static / 'results.json').write_text('{}')
+    (static / 'results.json').write_text('{"recipe": {"amp": false}}')
     args = ['glyphs', '--data-dir', str(images), '--output', str(folder.parent), '--seeds', '0']
     assert compare.main([*args, '--table', str(tmp_path / 'table.csv')]) == 0
     with open(tmp_path / 'table.csv', newline='') as file:
@@ -76,3 +76,11 @@ def test_images_leave_at_the_first_exit_that_is_sure(folder, images, static_mode
                     break
             right.append(logits.argmax().item() == label.item())
     assert row.right.tolist() == right and row.macs == pytest.approx(used / len(right))
+
+
+def test_what_exits_have_no_use_for_is_an_error(finetune_args, tmp_path, capsys):
+    for flag in ('--model-ema', '--tensorboard', '--json'):
+        with pytest.raises(SystemExit) as e:
+            early_exits.main([*finetune_args, '--model', 'cifar_resnet20', '--output', str(tmp_path / 'x'), flag])
+        assert e.value.code == 2 and f'error: {flag} is not for' in capsys.readouterr().err
+    assert not (tmp_path / 'x').exists()

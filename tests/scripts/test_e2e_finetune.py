@@ -510,6 +510,24 @@ def test_of_the_epochs_within_the_target_the_most_accurate_is_saved(run, monkeyp
         'best-0002.safetensors', 'checkpoint-00000024.pt']
 
 
+def test_an_epoch_before_the_low_budgets_is_not_the_best_for_any_budget(run, monkeypatch, tmp_path):
+    evaluate, answers = _epochs.evaluate, iter([90., 30., 60., 50., 60., 60.])
+    monkeypatch.setattr(_epochs, 'evaluate', lambda *args: replace(evaluate(*args), top1=next(answers)))
+    code, err = run('--recipe', 'any', '--epochs', 4)  # the targets fall over 0.4 of the training
+    assert code == 0, err
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text())['epoch'] == 2
+
+
+def test_a_batch_has_an_image_for_each_budget(run, finetune):
+    code, err = run('--recipe', 'any', '--batch-size', 2)
+    assert code == 2 and 'error: --batch-size must be at least 4' in err
+    for recipe, size in {'any': 4, 'distill': 2}.items():
+        args = finetune.parse_args(['--data-dir', 'x', '--recipe', recipe])
+        args.world_size = 1
+        finetune.fit_batch_size(args, range(10))
+        assert args.batch_size == size
+
+
 def test_the_last_epoch_is_saved_where_it_is_asked_for(run, monkeypatch, tmp_path):
     evaluate, answers = _epochs.evaluate, iter([90., 60., 60.])
     monkeypatch.setattr(_epochs, 'evaluate', lambda *args: replace(evaluate(*args), top1=next(answers)))
@@ -558,7 +576,9 @@ def test_a_target_that_is_missed_is_reported_with_what_to_do(run, loss, what, tm
 def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):
     model = timm.create_model('resnet50_aig.tv2_in1k', device='meta')
     assert model.pretrained_cfg['test_crop_pct'] != .9
-    config = dict(input_size=(3, 224, 224), interpolation='bilinear', mean=(.5,) * 3, std=(.5,) * 3, crop_pct=.9)
+    config = dict(
+        input_size=(3, 224, 224), interpolation='bilinear', mean=(.5,) * 3, std=(.5,) * 3, crop_pct=.9,
+        crop_mode='squash')
     finetune.describe_data(model, SimpleNamespace(config=config))
     for use_test_size in (False, True):
         assert config.items() <= timm.data.resolve_data_config(model=model, use_test_size=use_test_size).items()

@@ -27,6 +27,7 @@ def start(data, tmp_path, monkeypatch):
     monkeypatch.setattr(segment_glyphs, 'OFFSETS', (-1e4, 0., 1e4))
     monkeypatch.setattr(segment_glyphs, 'CASCADES', (('static-r8', 'static-r32'),))
     monkeypatch.setattr(segment_glyphs, 'SHARES', (.5,))
+    monkeypatch.setattr(segment_glyphs, 'TEST_BATCH', 4)
 
     def _start(*args):
         return segment_glyphs.main([
@@ -77,6 +78,9 @@ def test_it_trains_goes_on_and_sums_up(start, tmp_path, capsys, monkeypatch):
     with open(table, newline='') as file:
         written = list(csv.DictReader(file))
     assert [row['network'] for row in written] == ['static-r32', *['any-r32'] * 3] and written[0]['pages'] == '16'
+    assert start('--batch-size', 4, '--json', '--table', table) == 2  # they were trained otherwise
+    assert "static-r32-s0 was trained with {'epochs': 1, 'pages': 16, 'batch_size': 8}" in capsys.readouterr().err
+    assert start('--seed', 1, '--table', table) == 1  # no network of this seed
 
 
 def test_cascades_of_what_is_trained_are_in_the_table(start, capsys):

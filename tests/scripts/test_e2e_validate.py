@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 import validate as script
+from _inputs import create_evaluation_loader, data_config, open_evaluation_split
 from PIL import Image
 from scipy.stats import binomtest
+from timm.data import create_transform
 
 import timm_aig
 from timm_aig.training.data import hold_out, open_dataset
@@ -46,7 +48,7 @@ def test_the_figures_are_those_of_a_plain_loop(validate, adaptive_model, plain_l
 def test_held_out_images_are_those_that_a_training_leaves_out(validate, adaptive_model, images, tmp_path):
     whole, part = tmp_path / 'whole.csv', tmp_path / 'part.csv'
     validate('--model', adaptive_model, '--split', 'train', '--predictions', whole)
-    row = validate('--model', adaptive_model, '--split', 'train', '--holdout', 20, '--predictions', part)['rows'][0]
+    row = validate('--model', adaptive_model, '--holdout', 20, '--predictions', part)['rows'][0]
     held = hold_out(*(open_dataset('folder', str(images), 'train') for _ in range(2)), 20)[1]
     lines = whole.read_text().splitlines()
     assert part.read_text().splitlines() == [lines[0], *(lines[1 + index] for index in held.indices)] != lines[:21]
@@ -91,6 +93,29 @@ def test_two_models_are_compared_image_by_image(validate, static_model, adaptive
     assert comparison['p_value'] == pytest.approx(expected)
 
 
+def test_models_with_their_classes_in_another_order_are_compared(validate, static_model, tmp_path):
+    model = timm.create_model(static_model, pretrained=True)
+    for p in (model.fc.weight, model.fc.bias):
+        p.data = p.data[[2, 0, 1]]
+    other = timm_aig.save_pretrained(model, tmp_path, model_config={'label_names': ['cat', 'ape', 'bee']})
+    comparison = validate('--model', static_model, '--against', f'local-dir:{other}')['comparison']
+    assert comparison['only_first_right'] == comparison['only_second_right'] == 0
+
+
+def test_images_are_cropped_as_the_model_says(images, static_model):
+    args = script.parse_args(['--model', static_model, '--data-dir', str(images), '--workers', '0'])
+    own = dict(crop_mode='squash', crop_pct=.9)
+    model = timm.create_model(static_model, pretrained=True, pretrained_cfg_overlay={'input_size': (3, 8, 8), **own})
+    config = data_config(args, model)
+    dataset = open_evaluation_split(args, model)
+    batch, _ = next(iter(create_evaluation_loader(args, dataset, config, use_prefetcher=False)))
+    with Image.open(images / 'validation' / 'ape' / '0.png') as image:
+        squashed = create_transform(**config)(image)
+        cropped = create_transform(**{**config, 'crop_mode': 'center'})(image)
+    torch.testing.assert_close(batch[0], squashed)
+    assert not torch.allclose(batch[0], cropped, atol=.1)
+
+
 def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptive_model, images, fork_ranks, tmp_path):
     alone = validate('--model', adaptive_model)['rows'][0]
     fork_ranks(['--json', '--model', adaptive_model, '--data-dir', images, '--workers', 0, '--batch-size', 8,
@@ -112,7 +137,7 @@ def test_the_shards_of_two_processes_add_up_to_the_same_counts(validate, adaptiv
     (['--model', 'cifar_resnet20', '--data-dir', '/nowhere'], '--data-dir'),
     (['--model', 'cifar_resnet20', '--batch-size', '0'], '--batch-size'),
     (['--model', 'cifar_resnet20', '--dataset', 'other'], '--dataset'),
-    (['--model', 'cifar_resnet20', '--holdout', '20'], '--holdout must leave'),
+    (['--model', 'cifar_resnet20', '--holdout', '48'], '--holdout must leave'),
     (['--model', 'cifar_resnet20'], '--data-dir has 3 classes, ape, bee, cat, and the model does not say which of'),
     (['--model', 'cifar_resnet20_aig', '--budgets', '0.5', '--workers', '0'], 'calibrate'),
     (['--model', 'cifar_resnet20', '--budgets', '0.5'], '--model cifar_resnet20 has no gates'),

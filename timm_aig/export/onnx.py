@@ -193,7 +193,7 @@ def describe(
     values = {
         'architecture': config.get('architecture'), 'mode': mode, 'precision': precision,
         'input_size': list(images.shape[1:]), 'mean': list(data['mean']), 'std': list(data['std']),
-        'interpolation': data['interpolation'], 'crop_pct': data['crop_pct'],
+        'interpolation': data['interpolation'], 'crop_pct': data['crop_pct'], 'crop_mode': data['crop_mode'],
         'budgets': [[point.budget, point.gate_offset] for point in budget_table(model)] or None,
         'labels': config.get('label_names'), 'gated_blocks': list(gated_blocks(model)),
         'gates': None if gates is None else [bool(gate) for gate in gates], 'license': config.get('license'),
