@@ -362,3 +362,20 @@ def test_an_ensemble_of_gated_models_and_of_gate_offsets_runs_under_vmap(train_n
         moved = vmap(lambda offset: functional_call(models[0], {name: offset}, (x,)))(offsets)
         for logits, offset in zip(moved, offsets):
             assert torch.allclose(logits, functional_call(models[0], {name: offset}, (x,)), atol=1e-5)
+
+
+@pytest.mark.parametrize('arch, block', [('convnextv2_atto', 'stages.0.blocks.0'), ('resnet18', 'layer1.0')])
+@pytest.mark.parametrize('training', [False, True])
+def test_under_autocast_the_sum_has_the_dtype_of_the_parents(arch, block, training):
+    """ConvNeXt adds with +, which gives float32 to a float32 shortcut, ResNet with +=, which does not."""
+    static = timm.create_model(arch).train(training)
+    adaptive = gate_(copy.deepcopy(static))
+    adaptive.get_submodule(block).gate.noise = False
+    x = torch.randn(3, static.get_submodule(block).conv_dw.in_channels if 'conv' in arch else 64, 8, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected, found = static.get_submodule(block)(x), adaptive.get_submodule(block)(x)
+        assert found.dtype == expected.dtype == (torch.float32 if 'conv' in arch else torch.bfloat16)
+        assert torch.equal(found, expected)
+        if not training:
+            with torch.no_grad():
+                assert torch.equal(adaptive.get_submodule(block)(x), expected)  # sparse

@@ -312,3 +312,15 @@ def test_the_table_is_saved_and_loaded_and_gate_offset_moves_only_the_offset(mod
     set_budget_table(loaded, ())
     save_pretrained(loaded, tmp_path)
     assert 'gate_budgets' not in (tmp_path / 'config.json').read_text()
+
+
+def test_between_the_smallest_budget_and_its_neighbour_shares_are_within_the_tolerance(model, batches):
+    with torch.no_grad():
+        set_gate_offset(model, 1000.)
+        batches = [(images, model(images).argmax(1)) for images, _ in batches]
+    result = calibrate_budget(model, batches, budgets=(1.,), tolerance=.02, max_accuracy_drop=60.)
+    smallest = result.smallest.point.budget
+    assert smallest < .9 and len(result.table) > 2  # more than the two that were asked for
+    for budget in torch.linspace(smallest, 1, 9).tolist():
+        set_budget(model, budget)
+        assert abs(measure(model, batches)[0] - budget) <= .02 + 1e-6

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import timm_aig
+from timm_aig.budget import set_budget_table
 from timm_aig.cascade import Cascade
 
 
@@ -210,3 +211,45 @@ def test_a_config_that_is_no_cascade_is_named(tmp_path):
         (tmp_path / 'config.json').write_text(content)
         with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):
             Cascade.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_cascade_that_was_there(adaptive, tmp_path):
+    model, _ = adaptive
+    small, other = (timm.create_model('cifar_resnet8', in_chans=1).eval() for _ in range(2))
+    cascade = Cascade([small, (model, .6)], .9).eval()
+    cascade.save_pretrained(tmp_path)
+    broken = timm.create_model('cifar_resnet8', in_chans=1)
+    torch.nn.init.constant_(broken.fc.weight, float('nan'))
+    with pytest.raises(ValueError, match='finite'):
+        Cascade([other, broken], .1).save_pretrained(tmp_path)
+    loaded = Cascade.from_pretrained(tmp_path)
+    assert loaded.thresholds == (.9,) and torch.equal(loaded.models[0].fc.weight, small.fc.weight)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'model_1', 'model_2']
+
+
+def test_a_budget_is_that_of_the_models_present_table(adaptive, tmp_path):
+    model, x = adaptive
+    cascade = Cascade([(model, .6), (model, 1.)], .3).eval()
+    set_budget_table(model, [timm_aig.BudgetPoint(b, o, b, 9) for b, o in ((.6, -1.), (1., 50.))])
+    assert cascade.offsets == (-1., 50.)
+    cascade.save_pretrained(tmp_path)
+    loaded = Cascade.from_pretrained(tmp_path)
+    assert loaded.offsets == cascade.offsets and torch.equal(loaded(x), cascade(x))
+
+
+def test_the_gates_of_a_cascade_are_not_those_of_all_its_images(pair, adaptive):
+    model, x = adaptive
+    first = timm.create_model('cifar_resnet8', in_chans=1).eval()
+    with torch.no_grad():
+        threshold = first(x).softmax(1).amax(1).median().item()
+    cascade = Cascade([first, model], threshold).eval()
+    reached = int((cascade.rounds(x).stages > 1).sum())
+    assert 0 < reached < len(x)
+    with pytest.raises(RuntimeError, match=rf'{reached} of {len(x)} images ran the gates. Of a Cascade, rounds'):
+        timm_aig.forward_gates(cascade, x)
+
+
+def test_stages_in_half_precision_are_calibrated(adaptive):
+    model, x = adaptive
+    cascade = Cascade([timm.create_model('cifar_resnet8', in_chans=1), model], .5).eval().bfloat16()
+    assert cascade.calibrate([(x, torch.arange(len(x)) % 10)], macs=2.)

@@ -382,3 +382,22 @@ def test_a_model_with_adapters_is_gated():
     expected = model(x)
     assert torch.equal(gate_(model)(x), expected)
     assert model.layer2[0].gate.fc1.in_features == 16
+
+
+@pytest.mark.parametrize('arch, gated', [('resnetv2_50', 10), ('convnext_atto', 6), ('regnetx_002', 8)])
+def test_the_papers_schedule_finds_the_stages_of_other_families(arch, gated):
+    model = gate_(timm.create_model(arch, device='meta'), AIGConfig(schedule='paper'))
+    expected = AIGConfig(schedule='paper').block_rates(
+        [len(list(stage.children())) for stage in stages_of(model)], arch != 'convnext_atto')
+    assert len(gated_blocks(model)) == sum(rate < 1 for rate in expected) == gated
+
+
+def stages_of(model):
+    return [model.s1, model.s2, model.s3, model.s4] if hasattr(model, 's1') else [s.blocks for s in model.stages]
+
+
+def test_a_schedule_that_leaves_no_gate_is_refused():
+    model = timm.create_model('cifar_resnet8')
+    with pytest.raises(InputError, match="schedule 'paper' leaves none of the 3 blocks a gate"):
+        gate_(model, schedule='paper')
+    assert not gated_blocks(model)

@@ -249,3 +249,14 @@ def test_rates_that_do_not_fit_are_an_error(rates):
 def test_the_summary_of_a_static_model_has_no_gates():
     rows = cells(timm_aig.summary(resnet('resnet18'), (3, 64, 64)))
     assert len(rows) == 11 and all('always on' in row for row in rows[1:10]) and '0 of 8 blocks gated' in rows[-1][1]
+
+
+def test_counting_inside_a_gate_offset_changes_neither_the_count_nor_the_offset():
+    model = timm.create_model('cifar_resnet8_aig').eval()
+    x = torch.randn(3, 3, 32, 32)
+    expected = compute_cost(model)
+    for offset in (-100., torch.tensor([-100., 100., -100.])):
+        with timm_aig.use_gate_offset(offset):
+            assert compute_cost(model) == expected
+            gates = timm_aig.forward_gates(model, x)[1]
+        assert gates.mean(1).tolist() == [float(o > 0) for o in torch.as_tensor(offset).expand(3)]

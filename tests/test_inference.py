@@ -552,3 +552,10 @@ def test_the_gate_offset_of_an_optimized_model_can_be_moved_but_not_its_executio
             assert timm_aig.forward_gates(optimized, images(batch, 'cifar'))[1].mean() == rate
     with pytest.raises(ValueError, match='always sparse'):
         timm_aig.set_execution(optimized, 'masked')
+
+
+def test_a_compiled_model_is_not_copied():
+    """The graphs of the copy would be the original's: another gate offset of the copy would have no effect."""
+    optimized = timm_aig.optimize_for_inference(create('cifar_resnet20_aig'), compile=True)
+    with pytest.raises(RuntimeError, match='copy that and optimize the copy'):
+        copy.deepcopy(optimized)

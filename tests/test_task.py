@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
-from timm_aig import AIGTask, ComputeTargetLoss, InputError, TargetRateLoss, compute_cost, forward_gates
+from timm_aig import AIGTask, AnyBudgetLoss, ComputeTargetLoss, InputError, TargetRateLoss, compute_cost, forward_gates
 
 X, TARGET = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
@@ -296,3 +296,12 @@ def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
 def test_bad_arguments_are_refused(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         AIGTask(**dict(dict(model=model), **kwargs))
+
+
+def test_budgets_are_not_trained_with_gradient_checkpointing(model):
+    """The gates would run again in the backward pass, without the offsets of their images."""
+    model.set_grad_checkpointing(True)
+    cost = compute_cost(model, (3, 16, 16))
+    with pytest.raises(InputError, match='gate_loss must be another with gradient checkpointing'):
+        AIGTask(model, gate_loss=AnyBudgetLoss(cost, 0.5))(X, TARGET)
+    AIGTask(model, gate_loss=ComputeTargetLoss(cost, 0.6))(X, TARGET)['loss'].backward()

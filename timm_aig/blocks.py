@@ -42,6 +42,7 @@ class GatedBlock(nn.Module):
     bottleneck = False  # three convolutions; the paper's schedules depend on it
     stage_cls: Type[nn.Module] = nn.Sequential  # of stages: runs its children in order, and nothing else
     gate_norm = 'bn'  # of the gate's hidden layer, unless the config has another
+    adds_in_place = False  # its own sum is `y += shortcut`, which has y's dtype under autocast, not `y + shortcut`
     model_classes: Tuple[Type[nn.Module], ...] = ()  # networks of these blocks that micro-batches make faster on a CPU
     stem: Tuple[Tuple[str, ...], ...] = ()  # children of such a network that follow each other and can be fused
 
@@ -111,6 +112,7 @@ class GatedBlock(nn.Module):
                 return run_open_rows(self, x, open_rows(z))  # closed samples are skipped here
         y, shortcut = self.branches(x)
         if not torch.jit.is_scripting():
+            y = self._as_in_sum(y, shortcut)
             if runs_eagerly(x):
                 return self.last_act(_AddMasked.apply(shortcut.to(y.dtype), y, z.to(y.dtype)))
         y = y * z.to(y.dtype).view(-1, 1, 1, 1)
@@ -124,9 +126,13 @@ class GatedBlock(nn.Module):
 
     def add_residual(self, x: torch.Tensor, shortcut: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """act(residual(x) + shortcut). `overwrite`: the result may be written into shortcut."""
-        y = self.residual(x)
+        y = self._as_in_sum(self.residual(x), shortcut)
         y += shortcut
         return self.last_act(y)
+
+    @torch.jit.ignore
+    def _as_in_sum(self, y: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        return y if self.adds_in_place else y.to(torch.promote_types(y.dtype, shortcut.dtype))
 
 
 class GatedPreActBlock(GatedBlock):

@@ -96,14 +96,22 @@ class Cascade(nn.Module):
         """Set the budget of each stage; None leaves a model's own gate offset."""
         if len(budgets) != len(self.order):
             raise InputError(f'must be {len(self.order)}, one for each stage, not {budgets!r}.', 'budgets')
-        offsets = []
-        for index, budget in zip(self.order, budgets):
-            table = budget_table(self.models[index])
-            if budget is not None and not table:
-                raise InputError(f'has {budget!r} for a stage without calibrated budgets.', 'budgets')
-            offsets.append(None if budget is None else budget_offset(table, budget))
+        for stage, budget in enumerate(budgets):
+            self._offset(stage, budget)
         self.budgets = tuple(budgets)
-        self.offsets = tuple(offsets)
+
+    @property
+    def offsets(self) -> Tuple[Optional[float], ...]:
+        """Gate offset of each stage, None for a model's own."""
+        return tuple(self._offset(stage, budget) for stage, budget in enumerate(self.budgets))
+
+    def _offset(self, stage: int, budget: Optional[float]) -> Optional[float]:
+        if budget is None:
+            return None
+        table = budget_table(self.models[self.order[stage]])
+        if not table:
+            raise InputError(f'has {budget!r} for a stage without calibrated budgets.', 'budgets')
+        return budget_offset(table, budget)
 
     def costs(self, input_size: Optional[Tuple[int, int, int]] = None) -> List[Cost]:
         """MACs of each stage's model. Raises as compute_cost does."""
@@ -177,7 +185,7 @@ class Cascade(nn.Module):
             self, stage: int, x: torch.Tensor, costs: Optional[List[Cost]],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Logits of a stage for all images [B, C, H, W], and with costs the MACs of each [B]."""
-        model, offset = self.models[self.order[stage]], self.offsets[stage]
+        model, offset = self.models[self.order[stage]], self._offset(stage, self.budgets[stage])
         with nullcontext() if offset is None else use_gate_offset(offset):
             if costs is None:
                 return model(x), x.new_empty(0)

@@ -58,7 +58,7 @@ def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
     if config.target_rates is not None:
         return config.block_rates([len(sites)])
     rates: Tuple[float, ...] = ()
-    for _, network in groupby(sites, key=lambda site: site.stage.rpartition('.')[0]):
+    for _, network in groupby(sites, key=lambda site: site.stage.removesuffix('.blocks').rpartition('.')[0]):
         stages = [list(stage) for _, stage in groupby(network, key=lambda site: site.stage)]
         rates += config.block_rates([len(stage) for stage in stages], _class_of(stages[0][0]).bottleneck)
     return rates
@@ -118,8 +118,11 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
             f'({type(model).__name__}) has no supported blocks. Supported are the residual blocks with a '
             f'shortcut of {", ".join(modules)}, in their models and in modules built from them.', 'model')
 
+    rates = _rates(sites, config)
+    if config.schedule and min(rates) == 1:
+        raise InputError(f'{config.schedule!r} leaves none of the {len(sites)} blocks a gate.', 'schedule')
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
-    for site, rate in zip(sites, _rates(sites, config)):
+    for site, rate in zip(sites, rates):
         if rate < 1 and site.block not in replacements:
             gated, weight = _class_of(site), next(site.block.parameters())
             gate = Gate(

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from .blocks import family_of, gated_blocks
 from .config import InputError
 from .convert import copy_module, residual_blocks
+from .passes import set_pass
 
 __all__ = ['Cost', 'compute_cost', 'own_input_size', 'summary']
 
@@ -186,7 +187,8 @@ def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) ->
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     counter = _MacCounter(shapes)
     try:
-        with torch.inference_mode(False), torch.no_grad(), counter:  # inference mode would not split up conv2d
+        # inference mode would not split up conv2d
+        with torch.inference_mode(False), torch.no_grad(), set_pass(offset=None, record=None), counter:
             shapes(torch.empty(1, *size, device='meta', dtype=dtype))
     except NotImplementedError as e:
         raise InputError(

@@ -7,9 +7,9 @@ import torch.nn as nn
 
 from .blocks import gated_blocks, require_gated_blocks
 from .config import InputError
-from .gate import Gate, gate_pass
+from .gate import Gate, gate_pass, runs_eagerly
 
-__all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'use_gate_offset']
+__all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'set_pass', 'use_gate_offset']
 
 
 class GateRecord:
@@ -22,12 +22,13 @@ class GateRecord:
 
     @property
     def gates(self) -> torch.Tensor:
-        """Answers [B, L], 0. or 1., of the L gated blocks in order for the B samples of the pass.
+        """Answers [B, L], 0. or 1., of the L gated blocks in order for the B samples of the pass, or of all passes.
 
         In training they carry the straight-through gradient. For a static model they are [0, 0].
 
         Raises:
-            RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing dropped the gradient.
+            RuntimeError: A gated block did not run as often as the others, or re-entrant checkpointing dropped the
+                gradient.
         """
         if not self._blocks:
             return torch.zeros(0, 0)
@@ -37,7 +38,7 @@ class GateRecord:
                 parts[block].append(z)  # several if the model runs its batch in parts
         if len({sum(map(len, answers)) for answers in parts.values()}) != 1 or not all(parts.values()):
             raise RuntimeError(
-                'record_gates needs one forward pass that runs each gated block exactly once, in this thread. '
+                'record_gates needs a forward pass that runs each gated block exactly once, in this thread. '
                 'DataParallel runs other threads.')
         gates = torch.stack([torch.cat(answers) for answers in parts.values()], dim=1)
         if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._blocks)):
@@ -66,7 +67,7 @@ def record_gates(model: nn.Module, sample: bool = False) -> Iterator[GateRecord]
         sample: Draw the gates in eval too, as the authors' code does.
     """
     record = GateRecord(model)
-    with _set_pass(record=record.answers, sample=sample):
+    with set_pass(record=record.answers, sample=sample):
         yield record
 
 
@@ -83,12 +84,18 @@ def forward_gates(model: nn.Module, x: torch.Tensor, sample: bool = False) -> Tu
         In training the gates carry the straight-through gradient.
 
     Raises:
-        RuntimeError: A gated block did not run exactly once, or re-entrant checkpointing dropped the gradient.
+        RuntimeError: A gated block did not run exactly once for each image, or re-entrant checkpointing dropped the
+            gradient.
     """
     with record_gates(model, sample) as record:
         output = model(x)
     gates = record.gates
-    return output, gates if gates.shape[1] else torch.zeros(len(x), 0, device=x.device)
+    if not gates.shape[1]:
+        return output, torch.zeros(len(x), 0, device=x.device)
+    if runs_eagerly(x) and len(gates) != len(x):
+        raise RuntimeError(
+            f'{len(gates)} of {len(x)} images ran the gates. Of a Cascade, rounds() tells what each image runs.')
+    return output, gates
 
 
 @contextmanager
@@ -100,7 +107,8 @@ def force_gates(
 ) -> Iterator[None]:
     """Override the answers of the gates, inside a `with` block and in this thread. The gates still run.
 
-    With gradient checkpointing, run the backward pass inside the block too: it runs the gates again.
+    Gradient checkpointing runs the gates again: on a CPU run the backward pass inside the block too. On a GPU, where it
+    runs in another thread, checkpointing must be off.
 
     Args:
         model: Model with L gated blocks.
@@ -116,7 +124,7 @@ def force_gates(
         raise InputError(f'must be a tensor [batch, {len(blocks)}] for {len(blocks)} gated blocks, '
                          f'not {list(gates.shape) if torch.is_tensor(gates) else gates!r}.', 'gates')
     answers = {id(block): z for block, z in zip(blocks.values(), (gates != 0).t())}
-    with _set_pass(forced={**(gate_pass.forced or {}), **answers}):
+    with set_pass(forced={**(gate_pass.forced or {}), **answers}):
         yield
 
 
@@ -124,7 +132,8 @@ def force_gates(
 def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
     """Replace the gate offset of every model, inside a `with` block and in this thread. Training adds it too.
 
-    With gradient checkpointing, run the backward pass inside the block too: it runs the gates again.
+    Gradient checkpointing runs the gates again: on a CPU run the backward pass inside the block too. On a GPU, where it
+    runs in another thread, checkpointing must be off.
 
     Args:
         offset: Number that the gates add to the open logit, or one for each image of the batch [B].
@@ -135,12 +144,12 @@ def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
     offset = torch.as_tensor(offset, dtype=torch.float32)
     if offset.ndim > 1 or offset.isnan().any():
         raise InputError(f'must be a number or [B] numbers, not {offset!r:.80}.', 'offset')
-    with _set_pass(offset=offset):
+    with set_pass(offset=offset):
         yield
 
 
 @contextmanager
-def _set_pass(**values: Any) -> Iterator[None]:
+def set_pass(**values: Any) -> Iterator[None]:
     """Set attributes of gate_pass inside a `with` block, and restore them afterwards."""
     outer = {name: getattr(gate_pass, name) for name in values}
     vars(gate_pass).update(values)

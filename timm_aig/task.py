@@ -121,8 +121,14 @@ class AIGTask(ClassificationTask):
             Dictionary of 'loss' (total), 'output' (logits [B, num_classes]), 'task_loss' (classification) and, with a
             teacher, 'kd_loss' (distillation), both before weighting, 'rate_loss' (loss on the gates, part of the
             total), 'block_rates' (execution rate of each gated block, [L] in [0, 1]) and 'execution_rate' (their mean).
+
+        Raises:
+            InputError: AnyBudgetLoss with gradient checkpointing.
         """
         loss: Any = self.gate_loss
+        if isinstance(loss, AnyBudgetLoss) and any(getattr(m, 'grad_checkpointing', False) for m in self.modules()):
+            raise InputError('must be another with gradient checkpointing, which would run the gates again without '
+                             'their offsets: call model.set_grad_checkpointing(False).', 'gate_loss')
         with use_gate_offset(loss.draw_offsets(len(input))) if isinstance(loss, AnyBudgetLoss) else nullcontext():
             output, gates = self.trainable_module(input)
         rate_loss = self.gate_loss(gates)

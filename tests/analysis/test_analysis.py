@@ -105,6 +105,9 @@ def test_the_interval_is_wilsons():
     ('cifar_resnet20_aig', {}, (['layer1.0'], ['layer2.0', 'layer3.0'], ['layer3.2'])),
     ('cifar_resnet20_aig', {'schedule': 'paper'}, ([], [], [])),
     ('resnet50_aig', {}, (['layer1.0'], ['layer2.0', 'layer3.0', 'layer4.0'], ['layer4.2'])),
+    ('res2net50_26w_4s_aig', {}, (['layer1.0'], ['layer2.0', 'layer3.0', 'layer4.0'], ['layer4.2'])),
+    ('regnetx_002_aig', {}, (['s1.b1'], ['s1.b1', 's2.b1', 's3.b1', 's4.b1'], ['s4.b7'])),
+    ('convnext_atto_aig', {}, (['stages.0.blocks.0'], [], ['stages.3.blocks.1'])),
 ])
 def test_first_downsampling_and_last_blocks_are_those_of_the_network_as_far_as_gated(arch, kwargs, kinds):
     model = timm.create_model(arch, device='meta', **kwargs)

@@ -3,7 +3,11 @@ import json
 import time
 
 import pytest
+import timm
 from hub_server import Repo
+
+from timm_aig import InputError, save_pretrained
+from timm_aig.hub.push import Upload, _write_card
 
 RESULTS = dict(
     architecture='cifar_resnet20_aig', parent='cifar_resnet20', dataset='torch/fashion_mnist', split='test',
@@ -373,3 +377,15 @@ def test_a_private_cascade_is_not_pushed_to_a_public_repository(hub, client):
     client.get(push('alice/open'))
     error = client.run(push_cascade('alice/open', private=True))['error']
     assert 'alice/open exists and is public' in error and len(hub.repo('alice/open').commits) == 2
+
+
+def test_pictures_that_would_overwrite_each_other_or_the_weights_are_refused(tmp_path):
+    model = timm.create_model('cifar_resnet8_aig')
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        for name in ('rates.png', 'model.safetensors'):
+            (tmp_path / folder / name).write_text(folder)
+    for pictures in (['a/rates.png', 'b/rates.png'], ['a/model.safetensors']):
+        saved = save_pretrained(model, tmp_path / pictures[-1].replace('/', '-'))
+        with pytest.raises(InputError, match='pictures must have file names that nothing else has'):
+            _write_card(model, saved, Upload('user/name'), None, None, [tmp_path / name for name in pictures])

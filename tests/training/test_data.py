@@ -219,3 +219,11 @@ def test_a_model_without_class_names_takes_the_labels_as_they_are_if_there_is_on
     assert dataset.target_transform is None and class_names(dataset) == ['ape', 'bee', 'cat']
     with pytest.raises(InputError, match=r'data_dir has 3 classes, ape, bee, cat, and .* which of its 10 they are'):
         match_classes(dataset, (), 10)
+
+
+def test_an_image_without_a_label_stays_without_one_in_another_order_of_classes(images):
+    dataset = opened(images, 'validation')
+    match_classes(dataset, ['cat', 'bee', 'ape'], 3)
+    assert dataset[0][1] == 2
+    dataset._read = lambda index: (dataset.reader[index][0], -1)
+    assert dataset[0][1] == -1

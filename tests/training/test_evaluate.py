@@ -127,7 +127,7 @@ def test_the_device_is_that_of_the_models_parameters():
     class Loader:
         def __iter__(self):
             image = torch.empty(1, 3, 8, 8)
-            image.to = lambda device, **kwargs: seen.append(device) or 1 / 0
+            image.to = lambda device, *args, **kwargs: seen.append(device) or 1 / 0
             return iter([(image, torch.zeros(1))])
 
     with pytest.raises(ZeroDivisionError):
@@ -164,3 +164,9 @@ def test_two_processes_return_the_results_of_one_for_a_number_of_images_that_doe
         assert two['loss'] == pytest.approx(one.loss, rel=1e-6)
         for name in ('labels', 'predictions', 'gates', 'positions'):  # in the order of the images
             assert torch.equal(two[name], getattr(one, name))
+
+
+def test_a_model_in_half_precision_is_evaluated(model):
+    expected = evaluate(model, loader(IMAGES.bfloat16().float()))
+    found = evaluate(model.bfloat16(), loader())
+    assert found.loss == pytest.approx(expected.loss, rel=.05) and len(found.labels) == len(expected.labels)

@@ -43,3 +43,11 @@ def test_a_share_out_of_range_is_refused(model, argument, share):
         GateSchedule(model, **{argument: share})
     with pytest.raises(ValueError, match='no gated blocks'):
         GateSchedule(timm.create_model('cifar_resnet20'))
+
+
+def test_after_the_training_the_gates_draw_again(model):
+    schedule = GateSchedule(model, noise_off=.5)
+    schedule.step(.9)
+    assert not any(gate.noise for gate in gates(model))
+    schedule.finish()
+    assert all(gate.noise for gate in gates(model))

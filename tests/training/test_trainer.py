@@ -405,7 +405,7 @@ def test_a_compiled_model_recompiles_only_where_the_noise_ends():
     task.compile(backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     Trainer(task, batches(12), optimizer, 1, gate_schedule=GateSchedule(model, noise_off=.3)).fit()
-    assert model[1][0].gate.noise is False
+    assert model[1][0].gate.noise  # again, after the training
     pieces = 3 if torch.__version__.startswith('2.9.') else 1  # that version does not trace contextlib
     assert pieces <= len(graphs) <= 2 * pieces  # with noise and without
 

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -77,9 +77,15 @@ def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
     gated = require_gated_blocks(model)
     blocks = residual_blocks(model)
     names = list(blocks)
-    downsampling = [name for name, block in blocks.items() if getattr(block, 'stride', 1) != 1]
+    downsampling = [name for name, block in blocks.items() if max(map(_stride, block.modules())) > 1]
     kinds = {'first': names[:1], 'downsampling': downsampling, 'last': names[-1:]}
     return {kind: [name for name in names if name in gated] for kind, names in kinds.items()}
+
+
+def _stride(module: Any) -> int:
+    """Stride of a convolution or pooling, 1 of anything else."""
+    stride = getattr(module, 'stride', 1)
+    return max(stride) if isinstance(stride, (list, tuple)) else stride
 
 
 def wilson_interval(successes: torch.Tensor, n: int) -> Tuple[torch.Tensor, torch.Tensor]:

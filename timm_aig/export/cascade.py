@@ -1,6 +1,7 @@
 """Cascades in ONNX Runtime and OpenVINO: a file for each stage, and a runner that needs only numpy and the runtime."""
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -83,6 +84,7 @@ def export_cascade(
         InputError, ExportError, ImportError: As the export function does.
     """
     from ..blocks import gated_blocks
+    from ..hub.save import move_files
     from .check import own_offsets
     from .onnx import export_onnx
     from .openvino import export_openvino
@@ -92,18 +94,20 @@ def export_cascade(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     export: Any = export_onnx if runtime == 'onnx' else export_openvino
-    reports = [
-        export(model, folder / f'model_{number}{SUFFIXES[runtime]}', images=images,
-               mode='sparse' if gated_blocks(model) else 'masked')
-        for number, model in enumerate(cascade.models, start=1)]
     stages = []
     for index, offset, threshold in zip(cascade.order, cascade.offsets, (*cascade.thresholds, None)):
         gates = own_offsets(cascade.models[index]).tolist()
         stages.append({
             'file': f'model_{index + 1}{SUFFIXES[runtime]}', 'threshold': threshold,
             'gate_offset': (gates if offset is None else [offset] * len(gates)) or None})
-    (folder / 'cascade.json').write_text(json.dumps({'stages': stages}, indent=2) + '\n', encoding='utf-8')
-    return reports
+    with tempfile.TemporaryDirectory(prefix='.saving-', dir=folder) as new:
+        reports = [
+            export(model, Path(new, f'model_{number}{SUFFIXES[runtime]}'), images=images,
+                   mode='sparse' if gated_blocks(model) else 'masked')
+            for number, model in enumerate(cascade.models, start=1)]
+        Path(new, 'cascade.json').write_text(json.dumps({'stages': stages}, indent=2) + '\n', encoding='utf-8')
+        move_files(new, folder)
+    return [{**report, 'path': str(folder / Path(report['path']).name)} for report in reports]
 
 
 def load_exported_cascade(

@@ -13,7 +13,7 @@ from .. import __version__
 from ..config import InputError
 from .card import INSTALL, merge_card, name_on_hub
 from .push import TIMEOUT, Upload, check_repo_id, look_up, send
-from .save import save_pretrained
+from .save import move_files, save_pretrained
 from .timeout import hub_timeout
 
 if TYPE_CHECKING:
@@ -42,16 +42,19 @@ def save_cascade(cascade: 'Cascade', folder: Union[str, os.PathLike]) -> Path:
         folder: Output folder, created if missing.
 
     Raises:
-        InputError: A model cannot be saved, see save_pretrained. config.json is unchanged.
+        InputError: A model cannot be saved, see save_pretrained. The files in the folder are unchanged.
     """
     folder = Path(folder)
-    for number, model in enumerate(cascade.models, start=1):
-        save_pretrained(model, folder / f'model_{number}')
+    folder.mkdir(parents=True, exist_ok=True)
     stages = [
         {'model': f'model_{index + 1}', 'budget': budget, 'threshold': threshold}
         for index, budget, threshold in zip(cascade.order, cascade.budgets, (*cascade.thresholds, None))]
     text = json.dumps({'library_name': 'timm_aig', 'cascade': {'stages': stages}}, indent=2)
-    (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
+    with tempfile.TemporaryDirectory(prefix='.saving-', dir=folder) as new:
+        for number, model in enumerate(cascade.models, start=1):
+            save_pretrained(model, Path(new, f'model_{number}'))
+        Path(new, 'config.json').write_text(text + '\n', encoding='utf-8')
+        move_files(new, folder)
     return folder
 
 

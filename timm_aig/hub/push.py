@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -160,8 +160,10 @@ def _write_card(
     """Write the model card, its pictures and results.json into the folder, return the card."""
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     results = checked_results(results or {}, config['architecture'])
-    names = []
+    names: List[str] = []
     for picture in map(Path, pictures):
+        if (folder / picture.name).exists():
+            raise InputError(f'must have file names that nothing else has, {picture.name} is taken.', 'pictures')
         shutil.copyfile(picture, folder / picture.name)
         names.append(picture.name)
     if results:

@@ -22,9 +22,18 @@ from ..config import InputError
 from ..convert import plain_copy
 from ..passes import forward_gates
 
-__all__ = ['save_pretrained']
+__all__ = ['move_files', 'save_pretrained']
 
 FILES = ('model.safetensors', 'config.json')
+
+
+def move_files(source: Union[str, os.PathLike], folder: Path) -> None:
+    """Move all files of a folder tree into another one, over what is there: those that describe others last."""
+    for file in sorted(Path(source).rglob('*'), reverse=True):  # model_1/... before config.json
+        if file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
 
 
 def save_pretrained(

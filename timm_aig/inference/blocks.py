@@ -70,7 +70,7 @@ class InferenceBlock(nn.Module):
         x = self.branch(x)
         if self.last_conv is not None:
             return self.last_conv.add_relu_(x, shortcut if overwrite else shortcut.clone())
-        return self.last_act(x.add_(shortcut))
+        return self.last_act(x.add_(shortcut) if x.dtype == shortcut.dtype else x + shortcut)  # under autocast
 
 
 class InferenceStage(nn.Sequential):

@@ -9,10 +9,11 @@ How it gets fast, each measured with scripts/benchmark.py:
       calls of a gate and the reading of weights, few enough to reuse memory that is in the cache.
     * Large open samples run where they lie in the batch, neighbours together. Only small ones are gathered.
 """
+import copy
 import inspect
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -48,8 +49,10 @@ class InferenceModel(nn.Module):
             micro_batch: Optional[int],
             per_image: bool,
             memory_format: torch.memory_format,
+            compiled: bool = False,
     ) -> None:
         super().__init__()
+        self.compiled = compiled
         self.model = model
         self.micro_batch = micro_batch
         self.per_image = per_image  # the forward does not mix the images of a batch
@@ -63,6 +66,13 @@ class InferenceModel(nn.Module):
             if name == 'model':  # not there yet while unpickling
                 raise
             return getattr(self.model, name)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'InferenceModel':
+        if self.compiled:
+            raise RuntimeError('a compiled model would go on to run the original: copy that and optimize the copy.')
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def train(self, mode: bool = True) -> 'InferenceModel':
         if mode:
@@ -176,7 +186,7 @@ def optimize_for_inference(
     memory_format = torch.channels_last
     if compile:
         memory_format = _compile(model, whole=per_image and len(blocks) == len(found))
-    return InferenceModel(model.to(memory_format=memory_format), micro_batch, per_image, memory_format)
+    return InferenceModel(model.to(memory_format=memory_format), micro_batch, per_image, memory_format, compile)
 
 
 def _fold_stem(module: Any, stem: Tuple[Tuple[str, ...], ...]) -> None:

@@ -40,8 +40,8 @@ DOCSTRING = """Constructs {} with gates.
 
 Args:
     pretrained: Load the weights of the tag, or the parent's default weights with open gates if there is no tag.
-    **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset,
-        gate_budgets, and the arguments of the parent.
+    **kwargs: AIGConfig's fields (target_rate, schedule, target_rates, gate_channels, gate_norm), gate_offset (of
+        pretrained weights; a checkpoint_path has its own), gate_budgets, and the arguments of the parent.
 """
 
 

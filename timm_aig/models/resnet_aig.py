@@ -17,6 +17,7 @@ __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNetBlock']  # register
 
 class GatedResNetBlock(GatedBlock):
     """Base of the gated blocks of timm's ResNets, whose residual branch ends in optional attention and drop path."""
+    adds_in_place = True
     model_classes = (ResNet,)
     stem = ('conv1', 'bn1', 'act1'), ('maxpool',)
 

@@ -96,12 +96,12 @@ def calibrate_budget(
     cost = compute_cost(model, tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
     with _unchanged(model), tqdm(disable=not progress, desc='calibrating', unit='pass') as bar:
         search = _Search(model, batches, cost, tolerance, bar)
-        points = {budget: search.find(budget).point(budget) for budget in [*wanted, *search.between(wanted)]}
-        smallest = None
+        smallest, kept = None, list(wanted)
         if max_accuracy_drop is not None:
             budget, found = search.smallest(max_accuracy_drop, wanted)
-            points[budget] = found.point(budget)
-            smallest = accuracy_drop(points[budget], search.all_open.correct, found.correct, confidence)
+            kept = sorted({*wanted, budget})
+            smallest = accuracy_drop(found.point(budget), search.all_open.correct, found.correct, confidence)
+        points = {budget: search.find(budget).point(budget) for budget in [*kept, *search.between(kept)]}
     table = tuple(points[budget] for budget in sorted(points))
     set_budget_table(model, table)
     return Calibration(table, search.all_closed.share, search.passes, smallest)

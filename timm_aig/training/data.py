@@ -72,7 +72,7 @@ class ReadableImages(Dataset):
                     _logger.warning(f'Skipped {name}, {type(e).__name__}: {e}')
                 self.failed[at] = True
                 continue
-            if label is not None and self.target_transform is not None:
+            if label is not None and label >= 0 and self.target_transform is not None:  # -1 has no label
                 label = self.target_transform(label)
             return (self.transform(image) if self.transform else image), -1 if label is None else label
         if self.is_training:

@@ -131,7 +131,8 @@ def evaluate(
     Raises:
         InputError: No labelled images, labels that are no class of the model, or logits that are nan.
     """
-    device = device or next((p.device for p in model.parameters()), torch.device('cpu'))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device='cpu'))
+    device, dtype = device or like.device, like.dtype
     limit = evaluation_sample_limit(getattr(loader, 'loader', loader))  # PrefetchLoader hides its loader
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -142,7 +143,7 @@ def evaluate(
     with eval_mode(model):
         for batch in tqdm(loader, 'evaluate', unit='batch', leave=False, disable=True if rank else None):
             images, batch_labels = split_batch(batch, 'loader')
-            images = images.to(device, memory_format=torch.channels_last)
+            images = images.to(device, dtype, memory_format=torch.channels_last)
             labels = torch.full((len(images),), -1, device=device) if batch_labels is None else batch_labels
             labels = labels.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

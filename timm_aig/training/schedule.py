@@ -48,3 +48,8 @@ class GateSchedule:
             gate.noise = progress < 1 - self.noise_off
         if self.compute_loss is not None:
             self.compute_loss.annealed = min(1., progress / self.anneal) if self.anneal else 1.
+
+    def finish(self) -> None:
+        """Let the gates draw again, for another training of the model."""
+        for gate in self.gates:
+            gate.noise = True

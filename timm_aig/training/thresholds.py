@@ -89,7 +89,7 @@ def best_points(points: Iterable[CascadePoint]) -> List[CascadePoint]:
 @torch.no_grad()
 def answer_images(
         run: Callable[[torch.Tensor], Tuple[torch.Tensor, torch.Tensor]], batches: Sequence[Batch],
-        device: torch.device, title: Optional[str] = None,
+        device: torch.device, title: Optional[str] = None, dtype: Optional[torch.dtype] = None,
 ) -> StageAnswers:
     """Run a stage on all images.
 
@@ -98,13 +98,14 @@ def answer_images(
         batches: Images and labels [B].
         device: Where the images run.
         title: Text before a progress bar on stderr, None for no bar.
+        dtype: Of the images, None leaves it.
 
     Raises:
         InputError: A logit is nan, or a label has no class.
     """
     found = []
     for images, labels in tqdm(batches, title, disable=title is None, leave=False):
-        logits, macs = run(images.to(device, memory_format=torch.channels_last))
+        logits, macs = run(images.to(device, dtype, memory_format=torch.channels_last))
         logits = logits.cpu()
         check_output(logits, labels)
         found.append(torch.stack([
@@ -147,7 +148,7 @@ def calibrate_cascade(
     batches = read_batches(loader)
     if batches[0][1] is None:
         raise InputError('must give labels.', 'loader')
-    device = next(cascade.parameters()).device
+    like = next(cascade.parameters())
     costs = cascade.costs(tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
     before = cascade.budgets
     tried = [(budget,) for budget in before] if budgets is None else [tuple(some) for some in budgets]
@@ -158,8 +159,8 @@ def calibrate_cascade(
                 for budget in some:
                     cascade.set_budgets([budget if i == stage else None for i in range(len(tried))])
                     answers[stage, budget] = answer_images(
-                        partial(cascade.run_stage, stage, costs=costs), batches, device,
-                        f'stage {stage + 1}' if progress else None)
+                        partial(cascade.run_stage, stage, costs=costs), batches, like.device,
+                        f'stage {stage + 1}' if progress else None, like.dtype)
     finally:
         cascade.set_budgets(before)
     largest = max(cost.static for cost in costs)

@@ -145,6 +145,8 @@ class Trainer:
                 self.epoch, self.position, self._rng = self.epoch + 1, 0, None
                 self.sums.zero_()
         finally:
+            if self.gate_schedule is not None:
+                self.gate_schedule.finish()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
