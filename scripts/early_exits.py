@@ -58,6 +58,7 @@ class EarlyExits(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        require('exits', 'earlyon')
         from earlyon.models import custom_ee
 
         size = timm_aig.cost.own_input_size(model)
@@ -109,7 +110,6 @@ def open_exits(folder: Path) -> Tuple[EarlyExits, List[Tuple[float, Callable[...
 
 
 def run(args: argparse.Namespace) -> None:
-    require('exits', 'earlyon')
     keep_freed_memory()
     open_device(args)
     if args.distributed:

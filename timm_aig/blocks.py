@@ -9,8 +9,8 @@ from .config import InputError
 from .gate import Gate, gate_pass, is_on_cpu, runs_eagerly
 
 __all__ = [
-    'GatedBlock', 'GatedBranch', 'GatedPreActBlock', 'family_of', 'gate_class', 'gated_blocks', 'gated_form_of',
-    'set_execution', 'set_gate_offset']
+    'GatedBlock', 'GatedBranch', 'family_of', 'gate_class', 'gated_blocks', 'gated_form_of', 'set_execution',
+    'set_gate_offset']
 
 EXECUTIONS = ('auto', 'masked', 'sparse')
 
@@ -133,24 +133,6 @@ class GatedBlock(nn.Module):
     @torch.jit.ignore
     def _as_in_sum(self, y: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         return y if self.adds_in_place else y.to(torch.promote_types(y.dtype, shortcut.dtype))
-
-
-class GatedPreActBlock(GatedBlock):
-    """Base of gated pre-activation blocks, whose shortcut starts behind the first norm if it is a convolution."""
-
-    def behind_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual branch from the output of norm1 on."""
-        raise NotImplementedError
-
-    def residual(self, x: torch.Tensor) -> torch.Tensor:
-        return self.behind_norm(self.norm1(x))
-
-    def shortcut_of(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.downsample is None else self.downsample(self.norm1(x))
-
-    def branches(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x_preact = self.norm1(x)
-        return self.behind_norm(x_preact), x if self.downsample is None else self.downsample(x_preact)
 
 
 class GatedBranch(GatedBlock):

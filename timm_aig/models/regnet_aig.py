@@ -5,9 +5,10 @@ from typing import Any, List, Optional
 import torch
 from timm.models.regnet import Bottleneck, PreBottleneck, RegNet, RegStage
 
-from ..blocks import GatedBlock, GatedPreActBlock, gated_form_of
+from ..blocks import GatedBlock, gated_form_of
 from ..compat import regnet_filter_fn
 from .entry_points import Family, register_family
+from .pre_activation import GatedPreActBlock
 
 __all__ = ['GatedRegNetBlock', 'GatedRegNetPreBlock']  # register_family adds each entry point
 

@@ -4,8 +4,9 @@ import sys
 import torch
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
 
-from ..blocks import GatedBlock, GatedPreActBlock, gated_form_of
+from ..blocks import GatedBlock, gated_form_of
 from .entry_points import Family, register_family
+from .pre_activation import GatedPreActBlock
 
 __all__ = ['GatedPreActBasic', 'GatedPreActBottleneck', 'GatedResNetV2Bottleneck']  # and each entry point
 

@@ -12,6 +12,7 @@ __all__ = ['GatedTorchvisionBasicBlock', 'GatedTorchvisionBottleneck']
 class GatedTorchvisionBlock(GatedBlock):
     """Base of the gated blocks."""
     act_name = 'relu'
+    adds_in_place = True
     model_classes = (ResNet,)
     stem = ('conv1', 'bn1', 'relu'), ('maxpool',)
 
