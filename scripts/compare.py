@@ -222,13 +222,15 @@ def pairs(args: argparse.Namespace) -> List[Dict[str, Any]]:
     for seed in args.seeds:
         rows = {(row.name, row.setting): row for row in rows_of_seed(args, seed)}
         for key, other in PAIRS:
-            if {key, other} <= rows.keys():
+            if {key, other, ('static-r32', '')} <= rows.keys():
+                largest = rows['static-r32', ''].macs
                 first, second = rows[key], rows[other]
                 test = mcnemar(first.right, second.right)
                 found.append({
                     'task': args.task, 'model': first.name, 'setting': first.setting,
-                    'macs': round(first.macs / 1e6, 3), 'against': second.name, 'against_setting': second.setting,
-                    'against_macs': round(second.macs / 1e6, 3), 'seed': seed, 'images': len(first.right),
+                    'macs_over_resnet32': round(first.macs / largest, 3), 'against': second.name,
+                    'against_setting': second.setting, 'against_macs_over_resnet32': round(second.macs / largest, 3),
+                    'seed': seed, 'images': len(first.right),
                     'only_model': test['only_first_right'], 'only_against': test['only_second_right'],
                     'points': f'{test["difference"]:+.2f}', 'p': f'{test["p_value"]:.2g}'})
     return found

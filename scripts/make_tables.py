@@ -54,7 +54,7 @@ _PRECISION = {
     'batch 8 or 32: ms / image': '{ms_n}', 'over the float32 parent ': '{ratio_n}',
 }
 
-_GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]'}
+_GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]', 'seeds': '{seeds}'}
 _SEVERITY = {'MACs / ResNet-32, from the least to the most damaged quarter': '{macs_by_severity}'}
 
 TABLES = {
@@ -75,6 +75,11 @@ TABLES = {
         'model': ('cascade, static nets', 'cascade, static or adaptive nets'),
         'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
                     'as static-r20', 'as static-r32')}),
+    'glyphs-pairs': Table('glyphs_pairs.csv', {
+        'model': '{model}[, {setting}]', 'MACs / ResNet-32': '{macs_over_resnet32}',
+        'against': '{against}[, {against_setting}]', 'its MACs': '{against_macs_over_resnet32}', 'seed': '{seed}',
+        'right only by the model / only by the other': '{only_model} / {only_against}', 'points': '{points}',
+        'p': '{p}'}, {}),
     'glyphs-rules': Table('glyphs_rules.csv', {
         'rule': '{rule}', 'nets': '{nets}', **{f'0.{share} of the MACs': f'{{top1_{share}}}[ ({{change_{share}}})]'
                                                for share in (30, 35, 40, 45, 50)}}, {}),
