@@ -51,7 +51,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--add', metavar='FILE', help='table of other seeds, made elsewhere, for --table to take in')
     add_args(parser, 'workers', default=0)
     add_args(parser, 'device', 'amp', 'json')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
 
 
 if __name__ == '__main__':
@@ -76,7 +78,7 @@ class Training(NamedTuple):
 def planned(args: argparse.Namespace) -> List[Training]:
     task = TASKS[args.task]
     plan = []
-    for seed, (name, own) in itertools.product(dict.fromkeys(args.seeds), trainings(task).items()):
+    for seed, (name, own) in itertools.product(args.seeds, trainings(task).items()):
         if args.only and not any(text in name for text in args.only):
             continue
         common = f'{task.data} --data-dir {shlex.quote(args.data_dir)} --workers {args.workers} --seed {seed}'
