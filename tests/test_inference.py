@@ -538,6 +538,8 @@ def test_training_optimizing_twice_and_bad_arguments_are_errors(models):
         timm_aig.optimize_for_inference(optimized)
     with pytest.raises(InputError, match='micro_batch must be at least 1, not 0'):
         timm_aig.optimize_for_inference(model, micro_batch=0)
+    with pytest.raises(InputError, match=r'calibration is not taken any more: .* export_onnx'):
+        timm_aig.optimize_for_inference(model, calibration=[images(2)])
     with pytest.raises(InputError, match='model has weights without values'):
         timm_aig.optimize_for_inference(timm.create_model('cifar_resnet20_aig', device='meta'))
     with pytest.raises(InputError, match='has no residual blocks that timm_aig knows'):

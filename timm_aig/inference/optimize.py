@@ -127,6 +127,7 @@ def optimize_for_inference(
         *,
         compile: bool = False,
         micro_batch: Optional[int] = None,
+        calibration: Any = None,
 ) -> nn.Module:
     """Copy a model for fast inference. The model itself is unchanged.
 
@@ -139,6 +140,7 @@ def optimize_for_inference(
         micro_batch: Number of images to run through the network at a time, for a model whose outputs are one for each
             image. Default: on a CPU, of a network whose family gains from it, as many as have the pixels of eight
             224 x 224 images, else the whole batch.
+        calibration: Removed in 0.2, an error that says what to do instead.
 
     Returns:
         An eval-only model that takes the same arguments and returns the same to rounding, except that oneDNN's ReLU
@@ -148,6 +150,9 @@ def optimize_for_inference(
         InputError: No residual blocks in the model, forward hooks on modules that are replaced, an optimized model, a
             micro_batch below 1, or compile for a family whose blocks are not fused.
     """
+    if calibration is not None:
+        raise InputError("is not taken any more: convolutions run in int8 in a file of export_onnx(precision='int8').",
+                         'calibration')
     if micro_batch is not None and micro_batch < 1:
         raise InputError(f'must be at least 1, not {micro_batch!r}.', 'micro_batch')
     if isinstance(model, InferenceModel):
