@@ -110,9 +110,9 @@ class Epochs:
         return int(max(within, key=lambda row: (float(row['eval_top1']), int(row['epoch'])))['epoch'])
 
     def is_within_target(self, row: Dict[str, Any]) -> bool:
-        name = target_metric(self.args)
         if not self.args.static and self.args.gate_loss == 'budgets':  # before, low budgets are not trained
             return int(row['epoch']) + 1 > self.args.anneal * self.trainer.epochs
+        name = target_metric(self.args)
         return name is None or float(row[f'eval_{name}']) <= self.args.target_rate + TARGET_TOLERANCE
 
     def best_file(self, epoch: int) -> Path:

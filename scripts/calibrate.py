@@ -110,10 +110,9 @@ def usable_budgets(args: argparse.Namespace, cascade: Any, stage: int) -> List[f
     """Those of --budgets in the range of a stage's table. Says on stderr if an adaptive stage has none."""
     model = cascade.models[cascade.order[stage]]
     table = timm_aig.budget_table(model)
-    ends = [point.budget for point in (*table[:1], *table[-1:])]
-    found = [budget for budget in args.budgets if table and min(ends) <= budget <= max(ends)]
+    found = [budget for budget in args.budgets if table and table[0].budget <= budget <= table[-1].budget]
     if timm_aig.gated_blocks(model) and not found:
-        why = f'calibrated for {min(ends):g} to {max(ends):g}' if table else 'not calibrated'
+        why = f'calibrated for {table[0].budget:g} to {table[-1].budget:g}' if table else 'not calibrated'
         print(f'Stage {stage + 1} keeps its gate offset: it is {why}.', file=sys.stderr)
     return found
 

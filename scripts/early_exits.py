@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
 
 from _args import Parser
-from _common import blame, create_model, keep_freed_memory, open_device, require, run_script, sleep_when_idle
+from _common import blame, create_model, require, run_script, sleep_when_idle, write_text
 from _recipes import parse_training_args
 
 EXITS = ('layer1', 'layer2')
@@ -40,17 +40,13 @@ sleep_when_idle()
 import safetensors.torch
 import torch
 import torch.nn as nn
-from _inputs import create_training_loaders, fit_batch_size, open_training_splits
-from _models import check_normalization, create_models
-from finetune import create_trainer, describe_data, open_output, recipe_of
-from timm.utils import random_seed
+from finetune import create_trainer, recipe_of, set_up
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_aig
 from timm_aig import InputError
 from timm_aig.run import environment
 from timm_aig.training.checkpoint import CheckpointError, write_atomically
-from timm_aig.training.data import class_names
 
 
 class EarlyExits(nn.Module):
@@ -110,22 +106,12 @@ def open_exits(folder: Path) -> Tuple[EarlyExits, List[Tuple[float, Callable[...
 
 
 def run(args: argparse.Namespace) -> None:
-    keep_freed_memory()
-    open_device(args)
+    _, static, _, teacher, data, folder = set_up(args)
     if args.distributed:
         raise InputError('early_exits.py runs in one process, without torchrun.')
-    random_seed(args.seed, 0)
-    train_set, val_set = open_training_splits(args)
-    fit_batch_size(args, train_set)
-    static, _, teacher = create_models(args, class_names(train_set))
-    data = create_training_loaders(args, train_set, val_set, static)
     loader = getattr(data.train, 'loader', data.train)  # of timm's PrefetchLoader
     loader.collate_fn = partial(repeat_labels, loader.collate_fn)
-    if args.teacher and teacher is not None:
-        check_normalization(args, teacher, data.config)
-    describe_data(static, data)
     model, cost = EarlyExits(copy.deepcopy(static)), timm_aig.compute_cost(static)
-    folder = open_output(args)
     trainer = create_trainer(args, model, None, teacher and ForEachExit(teacher), data, cost, folder)
     if args.resume:
         with blame('resume', args.resume, CheckpointError):
@@ -136,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     heads = safetensors.torch.save(model.exits.exit_heads.state_dict())
     write_atomically(folder / 'exits.safetensors', lambda file: file.write(heads))
     results = json.dumps({'seed': args.seed, 'recipe': recipe_of(args), 'environment': environment()}, indent=2)
-    write_atomically(folder / 'results.json', lambda file: file.write(results.encode()))
+    write_text(folder / 'results.json', results + '\n')
 
 
 def main(argv: Optional[List[str]] = None) -> int:

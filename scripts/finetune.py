@@ -247,14 +247,13 @@ def results_of(
     return results
 
 
-def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
-    """Set up, train and save; returns the content of results.json.
+def set_up(args: argparse.Namespace, datasets: Any = None) -> Tuple[Any, Any, Any, Any, TrainingData, Path]:
+    """Training split, model, its parent and teacher (None for none), loaders, and the output folder.
 
     Args:
         args: Arguments of parse_args.
         datasets: Training and validation split to use instead of args.dataset.
     """
-    # setup
     keep_freed_memory()
     open_device(args)
     require('train', *(['tensorboard'] if args.tensorboard else []), *([] if args.static else ['matplotlib']))
@@ -271,13 +270,17 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     if args.teacher and teacher is not None:
         check_normalization(args, teacher, data.config)
     describe_data(model, data)
+    return train_set, model, parent, teacher, data, open_output(args)
+
+
+def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
+    """Set up, train and save; returns the content of results.json. Arguments as in set_up."""
+    train_set, model, parent, teacher, data, folder = set_up(args, datasets)
     cost = timm_aig.compute_cost(model, data.config['input_size'])
-    folder = open_output(args)
     trainer = create_trainer(args, model, parent, teacher, data, cost, folder)
     if args.resume:
         with blame('resume', args.resume, CheckpointError):
             trainer.resume()
-    # train
     epochs = Epochs(args, trainer, data, cost, folder)
     try:
         trainer.fit(epochs)
@@ -289,7 +292,6 @@ def train(args: argparse.Namespace, datasets: Any = None) -> Dict[str, Any]:
     if args.calibrate:
         calibrate(args, epochs.model, train_set, data, cost)
         epochs.evaluation = epochs.evaluate()
-    # save
     results = results_of(args, trainer, parent, data, cost, epochs, epoch)
     if args.rank == 0:
         epochs.save(results)

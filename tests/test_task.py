@@ -305,3 +305,6 @@ def test_budgets_are_not_trained_with_gradient_checkpointing(model):
     with pytest.raises(InputError, match='gate_loss must be another with gradient checkpointing'):
         AIGTask(model, gate_loss=AnyBudgetLoss(cost, 0.5))(X, TARGET)
     AIGTask(model, gate_loss=ComputeTargetLoss(cost, 0.6))(X, TARGET)['loss'].backward()
+    teacher, student = create().eval(), create()
+    teacher.set_grad_checkpointing(True)  # never runs backward
+    AIGTask(student, gate_loss=AnyBudgetLoss(cost, 0.5), teacher=teacher)(X, TARGET)['loss'].backward()

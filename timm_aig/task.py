@@ -126,7 +126,8 @@ class AIGTask(ClassificationTask):
             InputError: AnyBudgetLoss with gradient checkpointing.
         """
         loss: Any = self.gate_loss
-        if isinstance(loss, AnyBudgetLoss) and any(getattr(m, 'grad_checkpointing', False) for m in self.modules()):
+        if isinstance(loss, AnyBudgetLoss) and any(
+                getattr(m, 'grad_checkpointing', False) for m in self.trainable_module.modules()):
             raise InputError('must be another with gradient checkpointing, which would run the gates again without '
                              'their offsets: call model.set_grad_checkpointing(False).', 'gate_loss')
         with use_gate_offset(loss.draw_offsets(len(input))) if isinstance(loss, AnyBudgetLoss) else nullcontext():
