@@ -48,7 +48,7 @@ def number(interval: str = '(-inf, inf)') -> Callable[[str], float]:
 # Arguments that several scripts have, named as in timm's scripts.
 ARGUMENTS = {
     'model': dict(metavar='NAME', help='timm model, local-dir:FOLDER or hf-hub:USER/NAME'),
-    'cascade': dict(nargs='+', metavar='NAME', help='models to run in rounds by confidence, or a saved cascade'),
+    'cascade': dict(nargs='+', metavar='NAME', help='models to try in order until one is sure, or a saved cascade'),
     'pretrained': dict(action='store_true', help='load weights; local-dir: and hf-hub: always do'),
     'data_dir': dict(metavar='DIR', help='root of the data set'),
     'dataset': dict(default='folder', metavar='NAME',

@@ -49,7 +49,7 @@ class Cascade(nn.Module):
     stage gets only these images. Its answer replaces the one before.
 
         cascade = timm_aig.Cascade([small, large])             # any two classifiers with the same classes
-        cascade = timm_aig.Cascade([(model, .3), (model, 1.)])  # an adaptive model at two budgets
+        cascade = timm_aig.Cascade([(model, .5), (model, 1.)])  # an adaptive model at two calibrated budgets
         cascade.calibrate(loader, macs=.5)
         logits = cascade(x)
     """

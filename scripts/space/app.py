@@ -97,7 +97,7 @@ def controls(network: Network) -> Tuple[Any, str]:
     stages = '. '.join(f'{stage.title.capitalize()}: {stage.name}, {len(stage.gated)} of {len(stage.blocks)} blocks '
                        'have a gate' for stage in network.stages)
     threshold = '' if network.own_cascade else (
-        f' All blocks are asked as second stage below {network.thresholds[0]:.0%}, which is not calibrated.')
+        f' Below a confidence of {network.thresholds[0]:.0%} (not calibrated) an image goes through all blocks.')
     return control, f'{stages}.{threshold} Images: {network.image_kind}. {len(names)} classes: {classes}.'
 
 

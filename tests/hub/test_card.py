@@ -86,8 +86,12 @@ def test_a_card_claims_nothing_unknown(model):
 def test_a_parent_from_the_hub_is_linked_and_a_static_model_claims_no_gates(model):
     data = yaml.safe_load(card(model, dict(parent='hf-hub:user/parent@v1')).split('---')[1])
     assert data['base_model'] == 'user/parent'
-    text = card(timm.create_model('cifar_resnet20'), {})
-    assert 'A static network.' in text and 'forward_gates' not in text and 'An adaptive network' not in text
+    for name, plugin in (('cifar_resnet20', True), ('resnet18', False)):  # timm has the second one
+        text = make_card(timm.create_model(name), 'user/name', {**CONFIG, 'architecture': name}, {})
+        text = text.replace(BEGIN, '').replace(END, '')
+        assert 'A static network.' in text and ('import timm_aig' in text) == ('timm_aig' in text) == plugin
+        for of_gates in ('forward_gates', 'An adaptive network', '@inproceedings', 'adaptive-inference', ' gate'):
+            assert of_gates not in text
 
 
 def test_an_update_keeps_the_users_text_and_front_matter_byte_for_byte(model):

@@ -277,7 +277,7 @@ def test_the_curve_goes_through_what_was_calibrated_and_marks_the_budget():
     network = Network('x', model)
     drawn = draw_curve(network, 45)
     assert 'points="30.0,100.0 315.0,10.0"' in drawn and 'cx="101.2" cy="77.5"' in drawn
-    assert 'budget 45%: 91.0% of 200 held-out images right' in drawn
+    assert 'budget 45%: 91.0% of 200 calibration images right' in drawn
     assert 'budget 60%: 94.0%' in draw_curve(network, 60)
 
 

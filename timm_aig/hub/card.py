@@ -8,7 +8,7 @@ from urllib.parse import quote
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import get_pretrained_cfg, is_model
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 
 from ..blocks import gated_blocks
 from ..budget import budget_table
@@ -21,7 +21,7 @@ PROJECT_URL = 'https://github.com/timm-aig/timm_aig'
 BEGIN = '<!-- timm_aig: generated, the next push replaces it up to the end mark; your own text goes above or below. -->'
 END = '<!-- timm_aig: end of the generated part -->'
 GENERATED = re.compile(f'{re.escape(BEGIN)}.*?{re.escape(END)}', re.DOTALL)
-TAGS = ['image-classification', 'timm', 'transformers', 'timm_aig', 'convnet-aig', 'adaptive-inference']
+TAGS = ['image-classification', 'timm', 'transformers']
 
 # Known metrics: type in the model-index and title.
 METRICS = {
@@ -103,20 +103,22 @@ def make_card(
         InputError: The front matter of the present README.md cannot be read, so it cannot be kept.
     """
     adaptive = bool(gated_blocks(model))
+    plugin = not model_entrypoint(config['architecture']).__module__.startswith('timm.')
+    tags = TAGS + ['timm_aig'] * plugin + ['convnet-aig', 'adaptive-inference'] * adaptive
     sections = [
         f'# {repo_id.partition("/")[2]}',
         results.get('description') or '',
         ABOUT if adaptive else 'A static network.',
-        INSTALL,
+        INSTALL if plugin else '',
         _facts(model, config, results),
         *_results(results),
         results.get('card') or '',
         _budgets(model),
         *(f'![{Path(picture).stem.replace("_", " ")}]({quote(picture)})' for picture in pictures),
-        _usage(name_on_hub(repo_id, revision), adaptive, config['pretrained_cfg']['input_size'][0]),
-        CITATION,
+        _usage(name_on_hub(repo_id, revision), adaptive, plugin, config['pretrained_cfg']['input_size'][0]),
+        CITATION if adaptive else '',
     ]
-    return merge_card(repo_id, sections, _card_data(repo_id.partition('/')[2], config, results), existing)
+    return merge_card(repo_id, sections, _card_data(repo_id.partition('/')[2], config, results, tags), existing)
 
 
 def name_on_hub(repo_id: str, revision: Optional[str]) -> str:
@@ -143,7 +145,7 @@ def merge_card(repo_id: str, sections: Sequence[str], data: ModelCardData, exist
     return str(card)
 
 
-def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any]) -> ModelCardData:
+def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any], tags: List[str]) -> ModelCardData:
     dataset = results.get('dataset') or ''
     eval_results = []
     for metric, value in (results.get('metrics') or {}).items():
@@ -155,7 +157,7 @@ def _card_data(name: str, config: Dict[str, Any], results: Dict[str, Any]) -> Mo
         license=config['pretrained_cfg'].get('license'),
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=TAGS,
+        tags=tags,
         base_model=_base_model(results),
         datasets=[dataset.split('/', 1)[1]] if dataset.startswith(('hfds/', 'hfids/')) else None,
         model_name=name,
@@ -196,14 +198,17 @@ def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
     parent = results.get('parent') or ''
     if not parent or parent.startswith('local-dir:'):  # a path on the user's machine
         parent = arch.removesuffix('_aig')
-    return _table({
-        'Architecture': f'`{arch}`',
+    gates = {
         'Static parent': f'`{parent}`',
         'Blocks with a gate': len(cost.blocks),
         'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
-        'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-        'GMACs with every block run': f'{cost.total / 1e9:.3g}',
         'GMACs that always run': f'{cost.fixed / 1e9:.3g}',
+    }
+    return _table({
+        'Architecture': f'`{arch}`',
+        **(gates if cost.blocks else {}),
+        'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
+        'GMACs with every block run' if cost.blocks else 'GMACs': f'{cost.total / 1e9:.3g}',
         'Image size': ' x '.join(map(str, cfg['input_size'])),
         'Classes': config['num_classes'],
         'Origin': cfg.get('origin_url') or '',
@@ -240,8 +245,7 @@ def _budgets(model: nn.Module) -> str:
     low, high = table[0].budget, table[-1].budget
     about = (
         f"`timm_aig.set_budget(model, {low:g})` sets the mean share of the static parent's MACs that the model runs, "
-        f'from {low:g} to {high:g}. Measured on {table[0].images} calibration images; other images give somewhat other '
-        'figures.')
+        f'from {low:g} to {high:g}. Measured on {table[0].images} calibration images, which may be training images.')
     rows = [
         f'| {p.budget:.3g} | {p.macs_share:.4f} | {"" if p.top1 is None else f"{p.top1:.2f} %"} | {p.gate_offset:g} |'
         for p in table]
@@ -249,8 +253,9 @@ def _budgets(model: nn.Module) -> str:
     return '\n'.join(['## Budgets', '', about, '', *header, *rows])
 
 
-def _usage(name: str, adaptive: bool, channels: int) -> str:
+def _usage(name: str, adaptive: bool, plugin: bool, channels: int) -> str:
     run = 'logits = model(images)'
+    register = 'import timm_aig  # registers the architecture with timm\n' if plugin else ''
     if adaptive:
         run = """logits, gates = timm_aig.forward_gates(model, images)  # gates: 1 where a block ran, else 0
 
@@ -259,8 +264,7 @@ timm_aig.ungate_(model)  # back to the static network, which runs every block"""
 
 ```python
 import timm
-import timm_aig  # registers the architecture with timm
-import torch
+{register}import torch
 from PIL import Image
 
 model = timm.create_model('hf-hub:{name}', pretrained=True).eval()
@@ -277,8 +281,7 @@ with torch.inference_mode():
 With transformers:
 
 ```python
-import timm_aig
-from transformers import pipeline
+{register}from transformers import pipeline
 
 classify = pipeline('image-classification', model='{repo_id}'{f', revision={revision!r}' if revision else ''})
 classify('image.jpg')
