@@ -25,16 +25,13 @@ def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]
     """timm's data config of the images that all stages take.
 
     Raises:
-        InputError: The models want different images, or order their classes differently.
+        InputError: The models want different images.
     """
     configs = [data_config(args, model) for model in cascade.models]
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'):
         values = [config[name] for config in configs]
         if any(value != values[0] for value in values):
             raise InputError(f'must take the same images, but {name} is {" and ".join(map(str, values))}.', 'cascade')
-    names = [list(model.pretrained_cfg['label_names']) for model in named_models(cascade)]
-    if any(name != names[0] for name in names):
-        raise InputError('must have their classes in the same order.', 'cascade')
     return configs[0]
 
 

@@ -11,7 +11,6 @@ from timm.models import is_model, load_checkpoint
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.budget import set_budget_table
 from timm_aig.compat import model_args
 from timm_aig.config import AIG_ARGS
 
@@ -35,10 +34,7 @@ def create_models(args: argparse.Namespace, names: List[str]) -> Any:
     teacher = create_teacher(args, model, parent, names)
     if parent is not None and has_new_head(args, model):
         parent = None
-    if adaptive:
-        set_budget_table(model, ())  # the budgets and the offset of the weights before the training
-        timm_aig.set_gate_offset(model, 0.)
-    elif not args.static:
+    if not adaptive and not args.static:
         if not is_model(f'{model.pretrained_cfg["architecture"]}_aig'):
             raise InputError(f'must be a model of a family that timm_aig can gate, not {args.model!r}.', 'model')
         timm_aig.gate_(model, timm_aig.AIGConfig(**given_gate_args(args)))

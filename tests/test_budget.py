@@ -108,7 +108,8 @@ def test_only_the_table_of_the_model_changes(model, batches):
 
 @pytest.mark.parametrize('budgets, kwargs, message', [
     ((.5, .001), {}, r'budgets must be in reach, not 0\.001: the range is 0\.0\d+, .*, to 1'),
-    ((), {}, 'at least one'), ((0.,), {}, r'in \(0, 1\]'), ((1.2,), {}, r'in \(0, 1\]'), ((float('nan'),), {}, 'in'),
+    ((), {}, 'at least one'), (.5, {}, 'budgets must be a list, not 0.5'),
+    ((0.,), {}, r'in \(0, 1\]'), ((1.2,), {}, r'in \(0, 1\]'), ((float('nan'),), {}, 'in'),
     ((.5,), dict(tolerance=0), 'tolerance must be'), ((.5,), dict(max_accuracy_drop=-1), 'max_accuracy_drop must be'),
     ((.5,), dict(max_accuracy_drop=1, confidence=95), 'confidence must be'),
 ])
@@ -273,6 +274,18 @@ def test_the_table_goes_with_copies_and_is_dropped_by_ungate(model):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ModelEmaV3(model).module):
         assert budget_table(other) == TABLE
     assert budget_table(ungate_(model)) == () == budget_table(timm_aig.gate_(model))
+
+
+def test_other_weights_drop_the_table_and_the_same_ones_keep_it(model):
+    set_budget_table(model, TABLE)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert budget_table(model) == TABLE
+    other = copy.deepcopy(model.state_dict())
+    for name, value in other.items():
+        if name.endswith('gate.fc2.weight'):
+            value += .1
+    model.load_state_dict(other)
+    assert budget_table(model) == ()
 
 
 @pytest.mark.parametrize('change, message', [

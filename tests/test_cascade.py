@@ -177,7 +177,9 @@ def test_calibrate_leaves_out_images_without_a_label_and_refuses_what_has_none(p
 
 def test_bad_arguments_are_named(pair, adaptive):
     for bad, problem in (
-            (dict(stages=pair[:1]), 'stages must be at least two'),
+            (dict(stages=pair[:1]), 'stages must be a list of at least two'),
+            (dict(stages=pair[0], thresholds=pair[1]), 'stages must be a list of at least two'),
+            (dict(stages=['resnet18', 'resnet50']), 'stages must be models or pairs of a model and a budget'),
             (dict(stages=pair, thresholds=[.5, .5]), r'thresholds must be 1 in \[0, 1\]'),
             (dict(stages=pair, thresholds=float('nan')), 'thresholds'),
             (dict(stages=[(pair[0], .5), pair[1]]), 'without calibrated budgets'),
@@ -185,6 +187,26 @@ def test_bad_arguments_are_named(pair, adaptive):
             (dict(stages=[timm.create_model('cifar_resnet8', num_classes=n) for n in (2, 3)]), 'classes, not 2, 3')):
         with pytest.raises(timm_aig.InputError, match=problem):
             Cascade(**bad)
+
+
+def test_models_that_order_their_classes_differently_are_refused_and_other_images_are_said(caplog):
+    models = [timm.create_model('cifar_resnet8', num_classes=3) for _ in range(2)]
+    models[1].pretrained_cfg = dict(models[1].pretrained_cfg, mean=(0., 0., 0.))
+    for model in models:
+        model.pretrained_cfg = dict(model.pretrained_cfg, label_names=['a', 'b', 'c'])
+    Cascade(models)
+    assert 'differ in the mean of their images' in caplog.text and 'std' not in caplog.text
+    models[1].pretrained_cfg['label_names'] = ['c', 'b', 'a']
+    with pytest.raises(timm_aig.InputError, match='stages must have their classes in the same order'):
+        Cascade(models)
+
+
+@torch.no_grad()
+def test_a_cascade_is_loaded_from_a_folder_with_a_colon_in_its_name(pair, adaptive, tmp_path):
+    models = [timm.create_model('cifar_resnet8', num_classes=3) for _ in range(2)]
+    Cascade(models, .7).save_pretrained(tmp_path / 'run:1')
+    for name in (tmp_path / 'run:1', f'local-dir:{tmp_path}/run:1'):
+        assert Cascade.from_pretrained(name).thresholds == (.7,)
 
 
 @torch.no_grad()

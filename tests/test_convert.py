@@ -368,7 +368,25 @@ def test_a_compiled_block_is_refused_since_it_would_run_as_before():
         assert {name: type(m) for name, m in model.named_modules()} == before
 
 
-def test_a_model_with_adapters_is_gated():
+def test_a_model_that_is_wrapped_for_several_processes_is_refused_since_its_gates_would_not_be_synchronised(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(timm.create_model('cifar_resnet20'))
+        with pytest.raises(InputError, match='convert the model first, then wrap it'):
+            gate_(wrapped)
+        assert not gated_blocks(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_is_no_module_is_refused_and_a_target_rate_that_leaves_no_gate_is_said(caplog):
+    with pytest.raises(InputError, match="model must be a module, not 'resnet50'"):
+        gate_('resnet50')
+    gate_(timm.create_model('cifar_resnet20', device='meta'), target_rate=1)
+    assert 'A target rate of 1 leaves none of the 9 blocks a gate.' in caplog.text
+
+
+def test_a_model_with_adapters_is_gated(train_norms):
     class Adapter(nn.Module):
         def __init__(self, layer):
             super().__init__()
@@ -377,7 +395,7 @@ def test_a_model_with_adapters_is_gated():
         def forward(self, x):
             return self.base_layer(x)
 
-    model, x = timm.create_model('cifar_resnet20').eval(), torch.randn(2, 3, 16, 16)
+    model, x = train_norms(timm.create_model('cifar_resnet20')).eval(), torch.randn(2, 3, 16, 16)
     model.layer2[0].conv1 = Adapter(model.layer2[0].conv1)
     expected = model(x)
     assert torch.equal(gate_(model)(x), expected)

@@ -189,11 +189,21 @@ def test_the_count_does_not_depend_on_execution_gate_offset_and_inference_mode()
         assert compute_cost(model, (3, 16, 16)) == expected
 
 
-@pytest.mark.parametrize('input_size', [(224, 224), (3, 0, 224), (1, 3, 224, 224), (3, -1, 4)])
+@pytest.mark.parametrize('input_size', [(224, 224), (3, 0, 224), (1, 3, 224, 224), (3, -1, 4), 224])
 def test_a_bad_input_size_is_an_error(input_size):
     for count in (compute_cost, timm_aig.summary):
         with pytest.raises(ValueError, match=r'input_size must be \(C, H, W\), each above 0'):
             count(resnet('resnet18'), input_size)
+
+
+def test_counting_does_not_call_the_users_hooks():
+    model, seen = timm.create_model('cifar_resnet20_aig'), []
+    model.layer1.register_forward_hook(lambda module, args, output: seen.append(output.numpy()))
+    expected = compute_cost(timm.create_model('cifar_resnet20_aig'), (3, 16, 16))
+    assert compute_cost(model, (3, 16, 16)) == expected and not seen
+    with torch.no_grad():
+        model(torch.zeros(2, 3, 16, 16))
+    assert len(seen) == 1  # of the model itself they stay
 
 
 def test_a_model_that_cannot_be_counted_is_an_error():

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from timm.models.resnet import BasicBlock
+from timm.utils import ModelEmaV3
 
 import timm_aig
 from timm_aig import Gate, InputError
@@ -120,6 +121,41 @@ def test_sampling_in_eval_draws_even_if_training_does_not_and_changes_nothing():
             assert timm_aig.forward_gates(model, x)[1].min() == 1
         assert drawn.mean().item() == pytest.approx(0.731, abs=4 * 0.0045)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('optimized', [False, True])
+def test_sampling_in_eval_adds_the_offset(optimized):
+    model = timm_aig.gate_(timm.create_model('cifar_resnet8')).eval()
+    for block in timm_aig.gated_blocks(model).values():
+        nn.init.zeros_(block.gate.fc2.weight)
+        nn.init.zeros_(block.gate.fc2.bias)
+    timm_aig.set_gate_offset(model, 1.)
+    model = timm_aig.optimize_for_inference(model) if optimized else model
+    x = torch.zeros(3000, 3, 8, 8)
+    with torch.no_grad():
+        own = timm_aig.forward_gates(model, x, sample=True)[1].mean().item()
+        with timm_aig.use_gate_offset(-1.):
+            other = timm_aig.forward_gates(model, x, sample=True)[1].mean().item()
+    assert (own, other) == pytest.approx((0.731, 0.269), abs=4 * .0047)
+
+
+def test_an_infinite_offset_stays_finite_in_the_mean_of_weights():
+    model = timm.create_model('cifar_resnet8_aig').eval()
+    x = torch.randn(4, 3, 16, 16)
+    for offset, open in ((float('inf'), 1), (float('-inf'), 0)):
+        timm_aig.set_gate_offset(model, offset)
+        ema = ModelEmaV3(model, decay=.5)
+        timm_aig.set_gate_offset(model, offset)
+        ema.update(model)
+        with torch.no_grad():
+            assert (timm_aig.forward_gates(ema.module, x)[1] == open).all()
+        with timm_aig.use_gate_offset(offset):
+            assert model.train()(x).isfinite().all()
+
+
+def test_an_unknown_norm_is_named():
+    with pytest.raises(InputError, match="norm must be one of bn, ln, none, not 'batch'"):
+        Gate(8, norm='batch')
 
 
 @settings(max_examples=50, deadline=None)

@@ -124,6 +124,8 @@ def test_gates_of_half_precision_are_averaged_in_float32():
 
 @pytest.mark.parametrize('call,message', [
     (lambda: TargetRateLoss([0.5, 1.1]), r'target_rates must be numbers in \[0, 1\]'),
+    (lambda: TargetRateLoss(0.5), 'target_rates must be a list, one for each gated block, not 0.5'),
+    (lambda: AnyBudgetLoss(COST, 0.5, groups=1), 'groups must be at least 3, not 1'),
     (lambda: TargetRateLoss([-0.1]), r'target_rates must be numbers in \[0, 1\]'),
     (lambda: TargetRateLoss([float('nan')]), r'target_rates must be numbers in \[0, 1\]'),
     (lambda: TargetRateLoss([0.5], reduction='none'), "reduction must be 'sum' or 'mean', not 'none'"),

@@ -212,7 +212,20 @@ def test_forced_and_frozen_gates_need_no_gradient():
     x = torch.randn(4, 3, 16, 16)
     with force_gates(model, torch.ones(4, 9)):
         assert not forward_gates(model, x)[1].requires_grad
+    with record_gates(model) as record, force_gates(model, torch.ones(4, 9)):
+        model(x)
+    assert not record.gates.requires_grad
     assert not forward_gates(model.requires_grad_(False), x)[1].requires_grad
+
+
+def test_gates_of_a_pass_without_grad_are_read_without_grad():
+    model = timm.create_model('cifar_resnet20_aig')
+    with record_gates(model) as record, torch.no_grad():
+        model(torch.randn(4, 3, 16, 16))
+    with pytest.raises(RuntimeError, match='no gradient: the pass ran under no_grad'):
+        _ = record.gates
+    with torch.no_grad():
+        assert record.gates.shape == (4, 9)
 
 
 def test_a_model_can_be_copied_and_pickled_after_a_training_step():

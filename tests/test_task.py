@@ -11,7 +11,19 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
-from timm_aig import AIGTask, AnyBudgetLoss, ComputeTargetLoss, InputError, TargetRateLoss, compute_cost, forward_gates
+from timm_aig import (
+    AIGTask,
+    AnyBudgetLoss,
+    ComputeTargetLoss,
+    InputError,
+    TargetRateLoss,
+    budget_table,
+    compute_cost,
+    forward_gates,
+    gate_,
+    gated_blocks,
+    set_budget,
+)
 
 X, TARGET = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
@@ -284,6 +296,21 @@ def test_the_teacher_stays_in_eval_frozen_and_untouched(model):
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not [k for k in task.get_checkpoint_state()['state_dict'] if 'teacher' in k]
+
+
+def test_a_teacher_that_shares_its_parameters_with_the_model_is_refused_and_nothing_is_frozen():
+    parent = timm.create_model('cifar_resnet20')
+    with pytest.raises(InputError, match='teacher must not share parameters with the model'):
+        AIGTask(gate_(parent), teacher=parent)
+    assert parent.training and all(p.requires_grad for p in parent.parameters())
+
+
+def test_training_starts_without_the_offset_and_budgets_of_the_weights():
+    model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True)
+    set_budget(model, .5)
+    AIGTask(model, verbose=False)
+    assert budget_table(model) == ()
+    assert all(block.gate.offset == 0 for block in gated_blocks(model).values())
 
 
 @pytest.mark.parametrize('kwargs,message', [

@@ -329,7 +329,7 @@ def set_execution(model: nn.Module, mode: str) -> None:
 def set_gate_offset(model: nn.Module, offset: float) -> None:
     """Set the logit that the gates add to the open one in eval: above 0 more gates open, below 0 fewer.
 
-    The offset is part of the state dict.
+    The offset is part of the state dict. Infinite ones become -1e4 and 1e4, which close and open all gates.
 
     Raises:
         InputError: The offset is nan or the model is static.

@@ -3,6 +3,7 @@
 Paper: `Wisdom of Committees: An Overlooked Approach To Faster and More Accurate Models` -
 https://arxiv.org/abs/2012.01988
 """
+import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .training.thresholds import CascadePoint
 
 __all__ = ['Cascade', 'Rounds', 'confidence']
+
+_logger = logging.getLogger(__name__)
 
 Stage = Union[nn.Module, Tuple[nn.Module, Optional[float]]]
 
@@ -62,16 +65,27 @@ class Cascade(nn.Module):
             thresholds: One for each stage but the last, or the same for all, in [0, 1]. 0 stops all images.
 
         Raises:
-            InputError: Fewer than two stages, a bad threshold, or a budget that its model is not calibrated for.
+            InputError: Fewer than two stages, stages with other classes, a bad threshold, or a budget that its model is
+                not calibrated for.
         """
         super().__init__()
-        pairs = [(stage, None) if isinstance(stage, nn.Module) else stage for stage in stages]
-        if len(pairs) < 2:
-            raise InputError(f'must be at least two, not {len(pairs)}.', 'stages')
+        if not isinstance(stages, (list, tuple)) or len(stages) < 2:
+            raise InputError(f'must be a list of at least two, not {stages!r:.80}.', 'stages')
+        pairs = [stage if isinstance(stage, tuple) else (stage, None) for stage in stages]
+        for stage in pairs:
+            if len(stage) != 2 or not isinstance(stage[0], nn.Module):
+                raise InputError(f'must be models or pairs of a model and a budget, not {stage!r:.80}.', 'stages')
         models = list(dict.fromkeys(model for model, _ in pairs))
         classes = [getattr(model, 'num_classes', None) for model in models]
         if len({*classes} - {None}) > 1:
             raise InputError(f'must have the same classes, not {", ".join(map(str, classes))}.', 'stages')
+        configs = [getattr(model, 'pretrained_cfg', None) or {} for model in models]
+        if len({tuple(config['label_names']) for config in configs if config.get('label_names')}) > 1:
+            raise InputError('must have their classes in the same order.', 'stages')
+        for name in ('mean', 'std'):
+            values = {tuple(config[name]) for config in configs if config.get(name)}
+            if len(values) > 1:
+                _logger.warning('The models of the cascade differ in the %s of their images: %s.', name, values)
         self.models = nn.ModuleList(models)  # one model may be in several stages
         self.order = [models.index(model) for model, _ in pairs]
         self.set_budgets([budget for _, budget in pairs])

@@ -107,19 +107,6 @@ class AIGConfig:
         """Fields that are not None, as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
-    @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> 'AIGConfig':
-        """Inverse of to_dict.
-
-        Raises:
-            InputError: An unknown field or a bad value.
-        """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(f'unknown AIGConfig field {", ".join(unknown)}, known are {", ".join(known)}.')
-        return cls(**values)
-
 
 AIG_ARGS = tuple(f.name for f in fields(AIGConfig) if f.name != 'version')  # also keywords of the entry points
 

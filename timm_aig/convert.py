@@ -107,6 +107,10 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     config = AIGConfig(**fields) if config is None else config
     if not isinstance(config, AIGConfig):
         raise InputError(f'must be an AIGConfig, not {type(config).__name__}.', 'config')
+    if not isinstance(model, nn.Module):
+        raise InputError(f'must be a module, not {model!r:.80}.', 'model')
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise InputError('is wrapped in DistributedDataParallel: convert the model first, then wrap it.', 'model')
     if _find_blocks(model, _is_gated) or isinstance(model, GatedBlock):
         raise InputError('is gated already, ungate_ it first to change its gates.', 'model')
     if type(model) in GATED:
@@ -121,6 +125,8 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     rates = _rates(sites, config)
     if config.schedule and min(rates) == 1:
         raise InputError(f'{config.schedule!r} leaves none of the {len(sites)} blocks a gate.', 'schedule')
+    if min(rates) == 1:
+        _logger.warning('A target rate of 1 leaves none of the %d blocks a gate.', len(sites))
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, rates):
         if rate < 1 and site.block not in replacements:

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from timm.models import FeatureHookNet
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in PyTorch's notes on extending it
 from torch.utils.flop_counter import flop_registry
 
@@ -179,11 +180,14 @@ class _MacCounter(TorchDispatchMode):
 
 def _count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Callable[..., int]:
     """A function from a module's name to its MACs for one sample; without a name, those of the whole model."""
-    size = own_input_size(model) if input_size is None else tuple(input_size)
-    if len(size) != 3 or any(length < 1 for length in size):
+    size = own_input_size(model) if input_size is None else input_size
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or any(length < 1 for length in size):
         raise InputError(f'must be (C, H, W), each above 0, not {size}.', 'input_size')
     meta = {id(t): t.to('meta') for t in (*model.parameters(), *model.buffers())}
     shapes = copy_module(model, meta).eval()  # the model itself may be running in another thread
+    if not any(isinstance(module, FeatureHookNet) for module in shapes.modules()):
+        for module in shapes.modules():
+            module._forward_hooks.clear()  # the user's own
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     counter = _MacCounter(shapes)
     try:

@@ -14,6 +14,8 @@ from .config import InputError
 
 __all__ = ['Gate']
 
+ALL_OPEN = 1e4  # offset that opens every gate in spite of the noise
+
 
 class _GatePass(threading.local):
     """Per-thread state of the running forward pass: recording and overrides. Set by passes.py.
@@ -22,7 +24,7 @@ class _GatePass(threading.local):
     """
 
     def __init__(self) -> None:  # runs in every thread; instance attributes, since torch.compile guards only those
-        self.record: Optional[List[Tuple[int, torch.Tensor]]] = None  # id of a block that ran, its answers
+        self.record: Optional[List[Tuple[int, torch.Tensor, bool]]] = None  # id of a block, its answers, if forced
         self.forced: Optional[Dict[int, torch.Tensor]] = None  # id of a block -> bool [B], answers instead
         self.sample = False  # draw in eval too
         self.offset: Optional[torch.Tensor] = None  # of all gates: a number or one for each sample [B]
@@ -58,7 +60,7 @@ class _GatePass(threading.local):
         if forced is not None:
             z = forced.to(z.device, z.dtype)
         if self.record is not None:
-            self.record.append((id(block), z))
+            self.record.append((id(block), z, forced is not None))
         return z
 
 
@@ -137,22 +139,27 @@ class Gate(nn.Module):
             in_channels: Channels of the block's input.
             hidden_channels: Width of the hidden layer.
             norm: Norm of the hidden layer: 'bn' (paper), or 'ln', layer norm, or 'none', which train with a batch of 1.
+
+        Raises:
+            InputError: Another norm.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Linear(in_channels, hidden_channels, **dd)
-        norms: Dict[str, Any] = {'bn': nn.BatchNorm1d, 'ln': nn.LayerNorm}
-        self.bn = norms[norm](hidden_channels, **dd) if norm in norms else nn.Identity()
+        norms: Dict[str, Any] = {'bn': nn.BatchNorm1d, 'ln': nn.LayerNorm, 'none': nn.Identity}
+        if norm not in norms:
+            raise InputError(f'must be one of {", ".join(norms)}, not {norm!r}.', 'norm')
+        self.bn = norms[norm](hidden_channels, **dd)
         self.fc2 = nn.Linear(hidden_channels, 2, **dd)
         self.noise = True  # False: training takes the larger logit instead of drawing
         self.register_buffer('offset', torch.zeros((), **dd))  # added to the open logit in eval
-        self.register_load_state_dict_pre_hook(_fill_offset)
+        self.register_load_state_dict_pre_hook(_before_load)
         self.budgets: Any = ()  # table of set_budget, the same for all gates of a model
         self.init_weights()
 
     def set_offset(self, offset: float) -> None:
         """Set the logit that eval adds to the open one."""
-        self.offset.fill_(offset)
+        self.offset.fill_(min(max(offset, -ALL_OPEN), ALL_OPEN))  # the mean of infinities in an EMA would be nan
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -202,8 +209,9 @@ class Gate(nn.Module):
             sample = gate_pass.sample
             if gate_pass.offset is not None:
                 offset = gate_pass.offset_like(logits)
-                if self.training or sample:
-                    logits = torch.stack([logits[:, 0], logits[:, 1] + offset], 1)
+            # training ignores the gate's own offset
+            if gate_pass.offset is not None if self.training else sample:
+                logits = torch.stack([logits[:, 0], logits[:, 1] + offset], 1)
         if self.training or sample:
             z = sample_gate(logits, self.noise or sample)
         else:
@@ -211,6 +219,9 @@ class Gate(nn.Module):
         return z
 
 
-def _fill_offset(gate: Gate, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    """Keep the gate's offset if the weights have none, as those saved before timm_aig 0.2."""
+def _before_load(gate: Gate, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """Keep the gate's offset if the weights have none, as those saved before timm_aig 0.2; drop others' budgets."""
     state_dict.setdefault(f'{prefix}offset', gate.offset)
+    weight = state_dict.get(f'{prefix}fc2.weight')
+    if gate.budgets and weight is not None and not torch.equal(weight.to(gate.fc2.weight), gate.fc2.weight):
+        gate.budgets = ()

@@ -10,13 +10,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from .config import InputError
+from .gate import ALL_OPEN
 
 if TYPE_CHECKING:
     from .cost import Cost
 
 __all__ = ['AnyBudgetLoss', 'ComputeTargetLoss', 'TargetRateLoss']
-
-ALL_OPEN = 1e4  # offset that opens every gate in spite of the noise
 
 
 def global_mean(gates: torch.Tensor, process_group: Optional[Any] = None) -> torch.Tensor:
@@ -78,6 +77,8 @@ class TargetRateLoss(nn.Module):
             InputError: A rate outside [0, 1] or an unknown reduction.
         """
         super().__init__()
+        if isinstance(target_rates, (int, float)):
+            raise InputError(f'must be a list, one for each gated block, not {target_rates!r}.', 'target_rates')
         self.target_rates = tuple(float(rate) for rate in target_rates)
         if not all(0 <= rate <= 1 for rate in self.target_rates):
             raise InputError(f'must be numbers in [0, 1], not {list(target_rates)}.', 'target_rates')
@@ -160,10 +161,12 @@ class AnyBudgetLoss(nn.Module):
             process_group: Processes that share the global batch, as for DistributedDataParallel. Default: all.
 
         Raises:
-            InputError: A least share above 1, or below the MACs share of what always runs.
+            InputError: A least share above 1, or below the MACs share of what always runs, or fewer than three groups.
         """
         super().__init__()
         _require_reachable(cost, least, 'least')
+        if groups < 3:
+            raise InputError(f'must be at least 3, not {groups!r}.', 'groups')
         self.cost = cost
         self.least = least
         self.weight = weight

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from .blocks import gated_blocks, require_gated_blocks
 from .config import InputError
-from .gate import Gate, gate_pass, runs_eagerly
+from .gate import ALL_OPEN, Gate, gate_pass, runs_eagerly
 
 __all__ = ['GateRecord', 'force_gates', 'forward_gates', 'record_gates', 'set_pass', 'use_gate_offset']
 
@@ -16,9 +16,8 @@ class GateRecord:
     """Answers of the gated blocks of a model inside a `with record_gates` block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.answers: List[Tuple[int, torch.Tensor]] = []
+        self.answers: List[Tuple[int, torch.Tensor, bool]] = []
         self._blocks = list(gated_blocks(model).values())
-        self._forced = gate_pass.forced or {}
 
     @property
     def gates(self) -> torch.Tensor:
@@ -27,13 +26,13 @@ class GateRecord:
         In training they carry the straight-through gradient. For a static model they are [0, 0].
 
         Raises:
-            RuntimeError: A gated block did not run as often as the others, or re-entrant checkpointing dropped the
-                gradient.
+            RuntimeError: A gated block did not run as often as the others, or in training the gates have no gradient:
+                the pass ran under no_grad, or re-entrant checkpointing dropped it.
         """
         if not self._blocks:
             return torch.zeros(0, 0)
         parts: Dict[int, List[torch.Tensor]] = {id(block): [] for block in self._blocks}
-        for block, z in self.answers:
+        for block, z, _ in self.answers:
             if block in parts:
                 parts[block].append(z)  # several if the model runs its batch in parts
         if len({sum(map(len, answers)) for answers in parts.values()}) != 1 or not all(parts.values()):
@@ -43,13 +42,14 @@ class GateRecord:
         gates = torch.stack([torch.cat(answers) for answers in parts.values()], dim=1)
         if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._blocks)):
             raise RuntimeError(
-                'The gates have no gradient, since re-entrant checkpointing drops it. '
-                'Call timm.layers.set_reentrant_ckpt(False).')
+                'The gates have no gradient: the pass ran under no_grad, or re-entrant checkpointing dropped it, which '
+                'timm.layers.set_reentrant_ckpt(False) switches off.')
         return gates
 
     def _should_have_gradient(self, block: nn.Module) -> bool:
         gates = [m for m in block.modules() if isinstance(m, Gate) and m.training]
-        return id(block) not in self._forced and any(p.requires_grad for gate in gates for p in gate.parameters())
+        forced = any(is_forced for other, _, is_forced in self.answers if other == id(block))
+        return not forced and any(p.requires_grad for gate in gates for p in gate.parameters())
 
 
 @contextmanager
@@ -107,6 +107,8 @@ def force_gates(
 ) -> Iterator[None]:
     """Override the answers of the gates, inside a `with` block and in this thread. The gates still run.
 
+    DataParallel runs the model in other threads, which ignore it.
+
     Gradient checkpointing runs the gates again: on a CPU run the backward pass inside the block too. On a GPU, where it
     runs in another thread, checkpointing must be off.
 
@@ -132,6 +134,8 @@ def force_gates(
 def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
     """Replace the gate offset of every model, inside a `with` block and in this thread. Training adds it too.
 
+    DataParallel runs the model in other threads, which ignore it.
+
     Gradient checkpointing runs the gates again: on a CPU run the backward pass inside the block too. On a GPU, where it
     runs in another thread, checkpointing must be off.
 
@@ -144,7 +148,7 @@ def use_gate_offset(offset: Union[float, torch.Tensor]) -> Iterator[None]:
     offset = torch.as_tensor(offset, dtype=torch.float32)
     if offset.ndim > 1 or offset.isnan().any():
         raise InputError(f'must be a number or [B] numbers, not {offset!r:.80}.', 'offset')
-    with set_pass(offset=offset):
+    with set_pass(offset=offset.clamp(-ALL_OPEN, ALL_OPEN)):
         yield
 
 

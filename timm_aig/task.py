@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-from .blocks import require_gated_blocks
+from .blocks import require_gated_blocks, set_gate_offset
+from .budget import set_budget_table
 from .config import InputError
 from .convert import residual_blocks
 from .cost import compute_cost, own_input_size
@@ -58,7 +59,7 @@ class AIGTask(ClassificationTask):
     ) -> None:
         """
         Args:
-            model: Adaptive model.
+            model: Adaptive model. Its gate offset becomes 0 and its budgets are dropped: training changes the gates.
             criterion: Classification loss. Created from criterion_kwargs when None.
             criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
             gate_loss: Loss on the gates [B, L]. If None, that of the distill recipe of scripts/finetune.py:
@@ -73,14 +74,16 @@ class AIGTask(ClassificationTask):
             verbose: Enable info logging.
 
         Raises:
-            InputError: The model has no gated blocks, distill_weight or distill_temperature is out of range, or
-                gate_loss is missing where the default does not apply: the model has no input size in a pretrained_cfg,
-                or what always runs takes more MACs than the target.
+            InputError: The model has no gated blocks, the teacher shares parameters with it, distill_weight or
+                distill_temperature is out of range, or gate_loss is missing where the default does not apply: the model
+                has no input size in a pretrained_cfg, or what always runs takes more MACs than the target.
         """
         if not 0 <= distill_weight <= 1:
             raise InputError(f'must be in [0, 1], not {distill_weight!r}.', 'distill_weight')
         if not distill_temperature > 0:
             raise InputError(f'must be above 0, not {distill_temperature!r}.', 'distill_temperature')
+        if teacher is not None and not {*map(id, model.parameters())}.isdisjoint(map(id, teacher.parameters())):
+            raise InputError('must not share parameters with the model: copy the parent before gate_.', 'teacher')
         require_gated_blocks(model)
         super().__init__(
             GatesModule(model), criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype,
@@ -89,6 +92,8 @@ class AIGTask(ClassificationTask):
         self.teacher = None if teacher is None else teacher.to(device=self.device).eval().requires_grad_(False)
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature
+        set_budget_table(model, ())
+        set_gate_offset(model, 0.)
 
     def train(self, mode: bool = True) -> 'AIGTask':
         """Set training mode; the teacher stays in eval."""

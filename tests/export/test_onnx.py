@@ -174,6 +174,7 @@ def test_a_file_that_disagrees_is_not_written(model, x, sparse_file, tmp_path, m
 
 
 @pytest.mark.parametrize('change, match', [
+    (dict(path='missing/m.onnx'), "path must be in a folder that exists, not 'missing/m.onnx'"),
     (dict(mode='branch'), 'mode must be one of sparse, masked, path'),
     (dict(precision='int4'), 'precision must be one of float32, float16, int8'),
     (dict(precision='int8'), 'calibration is for precision'),
@@ -188,7 +189,7 @@ def test_a_file_that_disagrees_is_not_written(model, x, sparse_file, tmp_path, m
 ])
 def test_bad_arguments_are_named(model, tmp_path, change, match):
     with pytest.raises(timm_aig.InputError, match=match):
-        timm_aig.export_onnx(model, tmp_path / 'm.onnx', **change)
+        timm_aig.export_onnx(model, **{'path': tmp_path / 'm.onnx', **change})
     assert not list(tmp_path.iterdir())
 
 

@@ -150,8 +150,9 @@ def test_a_token_that_may_not_write_gives_a_clear_error_and_nothing_is_created(h
 def test_bad_arguments_are_refused_before_the_hub_is_asked(hub, client):
     hub.log()
     for token in ('hf_secret\n', 'hf_secret x', 'hf_secretä', ''):
-        answer = client.run(push('alice/no', token=token))
-        assert answer['error'].startswith('InputError: token must be') and 'secret' not in answer['error']
+        for publish in (push, push_cascade):
+            answer = client.run(publish('alice/no', token=token))
+            assert answer['error'].startswith('InputError: token must be') and 'secret' not in answer['error']
     for repo_id in ('alice', 'a/b/c', '../x', 'alice/..', 'alice/x y', 'alice/x\n', '', 'hf-hub:alice/x'):
         assert client.run(push(repo_id))['error'].startswith("InputError: repo_id must be 'user/name', not")
     assert client.run(push('alice/no', timeout=0))['error'] == 'InputError: timeout must be above 0 seconds, not 0.'

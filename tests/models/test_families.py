@@ -197,9 +197,9 @@ def test_tags_of_the_parents_are_tags_of_the_adaptive_models():
 @pytest.mark.parametrize('arch, outputs', [
     ('resnetv2_18', 5), ('regnetx_002', 5), ('convnext_atto', 4), ('skresnet18', 5), ('efficientnet_b1_pruned', 5),
     ('mobilenetv4_hybrid_medium', 5), ('vit_tiny_patch16_224', 3)])
-def test_features_only_backbones_have_gates(arch, outputs):
+def test_features_only_backbones_have_gates(arch, outputs, train_norms):
     kwargs = ARCHS[arch]
-    model = timm.create_model(f'{arch}_aig', features_only=True, **kwargs).eval()
+    model = train_norms(timm.create_model(f'{arch}_aig', features_only=True, **kwargs)).eval()
     parent = timm.create_model(arch, features_only=True, **kwargs).eval()
     parent.load_state_dict({k: v for k, v in model.state_dict().items() if '.gate.' not in k})
     with torch.inference_mode():

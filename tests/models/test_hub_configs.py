@@ -33,7 +33,7 @@ def test_a_hub_config_fits_its_schema_its_name_and_its_readers(file):
     assert bool(gated_blocks(model)) == name.partition('.')[0].endswith('_aig') == ('aig' in config)
     if 'aig' not in config:
         return
-    aig = AIGConfig.from_dict(config['aig'])
+    aig = AIGConfig(**config['aig'])
     assert aig.to_dict() == config['aig']  # written out in full
     if file.stem.endswith('_paper'):
         assert aig.schedule == 'paper' and config['tag'] == f't{round(aig.target_rate * 10):02d}_paper'

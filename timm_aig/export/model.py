@@ -1,6 +1,8 @@
 """A model in the form that exporters take: one graph in which a closed sample is a row left out of the batch."""
+import os
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -148,7 +150,11 @@ class _NormsOfRows(TorchFunctionMode):
 
 
 def prepare(
-        model: nn.Module, images: Optional[torch.Tensor], mode: str, gates: Optional[Sequence[bool]],
+        path: Union[str, os.PathLike],
+        model: nn.Module,
+        images: Optional[torch.Tensor],
+        mode: str,
+        gates: Optional[Sequence[bool]],
 ) -> Tuple[nn.Module, torch.Tensor, Optional[List[bool]]]:
     """Check what an export function was given.
 
@@ -158,6 +164,8 @@ def prepare(
     Raises:
         InputError: An argument that is not allowed.
     """
+    if not Path(path).parent.is_dir():
+        raise InputError(f'must be in a folder that exists, not {os.fspath(path)!r}.', 'path')
     if mode not in MODES:
         raise InputError(f'must be one of {", ".join(MODES)}, not {mode!r}.', 'mode')
     if isinstance(model, InferenceModel):

@@ -72,7 +72,7 @@ def export_onnx(
     """
     gates = open if gates is None else gates
     check_precision(precision, PRECISIONS, calibration)
-    model, images, gates = prepare(model, images, mode, gates)
+    model, images, gates = prepare(path, model, images, mode, gates)
     path = Path(path)
     proto = to_onnx(model, images, mode, gates, torch.float16 if precision == 'float16' else torch.float32)
     if calibration is not None:

@@ -54,7 +54,7 @@ def export_openvino(
     path = Path(path)
     if path.suffix != '.xml':
         raise InputError(f'must end in .xml, not {path.name!r}.', 'path')
-    model, images, gates = prepare(model, images, mode, gates)
+    model, images, gates = prepare(path, model, images, mode, gates)
     proto = to_onnx(model, images, mode, gates)
     if calibration is not None:
         proto = quantize(proto, calibration, own_offsets(model))

@@ -38,7 +38,7 @@ def export_program(
         InputError: An argument that is not allowed, or a model that cannot be exported.
         ExportError: The program disagrees with the model.
     """
-    model, images, _ = prepare(model, images, 'sparse', None)
+    model, images, _ = prepare(path, model, images, 'sparse', None)
     path = Path(path)
     program = trace(ExportModel(model, 'sparse'), images)
     module = program.module()

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
 
 import timm
-from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 
-from .. import __version__
 from ..config import InputError
 from .card import INSTALL, merge_card, name_on_hub
-from .push import TIMEOUT, Upload, check_repo_id, look_up, send
+from .push import TIMEOUT, Upload, check_repo_id, look_up, open_api, send
 from .save import move_files, save_pretrained
 from .timeout import hub_timeout
 
@@ -71,7 +70,7 @@ def load_cascade(name: Union[str, os.PathLike], **kwargs: Any) -> 'Cascade':
     """
     from ..cascade import Cascade
 
-    source, _, rest = str(name).rpartition(':')
+    source, _, rest = str(name).partition(':')
     if source == 'hf-hub':
         repo_id, _, revision = rest.partition('@')
         check_repo_id(repo_id)
@@ -126,7 +125,7 @@ def push_cascade(
         TimeoutError: The Hub stalled.
     """
     check_repo_id(repo_id)
-    api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
+    api = open_api(token)
     with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
         folder = save_cascade(cascade, temporary)
         upload, head, old_card = look_up(api, Upload(repo_id, private=private, revision=revision))

@@ -84,9 +84,7 @@ def push_to_hub(
         TimeoutError: The Hub stalled.
     """
     check_repo_id(repo_id)
-    if token is not None and not re.fullmatch(r'[\x21-\x7e]+', token):
-        raise InputError('must be printable characters without spaces (it is not shown here).', 'token')
-    api = HfApi(token=token, library_name='timm_aig', library_version=__version__)
+    api = open_api(token)
     with tempfile.TemporaryDirectory() as temporary, hub_timeout(timeout):
         folder = save_pretrained(model, Path(temporary, 'model'), model_config)
         upload, head, old_card = look_up(api, Upload(repo_id, private=private, revision=revision, create_pr=create_pr))
@@ -96,6 +94,13 @@ def push_to_hub(
         if dry_run:
             return upload
         return replace(upload, url=send(api, upload, head, folder, commit_message))
+
+
+def open_api(token: Optional[str]) -> HfApi:
+    """The Hub, for requests of timm_aig. A token that would be shown in an error is an InputError."""
+    if token is not None and not re.fullmatch(r'[\x21-\x7e]+', token):
+        raise InputError('must be printable characters without spaces (it is not shown here).', 'token')
+    return HfApi(token=token, library_name='timm_aig', library_version=__version__)
 
 
 def send(api: HfApi, upload: Upload, head: Optional[str], folder: Path, commit_message: str) -> str:

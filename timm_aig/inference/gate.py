@@ -37,16 +37,16 @@ class InferenceGate(Gate):
 
     def set_offset(self, offset: float) -> None:
         super().set_offset(offset)
-        self.threshold = -self.score - offset
+        self.threshold = -self.score - self.offset.item()
 
     def answers(self, block: nn.Module, pooled: torch.Tensor, scale: float) -> torch.Tensor:
         """Answers [B] of a block's gate, from its inputs as returned by pool."""
         scores = self.scores(pooled, scale)
-        offset = None if gate_pass.offset is None else gate_pass.offset_like(scores)
+        offset = self.offset if gate_pass.offset is None else gate_pass.offset_like(scores)
         if gate_pass.sample:
-            threshold = torch.rand_like(scores).logit() - (0. if offset is None else offset)
+            threshold = torch.rand_like(scores).logit() - offset
         else:
-            threshold = -(self.offset if offset is None else offset)
+            threshold = -offset
         return gate_pass.note(block, (scores > threshold).float())
 
     def scores(self, pooled: torch.Tensor, scale: float) -> torch.Tensor:

@@ -112,10 +112,7 @@ def _create_model_aig(
     budgets = () if gate_budgets is None else read_budget_table(gate_budgets)
 
     def adaptive_parent(**parent_args) -> nn.Module:
-        model = gate_(model_entrypoint(parent)(**parent_args), config)
-        if budgets:
-            set_budget_table(model, budgets)
-        return model
+        return gate_(model_entrypoint(parent)(**parent_args), config)
 
     def filter_checkpoint(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         if family.filter_fn is not None:
@@ -133,6 +130,8 @@ def _create_model_aig(
         )
         if gate_offset is not None:  # replaces that of the weights
             set_gate_offset(model, gate_offset)
+        if budgets:
+            set_budget_table(model, budgets)
         return model
     except SafetensorError as e:
         raise RuntimeError(f'The weights of {variant} are not a valid safetensors file: {e}') from e

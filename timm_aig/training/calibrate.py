@@ -80,6 +80,8 @@ def calibrate_budget(
     model = unwrap_model(model)
     if not all(isinstance(block, GatedBlock) for block in require_gated_blocks(model).values()):
         raise InputError('is optimized for inference, calibrate the original.', 'model')
+    if isinstance(budgets, (int, float)):
+        raise InputError(f'must be a list, not {budgets!r}.', 'budgets')
     wanted = sorted({float(budget) for budget in budgets})
     if not all(0 < budget <= 1 for budget in wanted):
         raise InputError(f'must be in (0, 1], not {wanted}.', 'budgets')
