@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, List, Union
 
 import timm
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -30,6 +30,8 @@ ON_A_SPACE = 'SPACE_ID' in os.environ
 HERE = Path(__file__).resolve().parent
 CASCADE = 'cascade of fmnist_t04 and fmnist_t06'  # as calibrated in hub_configs/results/fmnist_cascades.csv
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
+MAX_BYTES = 5 * MAX_PARAMETERS  # of all weights of a repository
+MAX_ARGUMENTS = 10_000  # sum of the whole numbers in model_args; 1,000 layers take seconds to build
 MAX_STAGES = 4
 MAX_CSV = 10_000_000  # characters
 REASONS = (
@@ -93,11 +95,27 @@ def _create(name: str) -> Any:
     elif not str(config['architecture']).endswith('_aig'):
         raise ModelError(f'{name} has the architecture {str(config["architecture"])[:80]!r}; this page shows adaptive '
                          'models, <name>_aig, and cascades.')
+    for folder in folders:
+        if _sum(json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args')) > MAX_ARGUMENTS:
+            raise ModelError(f'{name} has model_args in its config.json that are too large for this page.')
     models = [timm.create_model(f'local-dir:{folder}', device='meta') for folder in folders]
     parameters = sum(p.numel() for model in models for p in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
+    if name.startswith('hf-hub:'):
+        repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+        files = HfApi().model_info(repo_id, revision=revision or None, files_metadata=True).siblings or []
+        size = sum(file.size or 0 for file in files if file.rfilename.endswith('.safetensors'))
+        if size > MAX_BYTES:
+            raise ModelError(f'{name} has {size:,} bytes of weights; this page loads at most {MAX_BYTES:,}.')
     return timm_aig.Cascade.from_pretrained(name) if 'cascade' in config else timm.create_model(name, pretrained=True)
+
+
+def _sum(value: Any) -> int:
+    """Sum of the whole numbers in a JSON value."""
+    if isinstance(value, (list, dict)):
+        return sum(map(_sum, value.values() if isinstance(value, dict) else value))
+    return value if isinstance(value, int) else 0
 
 
 def _find_file(name: str, filename: str) -> Path:

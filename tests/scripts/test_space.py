@@ -11,6 +11,7 @@ import sys
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import loading
 import network as space_network
@@ -356,8 +357,10 @@ def test_a_model_that_cannot_be_loaded_gets_a_sentence(name, message):
     ('{"architecture": "cifar_resnet20", "num_classes": 2}', 'this page shows adaptive models'),
     ('{"architecture": "resnet18_aig", "pretrained_cfg": {"input_size": [3, 60000, 60000]}}', 'cannot be loaded'),
     ('{"architecture": "no_such_aig", "pretrained_cfg": {}}', 'cannot be loaded'),
-    ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 20000}}',
+    ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"base_width": 5000}}',
      'at most 300,000,000'),
+    ('{"architecture": "resnet50_aig", "pretrained_cfg": {}, "model_args": {"layers": [3, 4, 99999, 3]}}',
+     'has model_args in its config.json that are too large'),
     ('{"cascade": 3}', 'cannot be loaded'),
     ('{"cascade": {"stages": [{"model": "../x", "budget": null, "threshold": 1}]}}', 'a stage names no model_<number>'),
     ('{"cascade": {"stages": [{"model": "model_1", "budget": null, "threshold": 1}]}}', 'no config.json'),
@@ -379,6 +382,20 @@ def test_a_saved_cascade_is_loaded_unless_its_models_are_too_large(tmp_path, mon
     monkeypatch.setattr(loading, 'MAX_PARAMETERS', 100_000)  # less than both, more than one
     with pytest.raises(ModelError, match='parameters'):
         load_network(f'local-dir:{tmp_path}')
+
+
+def test_weights_that_are_too_large_are_refused_before_they_are_downloaded(tmp_path, monkeypatch):
+    class Hub:
+        def model_info(self, repo_id, revision, files_metadata):
+            assert (repo_id, revision, files_metadata) == ('alice/large', 'v1', True)
+            files = [('model.safetensors', 2 * loading.MAX_BYTES), ('config.json', None)]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in files])
+
+    (tmp_path / 'config.json').write_text('{"architecture": "cifar_resnet20_aig", "pretrained_cfg": {}}')
+    monkeypatch.setattr(loading, 'hf_hub_download', lambda repo_id, filename, revision: tmp_path / filename)
+    monkeypatch.setattr(loading, 'HfApi', Hub)
+    with pytest.raises(ModelError, match='has 3,000,000,000 bytes of weights; this page loads at most 1,500,000,000'):
+        load_network('alice/large@v1')
 
 
 def test_models_that_are_static_or_do_not_take_pictures_are_refused():
