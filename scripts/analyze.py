@@ -32,6 +32,7 @@ EXAMPLES = """examples:
       --groups hub_configs/cifar_resnet32_aig.fmnist_t06/groups.json
   scripts/analyze.py --model local-dir:output/finetune/NAME --data-dir imagenet --output output/analysis/NAME
   scripts/analyze.py --model local-dir:output/demo --data-dir photos --gate-offset -0.5 --json
+  scripts/analyze.py --model local-dir:output/NAME --data-dir photos --show robin jay    # pictures of these two only
 
 groups file: {"birds": ["robin", "jay"], "cats": ["lynx"]}, each class in one group"""
 
@@ -46,6 +47,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     arg('--groups', metavar='FILE', help='JSON of groups of class names (default: clusters of confused classes)')
     arg('--extremes', type=integer(0, 10), default=5, metavar='N',
         help='images of each class with the fewest and with the most MACs to show (default: %(default)s)')
+    arg('--show', nargs='+', metavar='CLASS', help='classes of the contact sheets (default: all)')
     arg('--permutations', type=integer(19, 2 ** 20), default=999, metavar='N',
         help='permutations of each test (default: %(default)s)')
     arg('--width', type=integer(400, 8000), default=1600, metavar='PX',
@@ -169,7 +171,7 @@ def draw(args: argparse.Namespace, folder: Path, dataset: Any, seen: Seen, resul
 def draw_contact_sheets(args: argparse.Namespace, folder: Path, dataset: Any, seen: Seen, title: str) -> None:
     """Read the images with the fewest and the most MACs of each class once more, page by page."""
     dataset.transform = None  # gives the images as they are
-    shown = [i for members in seen.groups.values() for i in members]
+    shown = [i for members in seen.groups.values() for i in members if not args.show or seen.names[i] in args.show]
     pages = [shown[start:start + PAGE] for start in range(0, len(shown), PAGE)]
     evaluation = seen.evaluation
     macs, blocks_run = seen.cost.executed(evaluation.gates), evaluation.gates.sum(1).tolist()
@@ -210,6 +212,9 @@ def run(args: argparse.Namespace) -> None:
     dataset = open_evaluation_split(args, model)
     names = names_of_classes(model, dataset)
     groups = read_groups(args.groups, names) if args.groups else {}
+    for name in args.show or ():
+        if name not in names:
+            raise InputError(f'must be classes of the data set, not {name}.', 'show')
     folder = open_folder(args.output)
 
     loader = create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=False)

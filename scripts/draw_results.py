@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw hub_configs/*_accuracy_macs.png from the tables in hub_configs/results."""
+"""Draw the pictures of hub_configs/README.md from the tables in hub_configs/results."""
 import argparse
 import csv
 import sys
@@ -21,7 +21,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # --help and wrong flags end here, before the slow imports
 
-from timm_aig.analysis.figures import plot_accuracy_macs
+from timm_aig.analysis.figures import COLOURS, plot_accuracy_macs
 
 ROOT = Path(__file__).resolve().parents[1] / 'hub_configs'
 RESNET_32 = ('cifar_resnet32', 'cifar_resnet32_aig', 'cifar_resnet20')  # ResNet-110 costs 3.7 times as much
@@ -34,17 +34,24 @@ CURVES = {
     'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
     'cascade, static or adaptive nets': 'cascade with adaptive nets',
 }
-RIVALS = {
-    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 32 taught by ResNet-32',
+BASELINES = {
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'distilled ResNet-8, 14, 20, 32',
     'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
     'exits-r32': 'ResNet-32 with early exits', 'distill-r32': 'ResNet-32, recipe distill',
     'paper-r32': 'ResNet-32, recipe of the paper',
 }
 
+SEVERITY = {  # rows of glyphs.csv
+    'one ResNet-32 for any budget, offset -1': ('any-r32', 'offset -1'),
+    'one ResNet-32 for any budget, offset 1': ('any-r32', 'offset 1'),
+    'cascade with adaptive nets, 0.35 of the MACs': ('cascade, static or adaptive nets', '0.35 of the MACs'),
+    'cascade of static nets, 0.5 of the MACs': ('cascade, static nets', '0.5 of the MACs'),
+}
+
 SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
 SEGMENT_CURVES = {'any-r32': 'one ResNet-32 for any budget'}
-SEGMENT_RIVALS = {
-    'static-': 'static ResNet-14, 20, 32', 'distilled-': 'ResNet-14, 20 taught by ResNet-32',
+SEGMENT_BASELINES = {
+    'static-': 'static ResNet-14, 20, 32', 'distilled-': 'distilled ResNet-14, 20',
     'cascade, distilled': 'cascade of these two',
 }
 
@@ -87,7 +94,7 @@ def curves_of(rows: List[Dict[str, str]], names: Dict[str, str], x: str) -> List
 def draw_glyphs() -> None:
     rows = read('glyphs.csv')
     plot_accuracy_macs(
-        curves_of(rows, CURVES, 'macs_over_resnet32'), curves_of(rows, RIVALS, 'macs_over_resnet32'),
+        curves_of(rows, CURVES, 'macs_over_resnet32'), curves_of(rows, BASELINES, 'macs_over_resnet32'),
         ROOT / 'glyphs_accuracy_macs.png', GLYPHS)
     for batch in ('1', '32'):
         rows = [row for row in read('glyphs_speed.csv') if row['batch_size'] == batch]
@@ -96,16 +103,35 @@ def draw_glyphs() -> None:
                  for row in read('glyphs.csv') if row['model'] in time
                  and row['model'].startswith('distilled-')]  # a net takes the same time however it was trained
         plot_accuracy_macs(
-            curves_of(rows, CURVES, 'ratio'), curves_of(rows, RIVALS, 'ratio'),
+            curves_of(rows, CURVES, 'ratio'), curves_of(rows, BASELINES, 'ratio'),
             ROOT / f'glyphs_accuracy_time_{batch}.png',
             f'{GLYPHS} Mean time of an image in ONNX Runtime, one thread, batch {batch}, seed 0.', over='time')
+
+
+def draw_severity() -> None:
+    """MACs of the test images, from the least to the most damaged quarter."""
+    from matplotlib.figure import Figure
+
+    rows = {(row['model'], row['setting']): row for row in read('glyphs.csv')}
+    figure = Figure(figsize=(8, 4.5), layout='constrained')  # inches
+    axes = figure.add_subplot()
+    axes.set_prop_cycle(color=COLOURS)
+    for (name, key), style in zip(SEVERITY.items(), ('o-', 'o-', 's--', 's--')):
+        shares = [float(share) for share in rows[key]['macs_by_severity'].split()]
+        axes.plot(range(4), shares, style, label=f'{name}, {float(rows[key]["top1"]):.1f} %', markersize=5)
+    axes.set_xticks(range(4), ['least damaged quarter', 'second', 'third', 'most damaged quarter'], fontsize=8)
+    axes.set(ylabel="MACs over ResNet-32's", ylim=(0, 1.05))
+    axes.grid(alpha=.3)
+    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f'Harder images take more MACs\n{GLYPHS}', x=.012, ha='left', fontsize=10.5)
+    figure.savefig(ROOT / 'glyphs_severity_macs.png', dpi=200)
 
 
 def draw_segment() -> None:
     rows = [{**row, 'model': row['network'], 'top1': row['miou']} for row in read('segment.csv')
             if 'r8' not in row['network']]
     plot_accuracy_macs(
-        curves_of(rows, SEGMENT_CURVES, 'macs_over_resnet32'), curves_of(rows, SEGMENT_RIVALS, 'macs_over_resnet32'),
+        curves_of(rows, SEGMENT_CURVES, 'macs_over_resnet32'), curves_of(rows, SEGMENT_BASELINES, 'macs_over_resnet32'),
         ROOT / 'segment_miou_macs.png', SEGMENT, accuracy='mean IoU, %')
 
 
@@ -126,6 +152,7 @@ def draw_fmnist() -> None:
 def run(args: argparse.Namespace) -> None:
     draw_fmnist()
     draw_glyphs()
+    draw_severity()
     draw_segment()
 
 

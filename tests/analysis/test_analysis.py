@@ -43,10 +43,11 @@ def test_rates_histograms_and_paths_are_those_of_a_plain_loop(blocks, classes, i
     assert numbers.tolist() == [expected[key] for key in sorted(expected)]
 
 
-def test_the_fastest_and_slowest_images_of_a_class_are_the_earlier_of_equals():
+def test_the_fastest_and_slowest_images_of_a_class_are_different_ones():
     macs = torch.tensor([10, 1, 11, 0, 10, 1, 11])
     labels = torch.tensor([0, 0, 0, 0, 0, 1, 0])
-    assert extreme_images(labels, macs, 0, 3) == ([3, 1, 0], [2, 6, 0])
+    assert extreme_images(labels, macs, 0, 2) == ([3, 1], [6, 2])
+    assert extreme_images(labels, macs, 0, 3) == extreme_images(labels, macs, 0, 9) == ([3, 1, 0], [6, 2, 4])
     assert extreme_images(labels, macs, 1, 3) == ([5], [5])
     assert extreme_images(labels, macs, 2, 3) == ([], [])
 

@@ -74,10 +74,15 @@ def test_the_claims_are_printed_with_their_verdicts_and_groups_come_from_a_file(
 def test_a_smaller_offset_closes_gates_and_the_contact_sheets_of_before_are_gone(analyze, adaptive_model):
     folder, _ = analyze('--model', adaptive_model)
     (folder / 'contact_sheet_2.png').touch()
+    with Image.open(folder / 'contact_sheet_1.png') as image:
+        height = image.height
     _, out = analyze('--model', adaptive_model, '--gate-offset', -1000, '--split', 'train', '--holdout', 20, '--json')
     results = json.loads(out)
     assert (results['execution_rate'], results['split'], results['images']) == (0, 'train, 20 held out', 20)
     assert [file.name for file in folder.glob('contact_sheet_*')] == ['contact_sheet_1.png']
+    analyze('--model', adaptive_model, '--show', 'bee')
+    with Image.open(folder / 'contact_sheet_1.png') as image:
+        assert image.height < height  # one class of three
 
 
 def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive_model, make_images, tmp_path):
@@ -96,6 +101,7 @@ def test_broken_images_and_a_class_without_images_are_left_out(analyze, adaptive
     (['--model', 'cifar_resnet20'], '--model must be adaptive, cifar_resnet20 has no gates'),
     (['--model', 'cifar_resnet20_aig', '--width', '3'], '--width must be a whole number from 400 to 8000'),
     (['--groups', '/nowhere'], '--groups /nowhere: '),
+    (['--show', 'bee', 'cow'], '--show must be classes of the data set, not cow'),
     (['--model', 'resnet18_aig', '--input-size', '3', '8', '8', '--batch-size', '2', '--gate-offset', 'nan'],
      '--gate-offset'),
 ])

@@ -59,7 +59,7 @@ def class_rates(labels: torch.Tensor, gates: torch.Tensor, num_classes: int) -> 
 
 
 def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: int) -> Tuple[List[int], List[int]]:
-    """Positions of the images of a class with the fewest and with the most MACs. Of equals the first come first.
+    """Positions of the images of a class with the fewest and with the most MACs, none in both but an only one.
 
     Args:
         labels: Class of each image [N].
@@ -68,8 +68,9 @@ def extreme_images(labels: torch.Tensor, macs: torch.Tensor, label: int, count: 
         count: Maximum number of images of each kind.
     """
     own = (labels == label).nonzero().flatten()
-    fast, slow = (own[macs[own].argsort(stable=True, descending=d)[:count]].tolist() for d in (False, True))
-    return fast, slow
+    ascending = own[macs[own].argsort(stable=True)]
+    count = min(count, max(1, len(own) // 2))
+    return ascending[:count].tolist(), ascending.flip(0)[:count].tolist()
 
 
 def block_kinds(model: nn.Module) -> Dict[str, List[str]]:
