@@ -12,8 +12,8 @@ import timm
 import torch
 import validate
 from _common import ResultError
+from _comparison import CASCADES, OFFSETS, SHARES, TASKS, trainings
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split
-from _rivals import CASCADES, OFFSETS, SHARES, TASKS, trainings
 from _timing import Run, sum_up, time_runs
 from early_exits import open_exits
 from timm.utils import natural_key

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train all rivals of a comparison, and sum up their accuracy and MACs in one table.
+"""Train adaptive networks and their baselines, and sum up their accuracy and MACs in one table.
 
     static       nets of several depths, also distilled from the deepest or at a lower resolution
     any budget   one adaptive checkpoint at many gate offsets
@@ -26,7 +26,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _args import add_args, create_parser, integer
 from _common import ResultError, blame, check_file, run_script, write_csv
-from _rivals import PAIRS, TASKS, trainings
+from _comparison import PAIRS, TASKS, trainings
 
 EXAMPLES = """examples:
   scripts/compare.py glyphs --data-dir glyphs --jobs 2              # train, or go on with it; then the table

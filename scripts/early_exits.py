@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a ResNet with early exits, a rival in compare.py: an image leaves the network at the first exit that is sure.
+"""Train a ResNet with early exits, a baseline of compare.py: an image leaves at the first exit that is confident.
 
 The exits are those of earlyon, after the first two stages. Takes the arguments of finetune.py for a static network; all
 exits have the same loss and the same teacher. Validates nothing, and writes the last epoch: the network as finetune.py
@@ -20,7 +20,7 @@ from _recipes import parse_training_args
 EXITS = ('layer1', 'layer2')
 EXAMPLES = """examples:
   scripts/early_exits.py --model cifar_resnet32 --data-dir glyphs --num-classes 2000 --input-size 1 20 20
-  scripts/compare.py glyphs --data-dir glyphs --only exits     # with the arguments and the teacher of its rivals"""
+  scripts/compare.py glyphs --data-dir glyphs --only exits     # with the arguments and the teacher of the others"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

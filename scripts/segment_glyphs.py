@@ -60,9 +60,9 @@ import timm
 import torch
 import torch.nn as nn
 from _common import open_device, open_folder
+from _comparison import OFFSETS
 from _inputs import TrainingData
 from _recipes import parse_training_args
-from _rivals import OFFSETS
 from finetune import create_trainer
 from timm.utils import random_seed
 from torchvision.datasets import ImageFolder

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import _answers
-import _rivals
+import _comparison
 import compare
 import pytest
 import timm
@@ -35,7 +35,8 @@ def start(images, tmp_path):
 def trained(tmp_path, monkeypatch):
     """Puts models into the output folder as if finetune.py had trained them."""
     small = '--num-classes 3 --input-size 3 8 8'
-    monkeypatch.setitem(_rivals.TASKS, 'glyphs', _rivals.Task(small, '--split train', '--split validation', 2, 6))
+    task = _comparison.Task(small, '--split train', '--split validation', 2, 6)
+    monkeypatch.setitem(_comparison.TASKS, 'glyphs', task)
     monkeypatch.setattr(_answers, 'OFFSETS', (-1., 0., 1e4))
     monkeypatch.setattr(_answers, 'TIMED', 9)
     monkeypatch.setattr(_answers, 'ROUNDS', 2)
@@ -45,7 +46,7 @@ def trained(tmp_path, monkeypatch):
         for name in names:
             torch.manual_seed(len(name))
             kind, net = name.split('-')
-            model = timm.create_model(_rivals.NETS[net] + ('_aig' if kind == 'any' else ''), num_classes=3)
+            model = timm.create_model(_comparison.NETS[net] + ('_aig' if kind == 'any' else ''), num_classes=3)
             model.pretrained_cfg['input_size'] = (3, 8, 8)
             for block in timm_aig.gated_blocks(model).values():
                 torch.nn.init.normal_(block.gate.fc2.weight, std=3.)

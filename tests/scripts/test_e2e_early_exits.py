@@ -2,7 +2,7 @@
 import csv
 
 import _answers
-import _rivals
+import _comparison
 import compare
 import early_exits
 import pytest
@@ -51,8 +51,8 @@ def test_each_exit_has_the_labels_and_the_teacher(static_model):
 
 
 def test_images_leave_at_the_first_exit_that_is_sure(folder, images, static_model, tmp_path, monkeypatch):
-    small = _rivals.Task('--num-classes 3 --input-size 3 8 8', '--split train', '--split validation', 2, 6)
-    monkeypatch.setitem(_rivals.TASKS, 'glyphs', small)
+    small = _comparison.Task('--num-classes 3 --input-size 3 8 8', '--split train', '--split validation', 2, 6)
+    monkeypatch.setitem(_comparison.TASKS, 'glyphs', small)
     static = folder.with_name('static-r32-s0')
     timm_aig.save_pretrained(timm.create_model(f'local-dir:{folder}', pretrained=True), static)
     (static / 'results.json').write_text('{"recipe": {"amp": false}}')
