@@ -2,6 +2,7 @@
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import timm
@@ -377,6 +378,13 @@ def test_a_model_that_is_wrapped_for_several_processes_is_refused_since_its_gate
         assert not gated_blocks(wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_batch_norms_without_running_statistics_are_refused_since_samples_would_depend_on_each_other():
+    model = timm.create_model('cifar_resnet20', norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
+    with pytest.raises(InputError, match='has a batch norm without running statistics in layer1'):
+        gate_(model)
+    assert not gated_blocks(model)
 
 
 def test_what_is_no_module_is_refused_and_a_target_rate_that_leaves_no_gate_is_said(caplog):

@@ -312,7 +312,8 @@ def set_execution(model: nn.Module, mode: str) -> None:
 
     Args:
         model: Adaptive model.
-        mode: 'auto' runs sparse without grad and masked with grad, 'sparse' and 'masked' always run that way.
+        mode: 'auto' runs sparse without grad and masked with grad, 'sparse' and 'masked' always run that way. Batch
+            norms that are back in training mode, so with statistics of the batch, need 'masked'.
 
     Raises:
         InputError: An unknown mode, a static model, or an optimized model, which is always sparse.

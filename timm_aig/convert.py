@@ -99,8 +99,8 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
         The same model.
 
     Raises:
-        InputError: The model has no supported blocks or has gates already, or the config does not fit it. The model is
-            unchanged then.
+        InputError: The model has no supported blocks, has gates already or batch norms without running statistics, or
+            the config does not fit it. The model is unchanged then.
     """
     if config is not None and fields:
         raise InputError(f'must not be given together with its fields ({", ".join(fields)}).', 'config')
@@ -121,6 +121,12 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
         raise InputError(
             f'({type(model).__name__}) has no supported blocks. Supported are the residual blocks with a '
             f'shortcut of {", ".join(modules)}, in their models and in modules built from them.', 'model')
+
+    for site in sites:
+        norms = [m for m in site.block.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        if any(norm.running_mean is None for norm in norms):
+            raise InputError(f'has a batch norm without running statistics in {site.stage}: what a sample gives would '
+                             'depend on which others of its batch run.', 'model')
 
     rates = _rates(sites, config)
     if config.schedule and min(rates) == 1:
