@@ -198,8 +198,8 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
         shares = [statistics.mean(part) / largest for part in zip(*quarters)]
         table.append({
             'task': args.task, 'model': name, 'setting': setting, 'macs': round(macs / 1e6, 3),
-            'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 3),
-            'top1_std': round(statistics.stdev(accuracies), 3) if len(seeds) > 1 else '',
+            'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 2),
+            'top1_std': round(statistics.stdev(accuracies), 2) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
             'used': '; '.join(dict.fromkeys(used)) if ' + ' in used[0] else '',
             'macs_by_severity': ' '.join(f'{share:.3f}' for share in shares),

@@ -209,8 +209,8 @@ class Gate(nn.Module):
             sample = gate_pass.sample
             if gate_pass.offset is not None:
                 offset = gate_pass.offset_like(logits)
-            # training ignores the gate's own offset
-            if gate_pass.offset is not None if self.training else sample:
+            shifted = (gate_pass.offset is not None) if self.training else sample  # training ignores the own offset
+            if shifted:
                 logits = torch.stack([logits[:, 0], logits[:, 1] + offset], 1)
         if self.training or sample:
             z = sample_gate(logits, self.noise or sample)
