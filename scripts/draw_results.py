@@ -4,14 +4,13 @@ import argparse
 import csv
 import sys
 from pathlib import Path
-from statistics import mean
 from typing import Dict, List, Optional, Tuple
 
 from _args import create_parser
 from _common import run_script
 
 EXAMPLES = """examples:
-  scripts/draw_results.py              # after a change of fmnist*.csv, glyphs*.csv or segment.csv"""
+  scripts/draw_results.py              # after a change of fmnist_comparison.csv, glyphs*.csv or segment.csv"""
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -24,34 +23,34 @@ if __name__ == '__main__':
 from timm_aig.analysis.figures import COLOURS, plot_accuracy_macs
 
 ROOT = Path(__file__).resolve().parents[1] / 'hub_configs'
-RESNET_32 = ('cifar_resnet32', 'cifar_resnet32_aig', 'cifar_resnet20')  # ResNet-110 costs 3.7 times as much
-ADAPTIVE = ('target 0.6', 'target 0.6, `--recipe paper`')
-FMNIST = 'Fashion-MNIST, 10,000 test images. The parent is ResNet-32. Bars are the range over seeds.'
-
-# Rows of glyphs.csv that are joined by a line, by the start of their names.
 GLYPHS = '2,000 damaged characters at 20 px, 10,000 test images. The parent is ResNet-32.'
+FMNIST = 'Fashion-MNIST, 10,000 test images, one seed. The parent is ResNet-32.'
+
+# Rows of compare.py that are joined by a line, by the start of their names.
 CURVES = {
     'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
-    'cascade, static or adaptive nets': 'cascade with adaptive nets',
+    'cascade, static or adaptive nets': 'cascade of any networks',
 }
 BASELINES = {
-    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'distilled ResNet-8, 14, 20, 32',
-    'cascade, static nets': 'cascade of static nets', 'small-r32': 'ResNet-32 at 16 px',
+    'static-': 'static networks', 'distilled-': 'distilled networks',
+    'cascade, static nets': 'cascade of static networks', 'small-r32': 'ResNet-32 at a lower resolution',
     'exits-r32': 'ResNet-32 with early exits', 'distill-r32': 'ResNet-32, recipe distill',
     'paper-r32': 'ResNet-32, recipe of the paper',
 }
 
+SPAN = 8  # points of accuracy in a picture
+
 SEVERITY = {  # rows of glyphs.csv
     'one ResNet-32 for any budget, offset -1': ('any-r32', 'offset -1'),
     'one ResNet-32 for any budget, offset 1': ('any-r32', 'offset 1'),
-    'cascade with adaptive nets, 0.35 of the MACs': ('cascade, static or adaptive nets', '0.35 of the MACs'),
-    'cascade of static nets, 0.5 of the MACs': ('cascade, static nets', '0.5 of the MACs'),
+    'cascade with an adaptive network, 0.35 of the MACs': ('cascade, static or adaptive nets', '0.35 of the MACs'),
+    'cascade of static networks, 0.5 of the MACs': ('cascade, static nets', '0.5 of the MACs'),
 }
 
 SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
 SEGMENT_CURVES = {'any-r32': 'one ResNet-32 for any budget'}
 SEGMENT_BASELINES = {
-    'static-': 'static ResNet-14, 20, 32', 'distilled-': 'distilled ResNet-14, 20',
+    'static-': 'static networks', 'distilled-': 'distilled networks',
     'cascade, distilled': 'cascade of these two',
 }
 
@@ -63,39 +62,26 @@ def read(name: str) -> List[Dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def trainings(rows: List[Dict[str, str]], ranges: Dict[str, Tuple[float, float]]) -> List[Point]:
-    """A point for each row, the mean of its seeds. Adds the range of the seeds to `ranges`."""
-    points = []
-    for row in rows:
-        top1 = [float(value) for value in row['top1_seeds'].split(', ')]
-        macs = [float(value) for value in row['macs_over_resnet32'].split(', ')]
-        how = row['training'].replace('`--recipe paper`', 'recipe of the paper').removeprefix('static').lstrip(', ')
-        seeds = f'{len(top1)} seeds' if len(top1) > 1 else ''
-        name = ', '.join(filter(None, (architecture(row['model']), how, f'{row["epochs"]} epochs', seeds)))
-        points.append((name, mean(macs), mean(top1)))
-        ranges[name] = (min(top1), max(top1))
-    return points
-
-
-def architecture(model: str) -> str:
-    return model.removeprefix('cifar_').replace('resnet', 'ResNet-').replace('_aig', '-AIG')
-
-
 def curves_of(rows: List[Dict[str, str]], names: Dict[str, str], x: str) -> List[Point]:
-    """The points of some rows of a comparison, ascending in the column x."""
+    """The points of some rows of a comparison, ascending in the column x, but for those far below the best."""
     found: List[Point] = []
+    lowest = max(float(row['top1']) for row in rows) - SPAN
     for start, name in names.items():
         same = {(float(row[x]), float(row['top1'])) for row in rows
-                if row['model'].startswith(start) and not row['setting'].startswith('as ')}
+                if row['model'].startswith(start) and not row['setting'].startswith('as ')
+                and float(row['top1']) > lowest}
         found += [(name, *point) for point in sorted(same)]
     return found
 
 
-def draw_glyphs() -> None:
-    rows = read('glyphs.csv')
+def draw_comparison(name: str, picture: str, title: str) -> None:
+    rows = read(name)
     plot_accuracy_macs(
         curves_of(rows, CURVES, 'macs_over_resnet32'), curves_of(rows, BASELINES, 'macs_over_resnet32'),
-        ROOT / 'glyphs_accuracy_macs.png', GLYPHS)
+        ROOT / picture, title)
+
+
+def draw_times() -> None:
     for batch in ('1', '32'):
         rows = [row for row in read('glyphs_speed.csv') if row['batch_size'] == batch]
         time = {row['model'].replace('static-', 'distilled-'): row['ratio'] for row in rows if not row['setting']}
@@ -128,30 +114,16 @@ def draw_severity() -> None:
 
 
 def draw_segment() -> None:
-    rows = [{**row, 'model': row['network'], 'top1': row['miou']} for row in read('segment.csv')
-            if 'r8' not in row['network']]
+    rows = [{**row, 'model': row['network'], 'top1': row['miou']} for row in read('segment.csv')]
     plot_accuracy_macs(
         curves_of(rows, SEGMENT_CURVES, 'macs_over_resnet32'), curves_of(rows, SEGMENT_BASELINES, 'macs_over_resnet32'),
         ROOT / 'segment_miou_macs.png', SEGMENT, accuracy='mean IoU, %')
 
 
-def draw_fmnist() -> None:
-    rows = [row for row in read('fmnist.csv') if row['model'] in RESNET_32]
-    curves = [
-        (f'{row["model"].removeprefix("cifar_")} at many budgets', float(row['macs_share']), float(row['top1']))
-        for row in read('fmnist_budgets.csv')]
-    cascades = [
-        (f'cascade of {row["first"].partition(".")[2]} and {row["second"].partition(".")[2]}',
-         float(row['macs_share']), float(row['top1'])) for row in read('fmnist_cascades.csv')]
-    ranges: Dict[str, Tuple[float, float]] = {}
-    adaptive = trainings([row for row in rows if row['training'] in ADAPTIVE and not row['tag']], ranges)
-    static = trainings([row for row in rows if not row['model'].endswith('_aig')], ranges)
-    plot_accuracy_macs([*curves, *cascades, *adaptive], static, ROOT / 'fmnist_accuracy_macs.png', FMNIST, ranges)
-
-
 def run(args: argparse.Namespace) -> None:
-    draw_fmnist()
-    draw_glyphs()
+    draw_comparison('glyphs.csv', 'glyphs_accuracy_macs.png', GLYPHS)
+    draw_comparison('fmnist_comparison.csv', 'fmnist_accuracy_macs.png', FMNIST)
+    draw_times()
     draw_severity()
     draw_segment()
 

@@ -55,13 +55,19 @@ _PRECISION = {
 }
 
 _GLYPHS = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}[ ± {top1_std}]', 'seeds': '{seeds}'}
+_FMNIST = {'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1, %': '{top1}'}
 _SEVERITY = {'MACs / ResNet-32, from the least to the most damaged quarter': '{macs_by_severity}'}
 
+_TRAINED = {'setting': ('', 'offset 0'), 'model': (
+    'static-r8', 'static-r14', 'static-r20', 'static-r32', 'distilled-r8', 'distilled-r14', 'distilled-r20',
+    'distilled-r32', 'small-r32', 'distill-r32', 'paper-r32')}
+_CASCADES = {
+    'model': ('cascade, static nets', 'cascade, static or adaptive nets', 'exits-r32'),
+    'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
+                '0.6 of the MACs', 'as static-r20', 'as static-r32')}
+
 TABLES = {
-    'glyphs-static': Table('glyphs.csv', {'network': '`{model}`', **_GLYPHS}, {
-        'setting': '', 'model': (
-            'static-r8', 'static-r14', 'static-r20', 'static-r32', 'distilled-r8', 'distilled-r14', 'distilled-r20',
-            'distilled-r32', 'small-r32')}),
+    'glyphs-static': Table('glyphs.csv', {'network': '`{model}`', **_GLYPHS}, _TRAINED),
     'glyphs-any': Table('glyphs.csv', {'network': '`{model}`', 'setting': '{setting}', **_GLYPHS, **_SEVERITY}, {
         'model': ('any-r20', 'any-r32')}),
     'glyphs-speed': Table('glyphs_speed.csv', {
@@ -71,10 +77,7 @@ TABLES = {
     }, {'setting': (
         '', 'offset -3', 'offset -1', 'offset 3', '0.35 of the MACs', '0.4 of the MACs', '0.5 of the MACs')}),
     'glyphs-cascades': Table('glyphs.csv', {
-        'nets': '{model}', 'chosen for': '{setting}', 'chosen': '{used}', **_GLYPHS, **_SEVERITY}, {
-        'model': ('cascade, static nets', 'cascade, static or adaptive nets'),
-        'setting': ('0.3 of the MACs', '0.35 of the MACs', '0.4 of the MACs', '0.45 of the MACs', '0.5 of the MACs',
-                    'as static-r20', 'as static-r32')}),
+        'nets': '{model}', 'chosen for': '{setting}', 'chosen': '{used}', **_GLYPHS, **_SEVERITY}, _CASCADES),
     'glyphs-pairs': Table('glyphs_pairs.csv', {
         'model': '{model}[, {setting}]', 'MACs / ResNet-32': '{macs_over_resnet32}',
         'against': '{against}[, {against_setting}]', 'its MACs': '{against_macs_over_resnet32}', 'seed': '{seed}',
@@ -92,6 +95,11 @@ TABLES = {
         'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}', 'ms, batch 1 / 32': '{ms_1} / {ms_32}',
         'over the static network': '{ratio_1} / {ratio_32}',
     }, {}),
+    'fmnist-trained': Table('fmnist_comparison.csv', {'network': '`{model}`', **_FMNIST}, _TRAINED),
+    'fmnist-any': Table('fmnist_comparison.csv', {'network': '`{model}`', 'setting': '{setting}', **_FMNIST}, {
+        'model': ('any-r20', 'any-r32')}),
+    'fmnist-chosen': Table('fmnist_comparison.csv', {
+        'nets': '{model}', 'chosen for': '{setting}', 'chosen': '{used}', **_FMNIST}, _CASCADES),
     'fmnist': Table('fmnist.csv', {
         **_ACCURACY, 'minutes': '{minutes}', 'top-1 of seeds 0, 1, 2': '{top1_seeds}',
     }, {'study': 'short'}),

@@ -192,7 +192,7 @@ def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path
 
 
 def plot_accuracy_macs(
-        points: Points, others: Points, path: PathLike, title: str = '', ranges: Any = None, over: str = 'MACs',
+        points: Points, others: Points, path: PathLike, title: str = '', over: str = 'MACs',
         accuracy: str = 'top-1 accuracy, %',
 ) -> Path:
     """Draw accuracy against MACs, or `over` time, of one checkpoint at many budgets, with other models beside it.
@@ -201,7 +201,6 @@ def plot_accuracy_macs(
         points: Name, MACs over those of the static parent and top-1 accuracy in percent of the adaptive models. A line
             joins points of one name that follow one another.
         others: The same for the models to compare with, in dashed lines.
-        ranges: Lowest and highest accuracy of seeds, by name.
         accuracy: Label of the vertical axis.
     """
     names = list(dict.fromkeys(name for name, *_ in [*points, *others]))
@@ -212,8 +211,6 @@ def plot_accuracy_macs(
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
             axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, color=colours[name], **style)
-            low, high = (ranges or {}).get(name, accuracies[:1] * 2)
-            axes.vlines(shares[0], low, high, linewidth=1.5, color=colours[name])
     axes.set(xlabel=f"{over} over the static parent's", ylabel=accuracy)
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
