@@ -20,8 +20,8 @@ __all__ = ['plot_accuracy_macs', 'plot_blocks_run', 'plot_contact_sheet', 'plot_
            'plot_rates_over_epochs']
 
 BLUE, RED, GREY = '#0072b2', '#d55e00', '#9a9a9a'
-# Okabe and Ito's palette, safe for colour-blind readers, without its yellow
-COLOURS = (BLUE, RED, '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
+# Okabe and Ito's palette, safe for colour-blind readers, without its yellow; then brown, grey and purple
+COLOURS = (BLUE, RED, '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#8c564b', GREY, '#6a3d9a')
 WIDTH = 8  # inches: 9-point text is 12 pixels high where the picture is 800 pixels wide
 PIXELS = 1600
 MAX_GROUPS = 30  # more names do not fit beside a heatmap
