@@ -46,6 +46,7 @@ from timm.models import load_checkpoint
 
 import timm_aig
 from timm_aig import InputError
+from timm_aig.budget import read_budget_table, set_budget_table
 from timm_aig.convert import checkpoint_filter_fn
 from timm_aig.models.hub_configs import load_hub_configs
 
@@ -89,13 +90,12 @@ def load_model(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Dic
         if folder:
             model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
         else:
-            gates = {}  # of a static model
-            if 'aig' in results:
-                gates = {**results['aig'], 'gate_budgets': results.get('gate_budgets', ())}
-                gates.pop('version', None)
+            gates = {name: value for name, value in results.get('aig', {}).items() if name != 'version'}
             cfg = {**results['pretrained_cfg'], 'architecture': results['architecture'], 'file': None}
             model = timm.create_model(results['architecture'], pretrained_cfg=cfg, **gates)
             load_checkpoint(model, str(args.source), filter_fn=checkpoint_filter_fn)
+            if results.get('gate_budgets'):
+                set_budget_table(model, read_budget_table(results['gate_budgets']))
     except Exception as e:  # of timm, torch and the file formats
         raise InputError(f'SOURCE {args.source} cannot be loaded: {type(e).__name__}: {e}') from e
     if folder and (args.source / 'results.json').exists():

@@ -96,7 +96,8 @@ def _create(name: str) -> Any:
         raise ModelError(f'{name} has the architecture {str(config["architecture"])[:80]!r}; this page shows adaptive '
                          'models, <name>_aig, and cascades.')
     for folder in folders:
-        if _sum(json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args')) > MAX_ARGUMENTS:
+        model_args = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args') or {}
+        if _sum({name: value for name, value in model_args.items() if name != 'gate_budgets'}) > MAX_ARGUMENTS:
             raise ModelError(f'{name} has model_args in its config.json that are too large for this page.')
     models = [timm.create_model(f'local-dir:{folder}', device='meta') for folder in folders]
     parameters = sum(p.numel() for model in models for p in model.parameters())

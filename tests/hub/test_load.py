@@ -72,7 +72,7 @@ def test_a_size_of_another_type_is_an_error_that_names_the_file(folder, tmp_path
     (dict(target_rates=[0.5] * 4), 'target_rates has 4'), (dict(schedule='x'), 'schedule must be'),
     (dict(target_rates=[0.5, 1, 1]), 'gates on 2 blocks'), (dict(gate_channels=8), 'gate_channels'),
     (dict(layers=[1, 1, 2]), 'target_rates has 3'), (dict(gate_offset='x'), 'could not convert'),
-    (dict(gate_offset=1e300), 'overflow'), (dict(gate_budgets=7), 'gate_budgets must be'),
+    (dict(gate_budgets=7), 'gate_budgets must be'),
     (dict(channels=[]), 'config.json .* IndexError'),
 ])
 def test_a_wrong_model_argument_is_named(folder, tmp_path, args, message):
