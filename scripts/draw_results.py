@@ -83,7 +83,7 @@ def draw_comparison(name: str, picture: str, title: str) -> None:
 
 def draw_times() -> None:
     for batch in ('1', '32'):
-        rows = [row for row in read('glyphs_speed.csv') if row['batch_size'] == batch]
+        rows = [row for row in read('glyphs_speed.csv') if row['batch_size'] == batch and row['seed'] == '0']
         time = {row['model'].replace('static-', 'distilled-'): row['ratio'] for row in rows if not row['setting']}
         # a network takes the same time however it was trained
         rows += [{**row, 'ratio': time[row['model']], 'top1': row['top1_seeds'].split(', ')[0]}
