@@ -71,7 +71,7 @@ class Cascade(nn.Module):
         super().__init__()
         if not isinstance(stages, (list, tuple)) or len(stages) < 2:
             raise InputError(f'must be a list of at least two, not {stages!r:.80}.', 'stages')
-        pairs = [stage if isinstance(stage, tuple) else (stage, None) for stage in stages]
+        pairs = [stage if isinstance(stage, (list, tuple)) else (stage, None) for stage in stages]
         for stage in pairs:
             if len(stage) != 2 or not isinstance(stage[0], nn.Module):
                 raise InputError(f'must be models or pairs of a model and a budget, not {stage!r:.80}.', 'stages')
