@@ -202,7 +202,7 @@ def test_models_that_order_their_classes_differently_are_refused_and_other_image
 
 
 @torch.no_grad()
-def test_a_cascade_is_loaded_from_a_folder_with_a_colon_in_its_name(pair, adaptive, tmp_path):
+def test_a_cascade_is_loaded_from_a_folder_with_a_colon_in_its_name(tmp_path):
     models = [timm.create_model('cifar_resnet8', num_classes=3) for _ in range(2)]
     Cascade(models, .7).save_pretrained(tmp_path / 'run:1')
     for name in (tmp_path / 'run:1', f'local-dir:{tmp_path}/run:1'):

@@ -40,16 +40,17 @@ class GateRecord:
                 'record_gates needs a forward pass that runs each gated block exactly once, in this thread. '
                 'DataParallel runs other threads.')
         gates = torch.stack([torch.cat(answers) for answers in parts.values()], dim=1)
-        if torch.is_grad_enabled() and not gates.requires_grad and any(map(self._should_have_gradient, self._blocks)):
+        if torch.is_grad_enabled() and not gates.requires_grad and self._should_have_gradient():
             raise RuntimeError(
                 'The gates have no gradient: the pass ran under no_grad, or re-entrant checkpointing dropped it, which '
                 'timm.layers.set_reentrant_ckpt(False) switches off.')
         return gates
 
-    def _should_have_gradient(self, block: nn.Module) -> bool:
-        gates = [m for m in block.modules() if isinstance(m, Gate) and m.training]
-        forced = any(is_forced for other, _, is_forced in self.answers if other == id(block))
-        return not forced and any(p.requires_grad for gate in gates for p in gate.parameters())
+    def _should_have_gradient(self) -> bool:
+        forced = {block for block, _, is_forced in self.answers if is_forced}
+        gates = [m for block in self._blocks if id(block) not in forced for m in block.modules()
+                 if isinstance(m, Gate) and m.training]
+        return any(p.requires_grad for gate in gates for p in gate.parameters())
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _create(name: str) -> Any:
                          'models, <name>_aig, and cascades.')
     for folder in folders:
         model_args = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args') or {}
-        if _sum({name: value for name, value in model_args.items() if name != 'gate_budgets'}) > MAX_ARGUMENTS:
+        if _sum({k: v for k, v in model_args.items() if k != 'gate_budgets'}) > MAX_ARGUMENTS:
             raise ModelError(f'{name} has model_args in its config.json that are too large for this page.')
     models = [timm.create_model(f'local-dir:{folder}', device='meta') for folder in folders]
     parameters = sum(p.numel() for model in models for p in model.parameters())
