@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   scripts/make_tables.py --check      # exit with 1 if a table differs from its CSV file"""
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ('README.md', 'hub_configs/README.md', 'scripts/README.md')
+READMES = ('README.md', 'hub_configs/README.md', 'hub_configs/results/README.md', 'scripts/README.md')
 RESULTS = 'hub_configs/results'
 MARKED = re.compile(r'(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
 
@@ -95,6 +95,10 @@ TABLES = {
         'blocks run': '{blocks_run} of {blocks}', 'paths': '{paths}', 'ms, batch 1 / 32': '{ms_1} / {ms_32}',
         'over the static network': '{ratio_1} / {ratio_32}',
     }, {}),
+    'shipped': Table('models.csv', {
+        'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'MACs': '{macs_share}',
+        'time at batch 1 / 32': '{ratio_1} / {ratio_32}',
+    }, {}),
     'fmnist-trained': Table('fmnist_comparison.csv', {'network': '`{model}`', **_FMNIST}, _TRAINED),
     'fmnist-any': Table('fmnist_comparison.csv', {'network': '`{model}`', 'setting': '{setting}', **_FMNIST}, {
         'model': ('any-r20', 'any-r32')}),
@@ -114,10 +118,10 @@ TABLES = {
         'p': '{p}',
     }, {}),
     'fmnist-budgets': Table('fmnist_budgets.csv', {
-        'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
-    }, {'model': 'cifar_resnet32_aig.fmnist_t06'}),
+        'model': '`{model}`', 'budget': '{budget}', 'MACs share': '{macs_share}', 'top-1, %': '{top1}',
+    }, {}),
     'fmnist-cascades': Table('fmnist_cascades.csv', {
-        'first model': '`{first}` at {first_budget}', 'second model': '`{second}` at {second_budget}',
+        'first model': '`{first}`', 'second model': '`{second}`',
         'threshold': '{threshold}', 'images of the second, %': '{second_share}', 'MACs share': '{macs_share}',
         'top-1, %': '{top1}',
     }, {}),

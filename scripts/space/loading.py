@@ -28,7 +28,8 @@ __all__ = ['CASCADE', 'ON_A_SPACE', 'load_network', 'shipped_models']
 
 ON_A_SPACE = 'SPACE_ID' in os.environ
 HERE = Path(__file__).resolve().parent
-CASCADE = 'cascade of fmnist_t04 and fmnist_t06'  # as calibrated in hub_configs/results/fmnist_cascades.csv
+STAGES, THRESHOLD = ('cifar_resnet8.fmnist', 'cifar_resnet32.fmnist'), .8856  # hub_configs/results/fmnist_cascades.csv
+CASCADE = f'cascade of {" and ".join(STAGES)}'
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
 MAX_BYTES = 5 * MAX_PARAMETERS  # of all weights of a repository
 MAX_ARGUMENTS = 10_000  # sum of the whole numbers in model_args; 1,000 layers take seconds to build
@@ -79,8 +80,7 @@ def _load(name: str) -> Network:
 def _create(name: str) -> Any:
     """The model or cascade of a name. A foreign one is looked at before its weights are read."""
     if name == CASCADE:
-        models = [timm.create_model(f'cifar_resnet32_aig.fmnist_{tag}', pretrained=True) for tag in ('t04', 't06')]
-        return timm_aig.Cascade(list(zip(models, (.4, .7))), .7469)
+        return timm_aig.Cascade([timm.create_model(stage, pretrained=True) for stage in STAGES], THRESHOLD)
     if name in shipped_models():
         return timm.create_model(name, pretrained=True)
     path = _find_file(name, 'config.json')

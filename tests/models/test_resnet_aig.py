@@ -90,7 +90,7 @@ def test_given_weights_win_over_the_trained_default(tmp_path):
 
 def test_list_trained_names_the_models_with_trained_gates():
     names = list_trained()
-    assert {'cifar_resnet32_aig.fmnist_t04', 'cifar_resnet32_aig.glyphs'} <= {*names}
+    assert {'cifar_resnet32_aig.fmnist', 'cifar_resnet32_aig.glyphs'} <= {*names}
     pretrained = timm.list_models('*_aig', pretrained=True)
     assert set(names) < set(pretrained) and len(names) == len(set(names))
     for name in pretrained:

@@ -18,10 +18,10 @@ def headings(text):
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with the READMEs and the CSV files."""
+    shutil.copytree(ROOT / make_tables.RESULTS, tmp_path / make_tables.RESULTS)
     for name in make_tables.READMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / make_tables.RESULTS, tmp_path / make_tables.RESULTS)
     return tmp_path
 
 
@@ -35,11 +35,12 @@ def test_a_changed_result_is_found_and_then_written(checkout):
     file = checkout / make_tables.RESULTS / 'fmnist.csv'
     file.write_text(file.read_text().replace('94.63', '94.64'))
     args = ['--root', str(checkout)]
-    before = (checkout / 'hub_configs/README.md').read_text()
+    readme = checkout / make_tables.RESULTS / 'README.md'
+    before = readme.read_text()
     assert make_tables.main([*args, '--check']) == 1
-    assert (checkout / 'hub_configs/README.md').read_text() == before
+    assert readme.read_text() == before
     assert make_tables.main(args) == 0
-    assert '| 94.64 |' in (checkout / 'hub_configs/README.md').read_text()
+    assert '| 94.64 |' in readme.read_text()
     assert make_tables.main([*args, '--check']) == 0
 
 
