@@ -184,7 +184,7 @@ def make_page(first: Network) -> gr.Blocks:
             with gr.Column(min_width=320):
                 gr.Markdown(INTRO, elem_id='title')
             model = gr.Dropdown(
-                list(dict.fromkeys([first.name, *shipped_models(), CASCADE])), value=first.name, show_label=False,
+                list(dict.fromkeys([*shipped_models(), CASCADE, first.name])), value=first.name, show_label=False,
                 label='Model', allow_custom_value=True, elem_id='model', container=False,
                 min_width=320, info=f'Or type {places} and press Enter.')
         with gr.Row():

@@ -217,6 +217,7 @@ def test_a_cascade_needs_the_stages_that_it_runs(images, threshold):
     cascade = timm_aig.Cascade([small, (make_model(*BUDGETS), .5), make_model()], threshold).eval()
     network = Network('x', cascade)
     assert network.slider is None and 'no budget' in draw_curve(network, None)
+    assert not draw_heatmap(network, network.run(images[0])).strip()
     for x in images:
         with torch.inference_mode():
             rounds = cascade.rounds(x)
