@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, List, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import timm
 from huggingface_hub import HfApi, hf_hub_download
@@ -104,12 +104,18 @@ def _create(name: str) -> Any:
     if parameters > MAX_PARAMETERS:
         raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
     if name.startswith('hf-hub:'):
-        repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
-        files = HfApi().model_info(repo_id, revision=revision or None, files_metadata=True).siblings or []
+        repo_id, revision = _split(name)
+        files = HfApi().model_info(repo_id, revision=revision, files_metadata=True).siblings or []
         size = sum(file.size or 0 for file in files if file.rfilename.endswith('.safetensors'))
         if size > MAX_BYTES:
             raise ModelError(f'{name} has {size:,} bytes of weights; this page loads at most {MAX_BYTES:,}.')
     return timm_aig.Cascade.from_pretrained(name) if 'cascade' in config else timm.create_model(name, pretrained=True)
+
+
+def _split(name: str) -> Tuple[str, Optional[str]]:
+    """The repository of hf-hub:user/name[@revision], and its revision."""
+    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+    return repo_id, revision or None
 
 
 def _sum(value: Any) -> int:
@@ -123,8 +129,8 @@ def _find_file(name: str, filename: str) -> Path:
     """A file of a folder or repository that the page may load, or one beside a shipped model."""
     source, _, place = name.partition(':')
     if source == 'hf-hub':
-        repo_id, _, revision = place.partition('@')
-        return Path(hf_hub_download(repo_id, filename, revision=revision or None))
+        repo_id, revision = _split(name)
+        return Path(hf_hub_download(repo_id, filename, revision=revision))
     if source == 'local-dir' and not ON_A_SPACE:
         return Path(place, filename)
     if name in shipped_models():
