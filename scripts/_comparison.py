@@ -68,11 +68,12 @@ CASCADES = {
 }
 # Rows of the table that are compared image by image.
 PAIRS = tuple(((name, setting), against) for name, setting, *others in (
-    ('any-r32', 'offset -3', ('static-r32', '')),
+    ('any-r32', 'offset -3', ('distilled-r14', '')),
+    ('any-r32', 'offset -2', ('static-r32', '')),
     ('any-r32', 'offset -1', ('distilled-r20', '')),
     ('any-r32', 'offset 0', ('static-r32', '')),
     ('any-r32', 'offset 1', ('distilled-r32', '')),
-    ('any-r32', 'offset 10000', ('distilled-r32', '')),
+    ('any-r32', 'offset 10000', ('static-r32', ''), ('distilled-r32', '')),
     ('cascade, static nets', '0.35 of the MACs', ('static-r32', '')),
     ('cascade, static nets', '0.4 of the MACs', ('static-r32', '')),
     ('cascade, static nets', '0.5 of the MACs', ('distilled-r32', '')),

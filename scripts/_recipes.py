@@ -13,7 +13,7 @@ from _args import Parser, add_args, create_parser, integer, number
 # Defaults that a recipe sets; --config and the command line override them.
 RECIPES: Dict[str, Dict[str, Any]] = {
     'any': dict(
-        gate_loss='budgets', gate_loss_weight=10., anneal=0.4, noise_off=0.4, distill_weight=0.5, gate_weight_decay=0.,
+        gate_loss='budgets', gate_loss_weight=30., anneal=0.4, noise_off=0.4, distill_weight=0.5, gate_weight_decay=0.,
         opt='muon', sched='cosine', warmup_epochs=1),
     'distill': dict(
         gate_loss='macs', gate_loss_weight=10., anneal=1 / 3, noise_off=0.6, distill_weight=0.5, gate_weight_decay=0.,

@@ -83,6 +83,9 @@ TABLES = {
         'against': '{against}[, {against_setting}]', 'its MACs': '{against_macs_over_resnet32}', 'seed': '{seed}',
         'right only by the model / only by the other': '{only_model} / {only_against}', 'points': '{points}',
         'p': '{p}'}, {}),
+    'glyphs-weight': Table('glyphs_weight.csv', {
+        'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1 with weight 10, %': '{top1_10}',
+        'top-1 with weight 30, %': '{top1_30}', 'difference': '{change}'}, {}),
     'glyphs-rules': Table('glyphs_rules.csv', {
         'rule': '{rule}', 'nets': '{nets}', **{f'0.{share} of the MACs': f'{{top1_{share}}}[ ({{change_{share}}})]'
                                                for share in (30, 35, 40, 45, 50)}}, {}),

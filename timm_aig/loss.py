@@ -146,7 +146,7 @@ class AnyBudgetLoss(nn.Module):
             self,
             cost: 'Cost',
             least: float = 0.3,
-            weight: float = 10.,
+            weight: float = 30.,
             groups: int = 4,
             largest_offset: float = 6.,
             process_group: Optional[Any] = None,
