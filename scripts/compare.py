@@ -240,11 +240,9 @@ def pairs(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 def times(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Times of static and distilled nets, of adaptive ones at some offsets, of cascades at some shares of the MACs."""
-    rows = rows_of_seed(args, args.seeds[0])
-    shown = [row for row in rows
-             if row.name.startswith(('static-', 'distilled-')) or row.setting in TIMED_OFFSETS + TIMED_SHARES]
-    unwanted = 'exits-', 'distill-', 'paper-'  # earlyon cannot export its nets; the others have one target each
-    shown = [row for row in shown if not row.name.startswith(unwanted)]
+    shown = [row for row in rows_of_seed(args, args.seeds[0])
+             if row.name.startswith(('static-', 'distilled-'))
+             or (row.name.startswith(('any-', 'cascade')) and row.setting in TIMED_OFFSETS + TIMED_SHARES)]
     return time_rows(args, args.seeds[0], shown)
 
 
