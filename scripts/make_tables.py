@@ -71,7 +71,7 @@ TABLES = {
     'glyphs-any': Table('glyphs.csv', {'network': '`{model}`', 'setting': '{setting}', **_GLYPHS, **_SEVERITY}, {
         'model': ('any-r20', 'any-r32')}),
     'glyphs-speed': Table('glyphs_speed.csv', {
-        'network': '{model}', 'setting': '{setting}', 'batch': '{batch_size}', 'seed': '{seed}', 'top-1, %': '{top1}',
+        'network': '{model}', 'setting': '{setting}', 'batch': '{batch_size}', 'top-1, %': '{top1}',
         'ms / image': '{ms_per_image}', 'time / ResNet-32': '{ratio} ({ratio_min}-{ratio_max})',
         'slowest 1 %, ms': '{p99_ms}',
     }, {'setting': (
