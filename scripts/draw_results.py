@@ -32,11 +32,12 @@ CURVES = {
     'cascade, static or adaptive nets': 'cascade of any networks',
 }
 BASELINES = {
-    'static-': 'static networks', 'distilled-': 'distilled networks',
+    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 20, 32, distilled',
     'cascade, static nets': 'cascade of static networks', 'small-r32': 'ResNet-32 at a lower resolution',
     'exits-r32': 'ResNet-32 with early exits', 'distill-r32': 'ResNet-32, recipe distill',
     'paper-r32': 'ResNet-32, recipe of the paper',
 }
+COLOUR_OF = dict(zip([*CURVES.values(), *BASELINES.values()], COLOURS))  # the same in all pictures
 
 SPAN = 8.5  # points of accuracy in a picture
 
@@ -78,7 +79,7 @@ def draw_comparison(name: str, picture: str, title: str) -> None:
     rows = read(name)
     plot_accuracy_macs(
         curves_of(rows, CURVES, 'macs_over_resnet32'), curves_of(rows, BASELINES, 'macs_over_resnet32'),
-        ROOT / picture, title)
+        ROOT / picture, title, colours=COLOUR_OF)
 
 
 def draw_times() -> None:
@@ -87,7 +88,8 @@ def draw_times() -> None:
         plot_accuracy_macs(
             curves_of(rows, CURVES, 'ratio'), curves_of(rows, BASELINES, 'ratio'),
             ROOT / f'glyphs_accuracy_time_{batch}.png',
-            f'{GLYPHS} Mean time of an image in ONNX Runtime, one thread, batch {batch}, one seed.', over='time')
+            f'{GLYPHS} Mean time of an image in ONNX Runtime, one thread, batch {batch}, one seed.', over='time',
+            colours=COLOUR_OF)
 
 
 def draw_severity() -> None:

@@ -101,7 +101,7 @@ TABLES = {
     'shipped': Table('models.csv', {
         'model': '`{model}`', 'data': '{dataset}', 'top-1, %': '{top1}', 'MACs': '{macs_share}',
         'time at batch 1 / 32': '{ratio_1} / {ratio_32}',
-    }, {}),
+    }, {'model': ('cifar_resnet32_aig.fmnist', 'cifar_resnet32_aig.fmnist_t06', 'cifar_resnet32_aig.glyphs')}),
     'fmnist-trained': Table('fmnist_comparison.csv', {'network': '`{model}`', **_FMNIST}, _TRAINED),
     'fmnist-any': Table('fmnist_comparison.csv', {'network': '`{model}`', 'setting': '{setting}', **_FMNIST}, {
         'model': ('any-r20', 'any-r32')}),

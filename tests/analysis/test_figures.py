@@ -154,6 +154,12 @@ def test_every_model_in_the_accuracy_picture_has_a_line_with_its_points_and_a_na
     assert len(styles) == len(lines) == 9
 
 
+def test_an_accuracy_picture_has_the_colours_that_it_is_given(tmp_path, drawn):
+    colours = {'adaptive': '#123456', 'static': '#654321'}
+    plot_accuracy_macs([('adaptive', .5, 94.)], [('static', 1., 95.)], tmp_path / 'a.png', colours=colours)
+    assert {line.get_label(): line.get_color() for line in drawn().axes[0].lines} == colours
+
+
 def test_a_contact_sheet_shows_each_image_above_its_number(tmp_path, drawn):
     def plain(grey):
         return Image.new('L', (28, 28), grey), grey

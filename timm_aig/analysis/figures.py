@@ -193,7 +193,7 @@ def plot_rates_over_epochs(rates: torch.Tensor, block_names: Sequence[str], path
 
 def plot_accuracy_macs(
         points: Points, others: Points, path: PathLike, title: str = '', over: str = 'MACs',
-        accuracy: str = 'top-1 accuracy, %',
+        accuracy: str = 'top-1 accuracy, %', colours: Optional[Mapping[str, str]] = None,
 ) -> Path:
     """Draw accuracy against MACs, or `over` time, of one checkpoint at many budgets, with other models beside it.
 
@@ -202,11 +202,12 @@ def plot_accuracy_macs(
             joins points of one name that follow one another.
         others: The same for the models to compare with, in dashed lines.
         accuracy: Label of the vertical axis.
+        colours: Colour of each name. By default they are chosen in order.
     """
     names = list(dict.fromkeys(name for name, *_ in [*points, *others]))
     figure = _figure(4.5 + .1 * len(names), f'Accuracy against {over}', title)
     axes = figure.add_subplot()
-    colours = dict(zip(names, cycle(COLOURS)))
+    colours = colours or dict(zip(names, cycle(COLOURS)))
     for some, style in ((points, dict(marker='o')), (others, dict(marker='s', linestyle='--'))):
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
