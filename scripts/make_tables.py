@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   scripts/make_tables.py --check      # exit with 1 if a table differs from its CSV file"""
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ('README.md', 'hub_configs/README.md', 'hub_configs/results/README.md', 'scripts/README.md')
+READMES = ('README.md', 'hub_configs/README.md', 'hub_configs/results/README.md', 'hub_configs/results/speed.md',
+           'scripts/README.md')
 RESULTS = 'hub_configs/results'
 MARKED = re.compile(r'(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
 

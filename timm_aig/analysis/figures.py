@@ -212,7 +212,7 @@ def plot_accuracy_macs(
         for name, same in groupby(some, lambda point: point[0]):
             _, shares, accuracies = zip(*same)
             axes.plot(shares, accuracies, label=name, markersize=5, linewidth=1.5, color=colours[name], **style)
-    axes.set(xlabel=f"{over} over the static parent's", ylabel=accuracy)
+    axes.set(xlabel=f'{over} relative to the static parent', ylabel=accuracy)
     axes.margins(.08, .1)
     axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=.3)

@@ -202,13 +202,15 @@ def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
         'Static parent': f'`{parent}`',
         'Blocks with a gate': len(cost.blocks),
         'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
-        'GMACs that always run': f'{cost.fixed / 1e9:.3g}',
+        'MACs that always run (millions)': f'{cost.fixed / 1e6:,.1f}',
     }
+    if (results.get('recipe') or {}).get('gate_loss') == 'budgets':  # trained for all rates
+        del gates['Target rates']
     return _table({
         'Architecture': f'`{arch}`',
         **(gates if cost.blocks else {}),
         'Parameters (millions)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-        'GMACs with every block run' if cost.blocks else 'GMACs': f'{cost.total / 1e9:.3g}',
+        f'MACs{" with every block run" if cost.blocks else ""} (millions)': f'{cost.total / 1e6:,.1f}',
         'Image size': ' x '.join(map(str, cfg['input_size'])),
         'Classes': config['num_classes'],
         'Origin': cfg.get('origin_url') or '',
@@ -232,9 +234,11 @@ def _results(results: Dict[str, Any]) -> List[str]:
         if results.get('environment'):
             source += f" ({', '.join(f'{k} {v}' for k, v in results['environment'].items())})"
         parts += ['## Results', _table(rows), f'{source}.']
-    for title, field in (('Reported by others, not measured here', 'reported'), ('Training', 'recipe')):
-        if results.get(field):
-            parts += [f'## {title}', _table(results[field])]
+    if results.get('reported'):
+        parts += ['## Reported by others, not measured here', _table(results['reported'])]
+    if results.get('recipe'):
+        used = {name: value for name, value in results['recipe'].items() if value is not None}
+        parts += ['## Training', f'<details><summary>All arguments</summary>\n\n{_table(used)}\n\n</details>']
     return parts
 
 
