@@ -228,7 +228,8 @@ def test_a_config_that_is_no_cascade_is_named(tmp_path):
     with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):
         Cascade.from_pretrained(tmp_path)
     elsewhere, incomplete = {'model': '../model', 'budget': None, 'threshold': .5}, {'model': 'model_1'}
-    cascades = [json.dumps({'cascade': {'stages': [stage, stage]}}) for stage in (elsewhere, incomplete)]
+    unlimited = {**elsewhere, 'model': 'model_1', 'threshold': None}
+    cascades = [json.dumps({'cascade': {'stages': [stage, stage]}}) for stage in (elsewhere, incomplete, unlimited)]
     for content in ('no json', '{}', *cascades):
         (tmp_path / 'config.json').write_text(content)
         with pytest.raises(timm_aig.InputError, match='is not a saved cascade'):

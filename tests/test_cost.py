@@ -163,6 +163,8 @@ def test_the_input_size_is_the_models_own_with_its_own_channels():
     assert compute_cost(model) == compute_cost(model, (1, 224, 224))
     assert compute_cost(resnet('cifar_resnet20_aig')) == compute_cost(resnet('cifar_resnet20_aig'), (3, 32, 32))
     assert timm_aig.summary(model) == timm_aig.summary(model, (1, 224, 224))
+    model = timm.create_model('vit_tiny_patch16_224_aig', img_size=64, in_chans=1, depth=2)
+    assert compute_cost(model) == compute_cost(model, (1, 64, 64))
 
 
 @pytest.mark.parametrize('make', [

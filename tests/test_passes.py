@@ -464,7 +464,8 @@ def test_a_gate_offset_for_each_image_replaces_that_of_the_model(optimized, trai
         assert torch.equal(gates[2], own[2]) and 0 < own.mean() < 1
         assert forward_gates(model, x)[1].max() == 0  # outside the block
         for count in (2, 6):
-            with use_gate_offset(offsets.repeat(2)[:count]), pytest.raises(InputError, match=f'5 images, not {count}'):
+            message = f'5 images of the input, not for {count}'
+            with use_gate_offset(offsets.repeat(2)[:count]), pytest.raises(InputError, match=message):
                 model(x)
 
 

@@ -19,7 +19,7 @@ Rows = Union[Sequence[int], torch.Tensor]
 SLICE_NUMEL = 2 ** 17  # elements per sample from which, on a CPU, gathering costs more than running slices in place
 
 
-# Gated class by the class of a residual block, or of a branch, which has no sum, by (class of its block, name, class).
+# Gated classes, by the class of a residual block, or for a branch by (class of its block, name in the block, class).
 GATED: Dict[Any, Any] = {}
 
 

@@ -7,10 +7,9 @@ import torch.nn as nn
 
 from .blocks import gated_blocks, require_gated_blocks, set_gate_offset
 from .config import InputError
+from .gate import ALL_OPEN
 
 __all__ = ['BudgetPoint', 'budget_offset', 'budget_table', 'read_budget_table', 'set_budget', 'set_budget_table']
-
-LARGEST_OFFSET = 65536.  # opens any gate
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class BudgetPoint:
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise InputError(f'must be in (0, 1], not {self.budget!r}.', 'budget')
-        if not abs(self.gate_offset) <= LARGEST_OFFSET:  # also if it is nan
-            raise InputError(f'must be at most {LARGEST_OFFSET:g}, not {self.gate_offset!r}.', 'gate_offset')
+        if not abs(self.gate_offset) <= ALL_OPEN:  # also if it is nan
+            raise InputError(f'must be at most {ALL_OPEN:g}, not {self.gate_offset!r}.', 'gate_offset')
 
     def to_dict(self) -> Dict[str, Any]:
         """The fields that are not None, for JSON."""

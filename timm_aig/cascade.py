@@ -183,7 +183,7 @@ class Cascade(nn.Module):
         """Logits, and for each stage that ran its rows of the batch and, with costs, their MACs."""
         rows = torch.arange(len(x), device=x.device)
         seen = []
-        logits = answers = x.new_empty(0)
+        logits = x.new_empty(0)
         for stage, threshold in enumerate((*self.thresholds, None)):
             part = x if len(rows) == len(x) else x[rows]
             answers, executed = self.run_stage(stage, part, costs)

@@ -28,14 +28,15 @@ class _Site(NamedTuple):
     parent: nn.Module
     child: str
     block: Any
+    cls: Any  # what is_wanted answered, its gated class in gate_
 
 
 def _find_blocks(model: nn.Module, is_wanted: Callable[[nn.Module, str], Any]) -> List[_Site]:
     sites = [
-        _Site(stage, parent, child, block)
+        _Site(stage, parent, child, block, cls)
         for stage, parent in model.named_modules()
         for child, block in parent._modules.items()  # named_children() would leave out the second name of a block
-        if is_wanted(parent, child)
+        if (cls := is_wanted(parent, child))
     ]
     compiled = [site.stage for site in sites if site.child == '_orig_mod']
     if compiled:  # would go on to run the block that it was made from
@@ -60,20 +61,16 @@ def _rates(sites: List[_Site], config: AIGConfig) -> Tuple[float, ...]:
     rates: Tuple[float, ...] = ()
     for _, network in groupby(sites, key=lambda site: site.stage.removesuffix('.blocks').rpartition('.')[0]):
         stages = [list(stage) for _, stage in groupby(network, key=lambda site: site.stage)]
-        rates += config.block_rates([len(stage) for stage in stages], _class_of(stages[0][0]).bottleneck)
+        rates += config.block_rates([len(stage) for stage in stages], stages[0][0].cls.bottleneck)
     return rates
-
-
-def _class_of(site: _Site) -> Any:
-    return gate_class(site.parent, site.child)
 
 
 def _relu_input(site: _Site) -> bool:
     """Whether the activation after the sum leaves the block's input as it is: there is none, or this block and the one
     before it in the same stage end in a ReLU."""
-    if _class_of(site).act_name is None:
+    if site.cls.act_name is None:
         return True
-    if not isinstance(site.parent, _class_of(site).stage_cls):
+    if not isinstance(site.parent, site.cls.stage_cls):
         return False
     names = list(site.parent._modules)
     before = names[:names.index(site.child) + 1][-2:]
@@ -136,7 +133,7 @@ def gate_(model: nn.Module, config: Optional[AIGConfig] = None, **fields: Any) -
     replacements: Dict[nn.Module, GatedBlock] = {}  # by block: one that is used in two places stays one
     for site, rate in zip(sites, rates):
         if rate < 1 and site.block not in replacements:
-            gated, weight = _class_of(site), next(site.block.parameters())
+            gated, weight = site.cls, next(site.block.parameters())
             gate = Gate(
                 gated.in_channels(site.block),
                 config.gate_channels,

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from timm.data import resolve_input_data_config
 from timm.models import FeatureHookNet
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in PyTorch's notes on extending it
 from torch.utils.flop_counter import flop_registry
@@ -99,9 +100,7 @@ def summary(
         raise InputError(f'must be {len(gated)}, one for each gated block, not {len(rates)}.', 'rates')
     macs = _count_macs(model, input_size)
     cost = _cost(macs, gated)
-    mean_image = None if rates is None else torch.as_tensor(rates)[None]
-    executed = None if mean_image is None else cost.executed(mean_image).item()
-    measured = {} if mean_image is None else dict(zip(gated, mean_image[0].tolist()))
+    measured = {} if rates is None else dict(zip(gated, map(float, rates)))
     blocks = {**residual_blocks(model), **gated}
     rest = cost.total
 
@@ -117,7 +116,8 @@ def summary(
         lines.append(line(name, type(blocks[name]).__name__.removeprefix('Gated'), target, own))
     lines.append(line('other', 'stem, shortcuts, head, gates', 'always on', rest))
     lines.append(line('total', f'{len(gated)} of {len(blocks)} blocks gated', '', cost.total))
-    if executed is not None:
+    if rates is not None:
+        executed = cost.executed(torch.as_tensor(rates)[None]).item()
         lines.append(f"mean image: {executed:,.0f} MACs, {executed / cost.static:.1%} of the static parent's "
                      f'{cost.static:,}')
     return '\n'.join(lines)
@@ -134,7 +134,7 @@ def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
     if not cfg.get('input_size') or in_chans is None:
         raise InputError(
             f'must be given as (C, H, W): {type(model).__name__} has no pretrained_cfg with its own.', 'input_size')
-    return (in_chans, *cfg['input_size'][1:])
+    return (in_chans, *resolve_input_data_config(model, {'mean': 0., 'std': 1.})['input_size'][1:])
 
 
 def _cost(macs: Callable[..., int], gated: Dict[str, Any]) -> Cost:

@@ -31,36 +31,30 @@ class _GatePass(threading.local):
         self.rows = slice(None)  # part of the batch that is running
         self.batch: Optional[int] = None  # size of the whole batch if it runs in parts
 
-    def forced_answers(self, block: nn.Module, z: torch.Tensor) -> Optional[torch.Tensor]:
-        """Forced answers for a block, bool [B], instead of z [B], or None."""
-        if self.forced is None or id(block) not in self.forced:
-            return None
-        answers = self.forced[id(block)]
-        batch = len(z) if self.batch is None else self.batch
-        if len(answers) != batch:
-            raise InputError(f'must be for the {batch} images of the input, not for {len(answers)}.', 'gates')
-        return answers[self.rows]
+    def own_rows(self, values: torch.Tensor, count: int, argument: str) -> torch.Tensor:
+        """Those of values, one for each image of the whole batch [B], that belong to the `count` images that run."""
+        batch = count if self.batch is None else self.batch
+        if len(values) != batch:
+            raise InputError(f'must be for the {batch} images of the input, not for {len(values)}.', argument)
+        return values[self.rows]
 
     def offset_like(self, logits: torch.Tensor) -> torch.Tensor:
         """The offset, a number or one for each row of logits [B, ...]."""
         assert self.offset is not None
-        batch = len(logits) if self.batch is None else self.batch
-        if self.offset.ndim and len(self.offset) != batch:
-            raise InputError(f'must be a number, or one for each of {batch} images, not {len(self.offset)}.', 'offset')
         self.offset = self.offset.to(logits.device)  # once a pass, not once a gate
         offset = self.offset.to(logits.dtype)
-        return offset[self.rows] if offset.ndim else offset
+        return self.own_rows(offset, len(logits), 'offset') if offset.ndim else offset
 
     def note(self, block: nn.Module, z: torch.Tensor) -> torch.Tensor:
         """Record and return the answers of a block: those of its gate, z [B], or forced ones.
 
         The block calls this, not its gate: a forward hook or a module around the gate may have changed z.
         """
-        forced = self.forced_answers(block, z)
-        if forced is not None:
-            z = forced.to(z.device, z.dtype)
+        is_forced = self.forced is not None and id(block) in self.forced
+        if is_forced:
+            z = self.own_rows(self.forced[id(block)], len(z), 'gates').to(z.device, z.dtype)  # type: ignore[index]
         if self.record is not None:
-            self.record.append((id(block), z, forced is not None))
+            self.record.append((id(block), z, is_forced))
         return z
 
 

@@ -12,7 +12,7 @@ from .blocks import require_gated_blocks, set_gate_offset
 from .budget import set_budget_table
 from .config import InputError
 from .convert import residual_blocks
-from .cost import compute_cost, own_input_size
+from .cost import compute_cost
 from .loss import AnyBudgetLoss, ComputeTargetLoss
 from .passes import forward_gates, use_gate_offset
 
@@ -130,14 +130,15 @@ class AIGTask(ClassificationTask):
         Raises:
             InputError: AnyBudgetLoss with gradient checkpointing.
         """
-        loss: Any = self.gate_loss
-        if isinstance(loss, AnyBudgetLoss) and any(
+        gate_loss: Any = self.gate_loss
+        any_budget = isinstance(gate_loss, AnyBudgetLoss)
+        if any_budget and any(
                 getattr(m, 'grad_checkpointing', False) for m in self.trainable_module.modules()):
             raise InputError('must be another with gradient checkpointing, which would run the gates again without '
                              'their offsets: call model.set_grad_checkpointing(False).', 'gate_loss')
-        with use_gate_offset(loss.draw_offsets(len(input))) if isinstance(loss, AnyBudgetLoss) else nullcontext():
+        with use_gate_offset(gate_loss.draw_offsets(len(input))) if any_budget else nullcontext():
             output, gates = self.trainable_module(input)
-        rate_loss = self.gate_loss(gates)
+        rate_loss = gate_loss(gates)
         loss = task_loss = self.criterion(output, target)
         parts = {'task_loss': task_loss.detach(), 'rate_loss': rate_loss.detach()}
         if self.teacher is not None:
@@ -171,6 +172,6 @@ class AIGTask(ClassificationTask):
 def _default_gate_loss(model: nn.Module) -> nn.Module:
     rates = [getattr(block, 'target_rate', 1.) for block in residual_blocks(model).values()]
     try:
-        return ComputeTargetLoss(compute_cost(model, own_input_size(model)), sum(rates) / len(rates), weight=10.)
+        return ComputeTargetLoss(compute_cost(model), sum(rates) / len(rates), weight=10.)
     except ValueError as e:
         raise InputError(f'must be given for this model: {e}', 'gate_loss') from e

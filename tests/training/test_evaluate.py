@@ -121,7 +121,8 @@ def test_modes_and_statistics_are_as_before_also_after_an_error(model, training)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_the_device_is_that_of_the_models_parameters():
+@pytest.mark.parametrize('device', [None, 'meta', torch.device('meta')])
+def test_the_device_is_that_of_the_models_parameters_or_the_one_that_is_named(device):
     seen = []
 
     class Loader:
@@ -131,7 +132,7 @@ def test_the_device_is_that_of_the_models_parameters():
             return iter([(image, torch.zeros(1))])
 
     with pytest.raises(ZeroDivisionError):
-        evaluate(timm.create_model('cifar_resnet20', device='meta'), Loader())
+        evaluate(timm.create_model('cifar_resnet20', device='meta'), Loader(), device=device)
     assert seen == [torch.device('meta')]
 
 

@@ -1,4 +1,4 @@
-"""Cascades in ONNX Runtime and OpenVINO: a file for each stage, and a runner that needs only numpy and the runtime."""
+"""Cascades in ONNX Runtime and OpenVINO: a file for each stage, and a runner for NumPy arrays."""
 import json
 import os
 import tempfile
@@ -49,7 +49,7 @@ class CascadeRunner:
         if dtype != np.float32:
             raise InputError(f'must be a NumPy array of float32, not {dtype}.', 'x')
         rows, stages = np.arange(len(x)), np.zeros(len(x), np.int64)
-        logits = answers = np.empty(0, np.float32)
+        logits = np.empty(0, np.float32)
         for stage, (run, offset) in enumerate(zip(self.runs, self.offsets)):
             part = x if len(rows) == len(x) else x[rows]
             answers = run({'x': part} if offset is None else {'x': part, 'gate_offset': offset})[0]

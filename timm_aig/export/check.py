@@ -61,7 +61,7 @@ def check_export(
         answers = np.zeros((len(x), 0)) if answers is None else answers
         found = torch.from_numpy(answers.astype(np.float32))
         if gates is not None:
-            expected = torch.tensor([float(bool(gate)) for gate in gates], device='cpu').expand(len(x), -1)
+            expected = torch.tensor(gates, dtype=torch.float32, device='cpu').expand(len(x), -1)
         elif offset is not None:
             expected = torch.full_like(found, float(offset > 0))
         else:

@@ -84,7 +84,7 @@ class ExportModel(nn.Module):
         # of a pass: thresholds [1] of the gates to come, scores [B] of those before, last output of a block, its pool
         self.state = SimpleNamespace()
         own = [block.gate for block in gated_blocks(model).values()]
-        is_open = [True] * len(own) if gates is None else [bool(gate) for gate in gates]
+        is_open = [True] * len(own) if gates is None else list(gates)
         blocks: Dict[Any, nn.Module] = {
             block: ExportBlock(block, gate, mode, gate_is_open, self.state)
             for block, gate, gate_is_open in zip(gated_blocks(optimized).values(), own, is_open)}

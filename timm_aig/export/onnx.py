@@ -196,7 +196,7 @@ def describe(
         'interpolation': data['interpolation'], 'crop_pct': data['crop_pct'], 'crop_mode': data['crop_mode'],
         'budgets': [[point.budget, point.gate_offset] for point in budget_table(model)] or None,
         'labels': config.get('label_names'), 'gated_blocks': list(gated_blocks(model)),
-        'gates': None if gates is None else [bool(gate) for gate in gates], 'license': config.get('license'),
+        'gates': gates, 'license': config.get('license'),
     }
     for key, value in values.items():
         if value is not None:

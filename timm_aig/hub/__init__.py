@@ -1,1 +1,1 @@
-"""Models on disk and on the Hugging Face Hub: save, push, model cards, what a config.json may say."""
+"""Models and cascades on disk and on the Hugging Face Hub: save, load, push, model cards, time limits."""

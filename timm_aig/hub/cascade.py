@@ -92,6 +92,8 @@ def _read_stages(path: Path) -> List[Dict[str, Any]]:
         stages = json.loads(path.read_text(encoding='utf-8'))['cascade']['stages']
         if not all(re.fullmatch(r'model_\d+', stage['model']) for stage in stages):  # no path to elsewhere
             raise ValueError('a stage names no model_<number>')
+        if not all(isinstance(stage['threshold'], (int, float)) for stage in stages[:-1]):
+            raise ValueError('a stage before the last has no threshold')
         return [{name: stage[name] for name in ('model', 'budget', 'threshold')} for stage in stages]
     except (OSError, LookupError, TypeError, ValueError) as e:
         raise InputError(f'{path.parent} is not a saved cascade: {type(e).__name__} {e}') from e

@@ -1,5 +1,5 @@
 """optimize_for_inference: an eval-only copy of a model, in which a skipped block is saved time."""
-from .blocks import InferenceBlock, InferenceStage, run_rows
+from .blocks import InferenceStage, run_rows
 from .optimize import InferenceModel, optimize_for_inference
 
-__all__ = ['InferenceBlock', 'InferenceModel', 'InferenceStage', 'optimize_for_inference', 'run_rows']
+__all__ = ['InferenceModel', 'InferenceStage', 'optimize_for_inference', 'run_rows']

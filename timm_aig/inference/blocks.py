@@ -33,7 +33,6 @@ class InferenceBlock(nn.Module):
         downsample = Folded(block.downsample)
         self.downsample = downsample if len(downsample) else None  # nothing is left of an identity
         self.relu_input = getattr(block, 'relu_input', False)
-        self.target_rate = getattr(block, 'target_rate', 1.)
         gate: Any = getattr(block, 'gate', None)
         self.gate: Any = InferenceGate(gate) if can_fold(gate) else gate
 
@@ -45,7 +44,7 @@ class InferenceBlock(nn.Module):
     def answers(self, x: torch.Tensor, pooled: Any) -> Tuple[Optional[torch.Tensor], Any]:
         """Answers z [B] of the gate, None without one, and the mean [B, C] of x over its pixels if it is known."""
         if not isinstance(self.gate, InferenceGate):
-            return self.gate and gate_pass.note(self, self.gate(x)), pooled
+            return None if self.gate is None else gate_pass.note(self, self.gate(x)), pooled
         pooled = x.mean((2, 3)) if pooled is None else pooled
         return self.gate.answers(self, pooled, 1.), pooled
 

@@ -24,7 +24,8 @@ from ..blocks import family_of, gated_blocks
 from ..compat import has_forward_hooks, one_graph
 from ..config import InputError
 from ..convert import plain_copy, residual_blocks
-from ..gate import gate_pass, is_on_cpu
+from ..gate import is_on_cpu
+from ..passes import set_pass
 from .blocks import InferenceBlock, InferenceStage
 from .fused import Folded
 from .gate import InferenceGate
@@ -92,11 +93,8 @@ class InferenceModel(nn.Module):
             return self.model(x)
         parts, outputs = x.split(size), []
         for i, part in enumerate(parts):
-            gate_pass.rows, gate_pass.batch = slice(i * size, (i + 1) * size), len(x)
-            try:
+            with set_pass(rows=slice(i * size, (i + 1) * size), batch=len(x)):
                 outputs.append(self.model(part))
-            finally:
-                gate_pass.rows, gate_pass.batch = slice(None), None
         return _join(outputs, [len(part) for part in parts])
 
     def _micro_batch(self, x: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""CIFAR ResNets of the paper: static ResNet-8/14/20/32/44/56/110, three stages of BasicBlocks for 32 x 32 images.
+"""CIFAR ResNets: static ResNet-8/14/20/32/44/56/110, three stages of BasicBlocks for 32 x 32 images.
 
 Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385, section 4.2

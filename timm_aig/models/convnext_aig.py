@@ -1,5 +1,4 @@
 """ConvNeXt (V1, V2): the gated block, and <arch>_aig for every arch of timm.models.convnext."""
-import sys
 
 import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
@@ -33,6 +32,6 @@ class GatedConvNeXtBlock(GatedBlock, ConvNeXtBlock):
         return self.shortcut(x)
 
 
-register_family(sys.modules[__name__], Family(
+register_family(__name__, Family(
     ('convnext',), checkpoint_filter_fn,
     feature_cfg=lambda parent: dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)))

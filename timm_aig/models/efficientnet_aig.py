@@ -1,5 +1,4 @@
 """EfficientNets and MobileNets: gated inverted residuals, <arch>_aig for timm.models.efficientnet and mobilenetv3."""
-import sys
 from typing import Any, Optional
 
 import torch
@@ -93,6 +92,6 @@ class GatedMobileAttention(GatedMobileBlock, blocks.MobileAttention):
         return GatedMobileBlock.in_channels(block) if block.conv_cpe_dw is None else None
 
 
-register_family(sys.modules[__name__], Family(
+register_family(__name__, Family(
     ('efficientnet', 'mobilenetv3'), feature_cfg=lambda parent: dict(feature_cls='hook', no_rewrite=False),
     without=('lcnet_*', 'mobilenetv1_*', 'test_*')))

@@ -161,16 +161,17 @@ def entry_point(family: Family, parent: str) -> Callable[..., nn.Module]:
     return create
 
 
-def register_family(module: Any, family: Family) -> None:
+def register_family(name: str, family: Family) -> None:
     """Register <arch>_aig for every arch of a family.
 
     Args:
-        module: Module that gets the entry points and, as timm expects it there, `default_cfgs`.
+        name: Name of the module that gets the entry points and, as timm expects it there, `default_cfgs`.
         family: The family.
     """
+    module: Any = sys.modules[name]
     parents = list_models(module=family.modules, exclude_filters=family.without)
     module.default_cfgs = {**getattr(module, 'default_cfgs', {}), **default_cfgs_of(parents)}
     for parent in parents:
         function = entry_point(family, parent)
-        function.__module__ = module.__name__
+        function.__module__ = name
         setattr(module, function.__name__, register_model(function))

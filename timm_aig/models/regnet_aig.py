@@ -1,5 +1,4 @@
 """RegNets (X, Y, Z, V): the gated block, and <arch>_aig for every arch of timm.models.regnet."""
-import sys
 from typing import Any, List, Optional
 
 import torch
@@ -61,4 +60,4 @@ class GatedRegNetPreBlock(GatedPreActBlock, PreBottleneck):
         return None if block.downsample is None else block.conv1.in_channels
 
 
-register_family(sys.modules[__name__], Family(('regnet',), regnet_filter_fn))
+register_family(__name__, Family(('regnet',), regnet_filter_fn))

@@ -2,7 +2,6 @@
 
 Paper: `Convolutional Networks with Adaptive Inference Graphs` - https://arxiv.org/abs/1711.11503
 """
-import sys
 from typing import Any, List
 
 import torch
@@ -80,5 +79,5 @@ class GatedBottleneck(GatedResNetBlock, Bottleneck):
                 block.conv3, block.bn3, block.se]
 
 
-register_family(sys.modules[__name__], Family(('resnet', 'cifar_resnet'), feature_cfg=lambda parent: dict(
+register_family(__name__, Family(('resnet', 'cifar_resnet'), feature_cfg=lambda parent: dict(
     out_indices=(0, 1, 2, 3) if parent.startswith('cifar') else (0, 1, 2, 3, 4))))

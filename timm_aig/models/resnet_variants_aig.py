@@ -1,5 +1,4 @@
 """Res2Net, ResNeSt and SKNet, ResNets with other blocks: the gated blocks, and <arch>_aig for every arch of theirs."""
-import sys
 from typing import Any, Optional
 
 import torch
@@ -95,4 +94,4 @@ class GatedSelectiveKernelBottleneck(GatedSelectiveKernelBlock, SelectiveKernelB
         return self.se_and_drop_path(x)
 
 
-register_family(sys.modules[__name__], Family(('res2net', 'resnest', 'sknet')))
+register_family(__name__, Family(('res2net', 'resnest', 'sknet')))

@@ -1,5 +1,4 @@
 """ResNetV2 (pre-activation, BiT): the gated blocks, and <arch>_aig for every arch of timm.models.resnetv2."""
-import sys
 
 import torch
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck, ResNetV2
@@ -52,5 +51,5 @@ class GatedResNetV2Bottleneck(GatedBlock, Bottleneck):
         return self.act3(x)
 
 
-register_family(sys.modules[__name__], Family(
+register_family(__name__, Family(
     ('resnetv2',), feature_cfg=lambda parent: dict(flatten_sequential=True)))

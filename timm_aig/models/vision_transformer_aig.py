@@ -2,7 +2,6 @@
 
 A transformer block has two residual branches, so it gets two gates. A gate sees the mean of all tokens.
 """
-import sys
 from functools import partial
 from typing import Any, Optional
 
@@ -66,5 +65,5 @@ class GatedMlp(GatedBranch, Mlp):
 for modules, filter_fn in (
         (('vision_transformer',), checkpoint_filter_fn),
         (('deit',), partial(checkpoint_filter_fn, adapt_layer_scale=True))):
-    register_family(sys.modules[__name__], Family(
+    register_family(__name__, Family(
         modules, filter_fn, lambda parent: dict(out_indices=3, feature_cls='getter')))

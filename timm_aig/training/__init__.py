@@ -1,1 +1,1 @@
-"""Training and evaluation: trainer, checkpoints, schedule, data sets, calibration of budgets."""
+"""Training and evaluation: trainer, checkpoints, schedule, data sets, calibration of budgets and cascades."""

@@ -98,7 +98,7 @@ def calibrate_budget(
     cost = compute_cost(model, tuple(batches[0][0].shape[1:]))  # type: ignore[arg-type]
     with _unchanged(model), tqdm(disable=not progress, desc='calibrating', unit='pass') as bar:
         search = _Search(model, batches, cost, tolerance, bar)
-        smallest, kept = None, list(wanted)
+        smallest, kept = None, wanted
         if max_accuracy_drop is not None:
             budget, found = search.smallest(max_accuracy_drop, wanted)
             kept = sorted({*wanted, budget})

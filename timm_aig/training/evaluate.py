@@ -132,7 +132,7 @@ def evaluate(
         InputError: No labelled images, labels that are no class of the model, or logits that are nan.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device='cpu'))
-    device, dtype = device or like.device, like.dtype
+    device, dtype = torch.device(device or like.device), like.dtype
     limit = evaluation_sample_limit(getattr(loader, 'loader', loader))  # PrefetchLoader hides its loader
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
