@@ -1,5 +1,6 @@
 """The models, data sets and loaders that a script's arguments name."""
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
@@ -19,12 +20,15 @@ from timm_aig.training.data import (
     class_names,
     convert_images,
     hold_out,
+    label_names_of,
     match_classes,
     open_dataset,
     read_images,
     resolve_config,
     start_worker,
 )
+
+MAX_BYTES = 32 * 10 ** 9  # of calibration images, which are kept in memory
 
 
 def open_model(args: argparse.Namespace, name: str, argument: str = 'model') -> Any:
@@ -62,7 +66,7 @@ def open_evaluation_split(args: argparse.Namespace, model: Any) -> Any:
     dataset = open_split(args, args.split)
     if args.holdout:
         dataset = hold_out(dataset, dataset, args.holdout)[1]  # the other part is not used
-    match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
+    match_classes(dataset, label_names_of(model), model.num_classes)
     return dataset
 
 
@@ -112,6 +116,21 @@ def fit_batch_size(args: argparse.Namespace, train: Any) -> None:
         print(f'--batch-size {args.batch_size} is more than the {images} training images of a process, {batch_size} is '
               'used.', file=sys.stderr)
         args.batch_size = batch_size
+
+
+def check_size(dataset: Any, config: Dict[str, Any], argument: str, most: float = math.inf) -> None:
+    """Check that calibration can keep the images of a data set, or so many of them, in memory.
+
+    Raises:
+        InputError: It cannot; `argument` is the one that says how many there are.
+    """
+    if isinstance(dataset, IterableDataset):
+        return
+    count, size = int(min(most, len(dataset))), 4 * math.prod(config['input_size'])
+    if count * size > MAX_BYTES:
+        raise InputError(
+            f'must be at most {MAX_BYTES // size:.0f}, since the images are kept in memory: {count} take '
+            f'{count * size / 1e9:.0f} GB; 10000 are plenty.', argument)
 
 
 def create_calibration_loader(args: argparse.Namespace, train: Any, data: TrainingData) -> Any:

@@ -13,6 +13,7 @@ import timm_aig
 from timm_aig import InputError
 from timm_aig.compat import model_args
 from timm_aig.config import AIG_ARGS
+from timm_aig.training.data import label_names_of
 
 
 def create_models(args: argparse.Namespace, names: List[str]) -> Any:
@@ -56,7 +57,7 @@ def check_class_names(args: argparse.Namespace, model: Any, names: List[str]) ->
     """A head for other classes is no start: --num-classes makes a new one, also for the same number of classes."""
     if args.initial_checkpoint or has_new_head(args, model):
         model.pretrained_cfg.pop('label_names', None)
-    labels = model.pretrained_cfg.get('label_names') or names
+    labels = label_names_of(model) or names
     if not names or {*labels} == {*names}:
         return
     if not args.num_classes:
@@ -85,7 +86,7 @@ def create_trainable_model(args: argparse.Namespace) -> Any:
         kwargs['in_chans'] = args.input_size[0]
     kwargs.update(model_kwargs_of(args))
     gate_args = given_gate_args(args)
-    adaptive = args.model.partition('.')[0].endswith('_aig')
+    adaptive = ':' not in args.model and args.model.partition('.')[0].endswith('_aig')
     model = create_model(args.model, args.pretrained, **kwargs, **(gate_args if adaptive else {}))
     if gate_args and not adaptive and timm_aig.gated_blocks(model):  # local-dir: or hf-hub: of an adaptive model
         model = create_model(args.model, **kwargs, **gate_args)
@@ -109,9 +110,8 @@ def create_teacher(args: argparse.Namespace, model: Any, parent: Any, names: Lis
         teacher = create_model(args.teacher, True, 'teacher', **kwargs)
         if teacher.num_classes != model.num_classes:
             raise InputError(f'has {teacher.num_classes} classes, the model {model.num_classes}.', 'teacher')
-        labels = teacher.pretrained_cfg.get('label_names')
-        expected = model.pretrained_cfg.get('label_names') or names
-        if labels and names and list(labels) != list(expected):
+        labels, expected = label_names_of(teacher), label_names_of(model) or names
+        if labels and names and labels != expected:
             raise InputError(
                 f'must have the classes {_shown(expected)}, in this order; {args.teacher} has {_shown(labels)}.',
                 'teacher')

@@ -68,7 +68,7 @@ from torch.utils.data import DataLoader, Dataset
 import timm_aig
 from timm_aig import InputError
 from timm_aig.budget import BudgetPoint, budget_offset
-from timm_aig.training.data import convert_images
+from timm_aig.training.data import convert_images, label_names_of
 from timm_aig.training.evaluate import check_output
 
 WARNING = ': its answers mean nothing'
@@ -141,7 +141,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
         blocks = {'blocks_run': gates.sum(1).int()} if gates.shape[1] else {}
         return dict(logits=logits, macs_share=cost.share(gates), **blocks)
 
-    return Predictor(config, model.pretrained_cfg.get('label_names') or (), run)
+    return Predictor(config, label_names_of(model), run)
 
 
 def open_stages(args: argparse.Namespace) -> Predictor:
@@ -150,14 +150,14 @@ def open_stages(args: argparse.Namespace) -> Predictor:
     device, cascade = open_device(args), open_cascade(args)
     config = common_data_config(args, cascade)
     largest = max(cost.static for cost in cascade.costs(config['input_size']))
-    names: List[Any] = [model.pretrained_cfg.get('label_names') for model in cascade.models]
+    names = next(filter(None, map(label_names_of, cascade.models)), [])
     cascade = cascade.to(device)
 
     def run(images: torch.Tensor) -> Dict[str, Any]:
         rounds = cascade.rounds(images.to(device))
         return dict(logits=rounds.logits, macs_share=rounds.macs / largest, stages=rounds.stages)
 
-    return Predictor(config, next(filter(None, names), ()), run)
+    return Predictor(config, names, run)
 
 
 def open_file(args: argparse.Namespace) -> Predictor:

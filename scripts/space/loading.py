@@ -31,7 +31,8 @@ HERE = Path(__file__).resolve().parent
 STAGES, THRESHOLD = ('cifar_resnet8.fmnist', 'cifar_resnet32.fmnist'), .8856  # hub_configs/results/fmnist_cascades.csv
 CASCADE = f'cascade of {" and ".join(STAGES)}'
 MAX_PARAMETERS = 300_000_000  # 1.2 GB; any visitor may name a model
-MAX_BYTES = 5 * MAX_PARAMETERS  # of all weights of a repository
+MAX_BYTES = 5 * MAX_PARAMETERS  # of all files of a repository that may be loaded, those that end so:
+LOADED = ('.safetensors', 'config.json', 'rates.csv', 'execution_rates.png')
 MAX_ARGUMENTS = 10_000  # sum of the whole numbers in model_args; 1,000 layers take seconds to build
 MAX_STAGES = 4
 MAX_CSV = 10_000_000  # characters
@@ -78,11 +79,17 @@ def _load(name: str) -> Network:
 
 
 def _create(name: str) -> Any:
-    """The model or cascade of a name. A foreign one is looked at before its weights are read."""
+    """The model or cascade of a name. A foreign one is looked at before it is loaded."""
     if name == CASCADE:
         return timm_aig.Cascade([timm.create_model(stage, pretrained=True) for stage in STAGES], THRESHOLD)
     if name in shipped_models():
         return timm.create_model(name, pretrained=True)
+    if name.startswith('hf-hub:'):
+        repo_id, revision = _split(name)
+        files = HfApi().model_info(repo_id, revision=revision, files_metadata=True).siblings or []
+        size = sum(file.size or 0 for file in files if file.rfilename.endswith(LOADED))
+        if size > MAX_BYTES:
+            raise ModelError(f'{name} has {size:,} bytes to load; this page loads at most {MAX_BYTES:,}.')
     path = _find_file(name, 'config.json')
     config = json.loads(path.read_text(encoding='utf-8'))
     folders = [path.parent]
@@ -103,12 +110,6 @@ def _create(name: str) -> Any:
     parameters = sum(p.numel() for model in models for p in model.parameters())
     if parameters > MAX_PARAMETERS:
         raise ModelError(f'{name} has {parameters:,} parameters; this page loads models of at most {MAX_PARAMETERS:,}.')
-    if name.startswith('hf-hub:'):
-        repo_id, revision = _split(name)
-        files = HfApi().model_info(repo_id, revision=revision, files_metadata=True).siblings or []
-        size = sum(file.size or 0 for file in files if file.rfilename.endswith('.safetensors'))
-        if size > MAX_BYTES:
-            raise ModelError(f'{name} has {size:,} bytes of weights; this page loads at most {MAX_BYTES:,}.')
     return timm_aig.Cascade.from_pretrained(name) if 'cascade' in config else timm.create_model(name, pretrained=True)
 
 

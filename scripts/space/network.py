@@ -15,7 +15,7 @@ import timm_aig
 from timm_aig import BudgetPoint, Cascade, InputError
 from timm_aig.budget import budget_offset, budget_table
 from timm_aig.convert import residual_blocks
-from timm_aig.training.data import MODES
+from timm_aig.training.data import MODES, label_names_of
 
 MAX_SIDE = 1024  # pixels of a model's input
 THRESHOLD = .9  # of the second stage that an adaptive model is given
@@ -175,8 +175,9 @@ class Network:
         """The part of an image that the network sees, in its resolution."""
         image = image.convert(MODES[self.input_size[0]])
         for step in self.transform.transforms:
-            if type(step).__name__ in ('Resize', 'CenterCrop'):
-                image = step(image)
+            if 'Tensor' in type(step).__name__:
+                break
+            image = step(image)
         return image
 
     def tensor(self, image: Image.Image) -> torch.Tensor:
@@ -219,9 +220,8 @@ class Network:
 
 def class_names(model: Any) -> List[str]:
     """Names of a model's classes: its own, else those of ImageNet if it has them, else numbers."""
-    own = model.pretrained_cfg.get('label_names') or {}
-    own = own if isinstance(own, dict) else dict(enumerate(own))
+    own = label_names_of(model)
     subset = None if own else infer_imagenet_subset(model)
     if subset:
         return ImageNetInfo(subset).label_descriptions()
-    return [str(own.get(i, own.get(str(i), f'class {i}'))) for i in range(model.num_classes)]
+    return [*own[:model.num_classes], *(f'class {i}' for i in range(len(own), model.num_classes))]

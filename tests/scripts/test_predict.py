@@ -35,6 +35,19 @@ def test_the_answers_are_those_of_a_plain_loop(predict, adaptive_model, plain_lo
     assert column(rows, 'macs_share') == pytest.approx(share.tolist()) and len({*share.tolist()}) > 1
 
 
+def test_class_names_may_be_given_by_number(predict, run_script, images, static_model, tmp_path, capsys):
+    model = timm.create_model(static_model, pretrained=True)
+    names = {str(i): name for i, name in reversed([*enumerate(model.pretrained_cfg['label_names'])])}
+    name = f'local-dir:{timm_aig.save_pretrained(model, tmp_path, model_config=dict(label_names=names))}'
+    expected = column(predict('--model', static_model), 'label')
+    assert column(predict('--model', name), 'label') == column(predict('--cascade', name, name), 'label') == expected
+    tops = []
+    for model in (name, static_model):
+        assert run_script('validate.py', '--model', model, '--data-dir', images, '--workers', 0, '--json') == 0
+        tops.append(json.loads(capsys.readouterr().out)['rows'][0]['top1'])
+    assert tops[0] == tops[1]
+
+
 def test_a_static_model_has_no_blocks_that_can_be_left_out(predict, static_model):
     rows = predict('--model', static_model)
     assert {*column(rows, 'macs_share')} == {1} and 'blocks_run' not in rows[0]

@@ -342,6 +342,15 @@ def test_colour_images_become_grey_and_grey_ones_colour_for_the_network(shipped,
         assert partly_gated.tensor(image).shape == (1, 3, 32, 32) and partly_gated.crop(image).mode == 'RGB'
 
 
+@pytest.mark.parametrize('crop_mode', ['center', 'border', 'squash'])
+def test_the_crop_that_is_shown_is_what_the_network_gets(crop_mode):
+    model = timm.create_model('cifar_resnet20_aig', pretrained_cfg_overlay=dict(
+        input_size=(3, 32, 32), crop_pct=.9, crop_mode=crop_mode, mean=(0., 0., 0.), std=(1., 1., 1.)))
+    network, photo = Network('x', model), PHOTO.resize((90, 50))
+    shown = np.asarray(network.crop(photo)).transpose(2, 0, 1)[None] / 255
+    torch.testing.assert_close(torch.from_numpy(shown).float(), network.tensor(photo))
+
+
 @pytest.mark.parametrize('name,message', [
     ('nonsense', 'must be cifar_resnet32_aig.fmnist, '),
     ('resnet50', 'must be cifar_resnet32_aig.fmnist, '),
@@ -386,17 +395,18 @@ def test_a_saved_cascade_is_loaded_unless_its_models_are_too_large(tmp_path, mon
         load_network(f'local-dir:{tmp_path}')
 
 
-def test_weights_that_are_too_large_are_refused_before_they_are_downloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', [
+    'config.json', 'model_1/config.json', 'rates.csv', 'execution_rates.png', 'model.safetensors'])
+def test_files_that_are_too_large_are_refused_before_they_are_downloaded(monkeypatch, name):
     class Hub:
         def model_info(self, repo_id, revision, files_metadata):
             assert (repo_id, revision, files_metadata) == ('alice/large', 'v1', True)
-            files = [('model.safetensors', 2 * loading.MAX_BYTES), ('config.json', None)]
+            files = [(name, 2 * loading.MAX_BYTES), ('model.bin', 10 ** 12), ('README.md', None)]
             return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in files])
 
-    (tmp_path / 'config.json').write_text('{"architecture": "cifar_resnet20_aig", "pretrained_cfg": {}}')
-    monkeypatch.setattr(loading, 'hf_hub_download', lambda repo_id, filename, revision: tmp_path / filename)
+    monkeypatch.setattr(loading, 'hf_hub_download', None)
     monkeypatch.setattr(loading, 'HfApi', Hub)
-    with pytest.raises(ModelError, match='has 3,000,000,000 bytes of weights; this page loads at most 1,500,000,000'):
+    with pytest.raises(ModelError, match='has 3,000,000,000 bytes to load; this page loads at most 1,500,000,000'):
         load_network('alice/large@v1')
 
 

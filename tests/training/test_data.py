@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from _common import error_text
 from PIL import Image
@@ -19,6 +20,7 @@ from timm_aig.training.data import (
     class_names,
     convert_images,
     hold_out,
+    label_names_of,
     match_classes,
     open_dataset,
     read_images,
@@ -227,3 +229,12 @@ def test_an_image_without_a_label_stays_without_one_in_another_order_of_classes(
     assert dataset[0][1] == 2
     dataset._read = lambda index: (dataset.reader[index][0], -1)
     assert dataset[0][1] == -1
+
+
+@pytest.mark.parametrize('names, expected', [
+    (None, []), (['b', 'a', 3], ['b', 'a', '3']), ({'2': 'c', '0': 'a'}, ['a', 'class 1', 'c']),
+    ({1: 'b'}, ['class 0', 'b', 'class 2'])])
+def test_the_class_names_of_a_model_are_in_the_order_of_its_logits(names, expected):
+    model = timm.create_model('cifar_resnet8', num_classes=3)
+    model.pretrained_cfg['label_names'] = names
+    assert label_names_of(model) == expected

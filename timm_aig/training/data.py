@@ -19,7 +19,8 @@ from ..config import InputError
 
 __all__ = [
     'HeldOut', 'ReadableImages', 'check_same_classes', 'class_names', 'convert_images', 'count_unreadable',
-    'hold_out', 'match_classes', 'open_dataset', 'read_images', 'readable_images', 'resolve_config', 'start_worker',
+    'hold_out', 'label_names_of', 'match_classes', 'open_dataset', 'read_images', 'readable_images', 'resolve_config',
+    'start_worker',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -214,6 +215,18 @@ def class_names(dataset: Any) -> List[str]:
     dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
     names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     return [str(name) for name in names or ()]
+
+
+def label_names_of(model: Any) -> List[str]:
+    """Class names of a timm model in the order of its logits, empty if it has none.
+
+    timm keeps them as a list, or as a dict from number to name if some classes have no name.
+    """
+    names = model.pretrained_cfg.get('label_names') or ()
+    if isinstance(names, dict):  # from JSON its keys are text
+        named = {int(number): name for number, name in names.items()}
+        names = [named.get(i, f'class {i}') for i in range(model.num_classes)]
+    return [str(name) for name in names]
 
 
 def match_classes(dataset: Any, names: Sequence[str], classes: int) -> None:
