@@ -12,7 +12,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Union
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # Flags of arguments that the package calls by another name; else `target_rate` is --target-rate.
 FLAGS = {
     'budget': '--budgets', 'checkpoint': 'CHECKPOINT', 'compile': '--torchcompile', 'files': 'IMAGES',
-    'folder': '--output', 'least': '--least-budget', 'offset': '--gate-offset', 'path': '--output', 'repo_id': 'REPO',
-    'root': 'ROOT', 'stages': '--cascade', 'target': '--target-rate'}
+    'folder': '--output', 'least': '--least-budget', 'logits': 'the logits of the model', 'offset': '--gate-offset',
+    'path': '--output', 'repo_id': 'REPO', 'root': 'ROOT', 'stages': '--cascade', 'target': '--target-rate'}
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -65,10 +65,11 @@ def run_script(run: Callable[[argparse.Namespace], Any], args: argparse.Namespac
     from torch import distributed
 
     from timm_aig import InputError
+    from timm_aig.export.check import ExportError
     from timm_aig.training.checkpoint import CheckpointError
     from timm_aig.training.trainer import NonFiniteError, Stopped
 
-    codes = {InputError: 2, ResultError: 1, NonFiniteError: 1, CheckpointError: 3, OSError: 3}
+    codes = {InputError: 2, ResultError: 1, NonFiniteError: 1, ExportError: 1, CheckpointError: 3, OSError: 3}
     try:
         run(args)
     except tuple(codes) as e:
@@ -106,7 +107,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
+def blame(argument: Optional[str], value: Any, kind: Any = ValueError) -> Iterator[None]:
     """Turn errors of a kind, or a tuple of kinds, into InputErrors about an argument, unless they name one."""
     from timm_aig import InputError
 
@@ -116,6 +117,19 @@ def blame(argument: str, value: Any, kind: Any = ValueError) -> Iterator[None]:
         if getattr(e, 'argument', None) not in (None, 'model'):  # a model is named by several flags
             raise
         raise InputError(f'{value}: {reason(e)}', argument) from e
+
+
+def read_json(path: Union[str, Path], argument: Optional[str] = None) -> Dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: It cannot be read, or holds something else; `argument` is the one that named it, if one did.
+    """
+    with blame(argument, path, (OSError, ValueError)):
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError('it must hold an object.')
+    return content
 
 
 def require_model_config(path: Path) -> None:

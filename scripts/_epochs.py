@@ -141,7 +141,8 @@ class Epochs:
         if self.args.static:
             return
         blocks = list(timm_aig.gated_blocks(self.model))
-        rates = torch.tensor([[float(row.get(f'train_rate_{name}') or 'nan') for name in blocks] for row in self.rows])
+        rates = torch.tensor([  # of a resumed training they are text, and empty for an epoch without an update
+            [float(str(row.get(f'train_rate_{name}', '')) or 'nan') for name in blocks] for row in self.rows])
         share = results['metrics']['macs_share']
         title = f'{results["architecture"]} on {self.args.dataset}, {share:.0%} of the MACs'
         plot_rates_over_epochs(rates, blocks, self.folder / 'rates_over_epochs.png', title)
@@ -174,7 +175,10 @@ def missed_target(args: argparse.Namespace, results: Dict[str, Any], folder: Pat
     if name is None or abs(results['metrics'][name] - args.target_rate) <= TARGET_TOLERANCE:
         return None
     what = 'MACs' if name == 'macs_share' else 'gated blocks'
-    return (f'--target-rate {args.target_rate:g} was asked for, but {results["metrics"][name]:.1%} of the {what} came '
-            f'out. More --epochs or a larger --gate-loss-weight get closer. So does the gate offset that --calibrate N '
-            f'finds on N training images, or for this model as it is "scripts/calibrate.py --model local-dir:{folder} '
-            f'--budgets {args.target_rate:g} --output FOLDER" on held-out images.')
+    text = (f'--target-rate {args.target_rate:g} was asked for, but {results["metrics"][name]:.1%} of the {what} came '
+            'out. More --epochs or a larger --gate-loss-weight get closer.')
+    if args.gate_loss == 'macs':  # budgets are MACs shares
+        training = '' if args.calibrate else ' --calibrate N finds on N training images, or for this model as it is'
+        text += (f' So does the gate offset that{training} "scripts/calibrate.py --model local-dir:{folder} --budgets '
+                 f'{args.target_rate:g} --output FOLDER" finds on held-out images.')
+    return text

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from _args import add_args, add_evaluation_args, create_parser, integer
-from _common import blame, open_device, open_folder, require, run_script, sleep_when_idle, write_csv, write_text
+from _common import (
+    blame,
+    open_device,
+    open_folder,
+    read_json,
+    require,
+    run_script,
+    sleep_when_idle,
+    write_csv,
+    write_text,
+)
 
 EXAMPLES = """examples:
   scripts/analyze.py --model cifar_resnet32_aig.fmnist_t06 --pretrained --dataset torch/fashion_mnist --data-dir data \\
@@ -71,7 +81,7 @@ import timm_aig
 from timm_aig import InputError
 from timm_aig.analysis import counts, figures
 from timm_aig.analysis.claims import check_claims
-from timm_aig.training.data import class_names, count_unreadable
+from timm_aig.training.data import class_names, count_unreadable, label_names_of
 from timm_aig.training.evaluate import Evaluation, evaluate
 
 
@@ -89,17 +99,16 @@ class Seen(NamedTuple):
 def names_of_classes(model: Any, dataset: Any) -> List[str]:
     """Class names of the data set, else of the model's config.json, else numbers."""
     count = model.num_classes
-    for names in (class_names(dataset), model.pretrained_cfg.get('label_names') or ()):
+    for names in (class_names(dataset), label_names_of(model)):
         if len(names) == count:
-            return list(map(str, names))
+            return names
     return [str(i) for i in range(count)]
 
 
 def read_groups(path: str, names: Sequence[str]) -> Dict[str, List[int]]:
     """Classes of each group; each class is in one."""
-    with blame('groups', path, (OSError, ValueError)):
-        groups = json.loads(Path(path).read_text(encoding='utf-8'))
-    if not isinstance(groups, dict) or not all(isinstance(group, list) and group for group in groups.values()):
+    groups = read_json(path, 'groups')
+    if not all(isinstance(group, list) and group for group in groups.values()):
         raise InputError(f'{path} must be an object of lists of class names, none of them empty.', 'groups')
     given = [str(name) for group in groups.values() for name in group]
     wrong = (Counter(given) - Counter(names)) + (Counter(names) - Counter(given))

@@ -10,14 +10,22 @@
 import argparse
 import json
 import logging
-import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from _args import add_args, add_evaluation_args, create_parser, number
-from _common import blame, check_file, open_device, open_folder, print_table, run_script, sleep_when_idle, write_text
+from _common import (
+    blame,
+    check_file,
+    open_device,
+    open_folder,
+    print_table,
+    read_json,
+    run_script,
+    sleep_when_idle,
+    write_text,
+)
 
 EXAMPLES = """examples:
   scripts/calibrate.py --model local-dir:output/finetune/r50_t05 --data-dir imagenet --holdout 10000 --output r50
@@ -25,8 +33,6 @@ EXAMPLES = """examples:
       --data-dir data --holdout 5000 --budgets 0.5 0.6 0.7 --max-accuracy-drop 0.5 --output output/fmnist
   scripts/calibrate.py --cascade resnet18 resnet50 --pretrained --data-dir imagenet --holdout 10000 --macs 0.6 \\
       --output cascade"""
-
-MAX_BYTES = 32 * 10 ** 9  # of calibration images, which are kept in memory
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -40,15 +46,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         help='largest difference of a MACs share from its budget (default: %(default)s)')
     arg('--max-accuracy-drop', type=number('[0, inf)'), metavar='POINTS',
         help='also find the smallest budget that loses at most so many points to all gates open')
-    arg('--macs', type=number('(0, inf)'), metavar='X',
-        help='most mean MACs of --cascade, over those of the largest model')
-    arg('--accuracy', type=number('[0, 100]'), metavar='PERCENT', help='least accuracy of --cascade')
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument('--macs', type=number('(0, inf)'), metavar='X',
+                      help='most mean MACs of --cascade, over those of the largest model')
+    goal.add_argument('--accuracy', type=number('[0, 100]'), metavar='PERCENT', help='least accuracy of --cascade')
     arg('--output', metavar='DIR', help="folder for model.safetensors and config.json, may be the model's own")
     arg('--hub-config', metavar='FILE', help='file of hub_configs to write the table into')
     add_args(parser, 'json')
     args = parser.parse_args(argv)
-    if bool(args.cascade) != ((args.macs is None) != (args.accuracy is None)):
-        parser.error('--cascade needs --macs or --accuracy, one of them; both are for --cascade only.')
+    if bool(args.cascade) == (args.macs is None and args.accuracy is None):
+        parser.error('--cascade needs --macs or --accuracy, which are for --cascade only.')
     if args.cascade and (args.hub_config or args.max_accuracy_drop is not None):
         parser.error('--hub-config and --max-accuracy-drop are for one adaptive model.')
     return args
@@ -61,8 +68,7 @@ sleep_when_idle()
 
 import torch
 from _cascade import common_data_config, create_cascade_loader, open_cascade
-from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
-from torch.utils.data import IterableDataset
+from _inputs import check_size, create_evaluation_loader, data_config, open_evaluation_split, open_model
 
 import timm_aig
 from timm_aig import InputError
@@ -72,23 +78,13 @@ from timm_aig.training.calibrate import Calibration
 def create_loader(args: argparse.Namespace, model: Any) -> Any:
     """Loader of the calibration images."""
     dataset, config = open_evaluation_split(args, model), data_config(args, model)
-    check_size(dataset, config)
+    check_size(dataset, config, 'holdout')
     return create_evaluation_loader(args, dataset, config, use_prefetcher=False)
 
 
-def check_size(dataset: Any, config: Dict[str, Any]) -> None:
-    """Raise InputError if the images of a data set would fill the memory."""
-    size = 0 if isinstance(dataset, IterableDataset) else 4 * len(dataset) * math.prod(config['input_size'])
-    if size > MAX_BYTES:
-        raise InputError(
-            f'must be at most {MAX_BYTES // (size // len(dataset))}, since the images are kept in memory: '
-            f'{len(dataset)} take {size / 1e9:.0f} GB; 10000 are plenty.', 'holdout')
-
-
 def read_hub_config(path: str, architecture: str) -> Dict[str, Any]:
-    with blame('hub_config', path, (OSError, ValueError)):
-        config = json.loads(Path(path).read_text(encoding='utf-8'))
-    if not isinstance(config, dict) or config.get('architecture') != architecture:
+    config = read_json(path, 'hub_config')
+    if config.get('architecture') != architecture:
         raise InputError(f'{path} must be a file of hub_configs for {architecture}, the --model.', 'hub_config')
     return config
 
@@ -122,7 +118,7 @@ def run_cascade(args: argparse.Namespace, device: torch.device) -> None:
     if args.output:
         open_folder(args.output)
     loader = create_cascade_loader(args, cascade, device)
-    check_size(loader.dataset, common_data_config(args, cascade))
+    check_size(loader.dataset, common_data_config(args, cascade), 'holdout')
     cascade = cascade.to(device, memory_format=torch.channels_last)
     budgets: Any = [usable_budgets(args, cascade, stage) or [None] for stage in range(len(cascade.order))]
     points = cascade.calibrate(loader, macs=args.macs, accuracy=args.accuracy, budgets=budgets, progress=True)

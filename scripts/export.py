@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from _args import add_args, create_parser, integer
-from _common import ResultError, check_file, print_table, run_script
+from _common import check_file, print_table, require, run_script
 
 EXAMPLES = """examples:
   scripts/export.py --model local-dir:output/demo                                  # output/demo's model as ONNX
@@ -28,6 +28,8 @@ EXAMPLES = """examples:
   scripts/export.py --model resnet50_aig --precision int8 --images photos --num-images 200    # calibrated on 200"""
 
 SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'program': '.pt2'}
+ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+PACKAGES = {'onnx': ONNX_PACKAGES, 'openvino': (*ONNX_PACKAGES, 'openvino'), 'program': ()}
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -64,7 +66,7 @@ from _timing import sum_up, time_runs
 
 import timm_aig
 from timm_aig import InputError
-from timm_aig.export.check import FORCED, ExportError, own_offsets
+from timm_aig.export.check import FORCED, own_offsets
 from timm_aig.export.runtime import open_exported
 from timm_aig.training.data import resolve_config
 
@@ -74,7 +76,7 @@ def write(args: argparse.Namespace, model: Any, images: torch.Tensor, path: Path
     if args.format == 'program':
         return timm_aig.export_program(model, path, images)
     kwargs: Dict[str, Any] = dict(mode=mode, images=images, precision=args.precision)
-    if mode == 'path':
+    if mode == 'path' and timm_aig.gated_blocks(model):
         with torch.no_grad():
             patterns, counts = timm_aig.forward_gates(model, images)[1].unique(dim=0, return_counts=True)
         kwargs['gates'] = patterns[counts.argmax()].tolist()
@@ -114,19 +116,19 @@ def time_file(args: argparse.Namespace, model: Any, images: torch.Tensor, path: 
 def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
+    path = args.output or Path(re.split('[/:]', args.model.rstrip('/'))[-1] + SUFFIXES[args.format])
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f'must be a file in a folder that exists, not {path}.', 'output')
+    if path.suffix != SUFFIXES[args.format]:
+        raise InputError(f'must end in {SUFFIXES[args.format]}, not {path}.', 'output')
+    check_file(path, 'output')
+    require('export', *PACKAGES[args.format])
     model = open_model(args, args.model)
     if args.gate_offset is not None:
         timm_aig.set_gate_offset(model, args.gate_offset)
     images = load_images(args, resolve_config(model, {'input_size': args.input_size}))
-    path = args.output or Path(re.split('[/:]', args.model.rstrip('/'))[-1] + SUFFIXES[args.format])
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f'must be a file in a folder that exists, not {path}.', 'output')
-    check_file(path, 'output')
     warn_of_random_weights(args, args.model, f', and replaces {path}' if path.exists() else '')
-    try:
-        result: Dict[str, Any] = {'export': write(args, model, images, path, args.mode)}
-    except ExportError as e:
-        raise ResultError(str(e)) from e
+    result: Dict[str, Any] = {'export': write(args, model, images, path, args.mode)}
     if args.rounds and args.format != 'program' and timm_aig.gated_blocks(model):
         result['times'] = time_file(args, model, images, path)
     if args.json:

@@ -58,6 +58,7 @@ import torch.nn as nn
 from _epochs import Epochs, missed_target, print_results
 from _inputs import (
     TrainingData,
+    check_size,
     create_calibration_loader,
     create_training_loaders,
     fit_batch_size,
@@ -76,7 +77,7 @@ from timm_aig import InputError
 from timm_aig.run import environment
 from timm_aig.training.calibrate import BUDGETS
 from timm_aig.training.checkpoint import CheckpointError, Checkpoints
-from timm_aig.training.data import class_names, count_unreadable, match_classes
+from timm_aig.training.data import class_names, count_unreadable, label_names_of, match_classes
 from timm_aig.training.schedule import GateSchedule
 from timm_aig.training.trainer import NonFiniteError, Stopped, Trainer
 from timm_aig.training.update import UpdateConfig
@@ -265,10 +266,12 @@ def set_up(args: argparse.Namespace, datasets: Any = None) -> Tuple[Any, Any, An
               'twice and miss others. scripts/validate.py is exact, in one process.', file=sys.stderr)
     model, parent, teacher = create_models(args, class_names(train_set))
     for dataset in (train_set, val_set):
-        match_classes(dataset, model.pretrained_cfg.get('label_names') or (), model.num_classes)
+        match_classes(dataset, label_names_of(model), model.num_classes)
     data = create_training_loaders(args, train_set, val_set, model)
     if args.teacher and teacher is not None:
         check_normalization(args, teacher, data.config)
+    if args.calibrate:
+        check_size(train_set, data.config, 'calibrate', args.calibrate)
     describe_data(model, data)
     return train_set, model, parent, teacher, data, open_output(args)
 

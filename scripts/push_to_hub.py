@@ -10,13 +10,12 @@ The token is the one of `hf auth login`, or HF_TOKEN. If a push fails, run it ag
 uploaded twice.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from _args import create_parser
-from _common import run_script
+from _common import read_json, run_script
 from _push import add_push_args, publish
 
 EXAMPLES = """examples:
@@ -57,22 +56,12 @@ WRITTEN = (
     'label_descriptions')
 
 
-def read_json(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise InputError(f'{path} cannot be read: {e}') from e
-    if not isinstance(content, dict):
-        raise InputError(f'{path} must hold a JSON object.')
-    return content
-
-
 def read_hub_config(name: str) -> Dict[str, Any]:
     """A hub_config by its name or path."""
     known = load_hub_configs()
     if not name.endswith('.json') and name not in known:
         raise InputError(f'must be a JSON file or one of {", ".join(known)}, not {name}.', 'hub_config')
-    return read_json(Path(name)) if name.endswith('.json') else known[name]
+    return read_json(name, 'hub_config') if name.endswith('.json') else known[name]
 
 
 def load_model(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], Dict[str, Any]]:

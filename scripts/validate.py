@@ -13,7 +13,6 @@ Under torchrun each process takes a shard, and the counts are exact: no image is
 """
 import argparse
 import json
-import math
 import sys
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -75,6 +74,7 @@ from torch.utils.data import IterableDataset, Subset
 import timm_aig
 from timm_aig import InputError
 from timm_aig.analysis.figures import plot_accuracy_macs
+from timm_aig.gate import ALL_OPEN
 from timm_aig.training.data import count_unreadable
 from timm_aig.training.evaluate import Evaluation, evaluate
 
@@ -102,6 +102,7 @@ class Opened(NamedTuple):
     name: str
     model: Any
     config: Dict[str, Any]  # timm's data config
+    dataset: Any
     offsets: List[Tuple[Optional[float], float]]  # (budget if one was asked for, gate offset) of each row
 
 
@@ -118,7 +119,11 @@ def prepare_model(args: argparse.Namespace, name: str, argument: str) -> Opened:
     if args.optimize:
         with blame('optimize', name):
             timm_aig.optimize_for_inference(model)
-    return Opened(name, model, data_config(args, model), gate_offsets(args, name, argument, model))
+    config, offsets = data_config(args, model), gate_offsets(args, name, argument, model)
+    dataset = open_evaluation_split(args, model)
+    if args.distributed and isinstance(dataset, IterableDataset):
+        raise InputError(f'{args.dataset} cannot be sharded exactly, run it in one process.', 'dataset')
+    return Opened(name, model, config, dataset, offsets)
 
 
 def gate_offsets(
@@ -133,15 +138,13 @@ def gate_offsets(
     if args.budgets:
         with blame('budgets', name):
             return [(budget, timm_aig.set_budget(model, budget)) for budget in args.budgets]
-    return [(None, offset) for offset in args.gate_offset or [float(next(iter(gated.values())).gate.offset)]]
+    offsets = args.gate_offset or [float(next(iter(gated.values())).gate.offset)]
+    return [(None, min(max(offset, -ALL_OPEN), ALL_OPEN)) for offset in offsets]  # as the gates take it
 
 
 def validate(args: argparse.Namespace, opened: Opened, device: torch.device) -> List[Result]:
     """One result for each budget or gate offset."""
-    name, model, config, offsets = opened
-    dataset = open_evaluation_split(args, model)
-    if args.distributed and isinstance(dataset, IterableDataset):
-        raise InputError(f'{args.dataset} cannot be sharded exactly, run it in one process.', 'dataset')
+    name, model, config, dataset, offsets = opened
     loader = create_evaluation_loader(
         args, dataset, config, distributed=args.distributed, device=device, use_prefetcher=device.type == 'cuda')
     cost = timm_aig.compute_cost(model, config['input_size'])
@@ -186,7 +189,10 @@ def mcnemar(right: torch.Tensor, other: torch.Tensor) -> Dict[str, Any]:
     """
     only_a, only_b = int((right & ~other).sum()), int((other & ~right).sum())
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    tail = ways = 1  # to choose k of n
+    for k in range(min(only_a, only_b)):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
     return {
         'difference': 100 * (only_a - only_b) / len(right), 'only_first_right': only_a, 'only_second_right': only_b,
         'p_value': min(1., 2 * tail / 2 ** n)}
@@ -237,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
     for argument in ('plot', 'predictions'):
         if getattr(args, argument):
             check_file(getattr(args, argument), argument)
-    opened = prepare_model(args, args.model, 'model')  # open all models before hours are spent on the first
+    opened = prepare_model(args, args.model, 'model')  # open all before hours are spent on the first
     against = [prepare_model(args, args.against, 'against')] if args.against else []
     alternatives = [prepare_model(args, name, 'alternatives') for name in args.alternatives]
 

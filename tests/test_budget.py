@@ -128,7 +128,7 @@ def test_bad_arguments_and_budgets_out_of_reach_are_errors_that_change_nothing(
     (lambda images, labels: {'image': images}, 'loader must give batches of images'),
     (lambda images, labels: (images, torch.rand(len(images), 4)), 'loader must give .* labels'),
     (lambda images, labels: (images, labels + 50), r'the model has 4 classes, the data set has a label 5\d'),
-    (lambda images, labels: (images * torch.nan, labels), 'logits of the model are not numbers'),
+    (lambda images, labels: (images * torch.nan, labels), 'logits are not numbers'),
 ])
 def test_batches_that_would_give_a_wrong_table_are_errors(model, batches, change, message):
     with pytest.raises(InputError, match=message):

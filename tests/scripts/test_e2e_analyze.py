@@ -121,7 +121,7 @@ def test_an_output_that_cannot_be_written_is_exit_code_3(run_script, images, ada
 
 @pytest.mark.parametrize('text, error', [
     ('[1', 'groups.json: '),
-    ('["ape"]', 'must be an object of lists'),
+    ('["ape"]', 'groups.json: it must hold an object'),
     ('{"a": []}', 'must be an object of lists'),
     ('{"a": ["ape", "bee", "cat", "dog"]}', 'in one group; not so: dog'),
     ('{"a": ["ape", "bee"]}', 'in one group; not so: cat'),

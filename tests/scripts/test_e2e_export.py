@@ -1,5 +1,6 @@
 """scripts/export.py."""
 import json
+import sys
 
 import pytest
 import timm
@@ -49,6 +50,8 @@ def test_the_file_is_named_after_the_model(run_script, folder, tmp_path, monkeyp
 @pytest.mark.parametrize('args, match', [
     (['--model', 'resnet9000_aig'], '--model resnet9000_aig'),
     (['--model', 'cifar_resnet20'], '--model has no gated blocks'),
+    (['--model', 'cifar_resnet20', '--mode', 'path'], '--model has no gated blocks'),
+    (['--model', 'cifar_resnet20_aig', '--output', 'm.xml'], '--output must end in .onnx, not m.xml'),
     (['--model', 'cifar_resnet20_aig', '--images', '/nowhere'], '--images /nowhere: there is no such folder.'),
     (['--model', 'cifar_resnet20_aig', '--output', '/nowhere/m.onnx'], 'not /nowhere/m.onnx'),
     (['--model', 'cifar_resnet20_aig', '--output', '/tmp'], '--output must be a file'),
@@ -73,3 +76,13 @@ def test_random_weights_are_named_and_what_they_replace(run_script, folder, tmp_
     assert run_script('export.py', '--model', 'cifar_resnet20', '--input-size', 3, 8, 8, *args) == 0
     warning = f'warning: cifar_resnet20 has random weights without --pretrained, and replaces {path}.'
     assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('package, kind', [('onnxscript', 'onnx'), ('openvino', 'openvino')])
+def test_a_missing_extra_is_named_before_the_model_is_loaded(run_script, monkeypatch, tmp_path, capsys, package, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(timm, 'create_model', None)
+    assert run_script('export.py', '--model', 'resnet18_aig', '--format', kind) == 2
+    err = capsys.readouterr().err
+    assert package in err and "pip install 'timm_aig[export]'" in err

@@ -20,7 +20,7 @@ import _epochs
 import pytest
 import timm
 import torch
-from _models import create_models, parent_name
+from _models import create_models, create_trainable_model, parent_name
 from _recipes import parse_training_args as parse_args, recipe_of
 from PIL import Image
 
@@ -569,8 +569,48 @@ def test_a_target_that_is_missed_is_reported_with_what_to_do(run, loss, what, tm
     assert code == 0
     last = err.splitlines()[-1]
     assert re.match(rf'--target-rate 0\.3 was asked for, but (9\d|100)\.\d% of the {what} came out\. More', last)
-    assert f'scripts/calibrate.py --model local-dir:{tmp_path}/run --budgets 0.3' in last
+    advice = '--calibrate N finds on N training images, or for this model as it is "scripts/calibrate.py --model '
+    assert (advice in last) == (loss == 'macs')  # budgets are shares of the MACs
+    assert (f'local-dir:{tmp_path}/run --budgets 0.3' in last) == (loss == 'macs')
     assert 'was asked for' not in run('--epochs', 1, '--target-rate', 0.99, '--lr', 1e-9, name='met')[1]
+
+
+def test_a_missed_target_is_not_calibrated_twice(finetune, finetune_args):
+    args = finetune.parse_args([*finetune_args, '--model', 'resnet18', '--target-rate', '0.5', '--calibrate', '9'])
+    text = _epochs.missed_target(args, {'metrics': {'macs_share': .7}}, Path('x'))
+    assert '--calibrate' not in text and 'offset that "scripts/calibrate.py --model local-dir:x --budgets 0.5' in text
+
+
+def test_a_block_that_never_ran_has_the_rate_0_in_the_picture(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(_epochs, 'plot_rates_over_epochs', lambda found, *args: rates.extend(found.tolist()))
+    model = timm.create_model('cifar_resnet8_aig')
+    names = [f'train_rate_{name}' for name in timm_aig.gated_blocks(model)]
+    rows = [{**dict.fromkeys(names, rate), 'epoch': epoch, 'eval_top1': '', 'eval_macs_share': ''}
+            for epoch, rate in enumerate((0., '0.0', ''))] + [{'epoch': 3, 'eval_top1': ''}]
+    epochs = SimpleNamespace(
+        folder=tmp_path, data=SimpleNamespace(names=[]), model=model, rows=rows,
+        args=SimpleNamespace(static=False, dataset='x'))
+    metrics = {'macs_share': .5, 'top1': 50.}
+    _epochs.Epochs.save(epochs, {'metrics': metrics, 'architecture': 'x', 'epoch': 3})
+    assert rates[:2] == [[0.] * len(names)] * 2 and all(rate != rate for row in rates[2:] for rate in row)
+
+
+def test_a_calibration_that_would_fill_the_memory_is_refused_before_the_training(refused, monkeypatch):
+    monkeypatch.setattr('_inputs.MAX_BYTES', 10_000)
+    assert 'calibrate must be at most 13, since' in refused('--calibrate', 1000)  # of 4 * 3 * 8 * 8 bytes
+    monkeypatch.setattr('_inputs.MAX_BYTES', 48 * 768)
+    monkeypatch.setattr('finetune.open_output', None)
+    with pytest.raises(TypeError):  # not refused: there are no more than 48
+        refused('--calibrate', 1000)
+
+
+def test_the_name_of_a_folder_does_not_say_whether_its_model_is_adaptive(
+        finetune, finetune_args, static_model, tmp_path):
+    shutil.copytree(static_model.partition(':')[2], tmp_path / 'photos_aig')
+    name = f'local-dir:{tmp_path}/photos_aig'
+    model = create_trainable_model(finetune.parse_args([*finetune_args, '--model', name, '--target-rate', '0.5']))
+    assert not timm_aig.gated_blocks(model)
 
 
 def test_the_saved_config_has_the_image_settings_of_the_training_only(finetune):

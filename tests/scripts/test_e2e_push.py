@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_with_exit_code_2(client, folder, tmp_path):
     for args, message in (
             ([tmp_path / 'cascade', 'alice/x'], 'SOURCE is a cascade: publish it by '),
             ([folder / 'none', 'alice/x'], 'SOURCE must be a folder or a checkpoint, there is no'),
-            ([tmp_path, 'alice/x'], 'config.json cannot be read'),
+            ([tmp_path, 'alice/x'], 'config.json: [Errno 2] No such file'),
             ([tmp_path / 'model.pth', 'alice/x'], 'SOURCE is a checkpoint, --hub-config must describe its model.'),
             ([tmp_path / 'model.pth', 'alice/x', '--hub-config', 'cifar_resnet32_aig.fmnist_t06'], 'cannot be loaded'),
             ([folder, 'alice/x', '--hub-config', 'no'], '--hub-config must be a JSON file or one of '),

@@ -69,6 +69,25 @@ def test_budgets_are_rows_at_the_offsets_of_the_models_table(validate, calibrate
         assert fast[key] == pytest.approx(rows[2][key])
 
 
+def test_an_infinite_offset_is_reported_as_the_gates_take_it(validate, adaptive_model):
+    row = validate('--model', adaptive_model, '--gate-offset', 'inf')['rows'][0]
+    assert (row['gate_offset'], row['execution_rate']) == (1e4, 1)
+
+
+@pytest.mark.parametrize('name', ['validate.py', 'analyze.py'])
+def test_weights_that_are_no_numbers_are_not_blamed_on_the_images(
+        run_script, images, adaptive_model, tmp_path, capsys, monkeypatch, name):
+    def create_broken(*args, create=timm.create_model, **kwargs):
+        model = create(*args, **kwargs)
+        torch.nn.init.constant_(model.fc.bias, torch.nan)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create_broken)
+    more = ['--output', tmp_path] if name == 'analyze.py' else []
+    assert run_script(name, '--data-dir', images, '--model', adaptive_model, '--workers', 0, *more) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith('error: the logits of the model are not numbers: ')
+
+
 def test_alternatives_are_rows_too_and_all_of_it_is_drawn(validate, calibrated_model, static_model, tmp_path):
     result = validate(
         '--model', calibrated_model, '--budgets', .4, .8, '--alternatives', static_model, '--plot', tmp_path / 'a.png')
@@ -188,6 +207,7 @@ def test_all_models_are_opened_before_the_first_is_run(run_script, images, stati
     (['--gate-offset', -1, 0, '--predictions', 'p.csv'], '--predictions takes one'),
     (['--optimize', '--alternatives', 'test_efficientnet'], '--optimize test_efficientnet: model (EfficientNet)'),
     (['--input-size', 3, 32, 32, '--alternatives', 'vit_tiny_patch16_224'], '--input-size cannot be used'),
+    (['--alternatives', 'cifar_resnet20'], '--data-dir has 3 classes'),
 ])
 def test_what_cannot_be_done_is_said_before_a_model_is_run(
         run_script, images, adaptive_model, capsys, monkeypatch, args, error):

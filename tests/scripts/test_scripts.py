@@ -15,6 +15,7 @@ from _args import number
 from _common import ResultError, blame, check_file, create_model, error_text, open_folder, run_script
 
 from timm_aig import InputError
+from timm_aig.export.check import ExportError
 from timm_aig.training.checkpoint import CheckpointError
 from timm_aig.training.trainer import Stopped
 
@@ -84,7 +85,8 @@ def test_a_script_starts_in_a_process_of_its_own():
 
 
 @pytest.mark.parametrize('error,code', [
-    (None, 0), (ResultError('no good.'), 1), (InputError('must be in (0, 1], not 2.', 'target_rate'), 2),
+    (None, 0), (ResultError('no good.'), 1), (ExportError('another answer.'), 1),
+    (InputError('must be in (0, 1], not 2.', 'target_rate'), 2),
     (OSError('no space left.'), 3), (CheckpointError('no space left.'), 3), (KeyboardInterrupt(), 130),
     (Stopped('stopped by SIGTERM.', 15), 143),
 ])

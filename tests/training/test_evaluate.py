@@ -85,7 +85,7 @@ def test_images_without_a_label_are_left_out(model):
     ((IMAGES, LABELS[:5]), 'loader must give'),
     ((IMAGES, LABELS, LABELS), 'loader must give'),
     ([IMAGES], 'no labelled images'),
-    ((torch.full_like(IMAGES, torch.nan), LABELS), 'the logits of the model are not numbers'),
+    ((torch.full_like(IMAGES, torch.nan), LABELS), 'logits are not numbers'),
     ((IMAGES, LABELS + 1), 'the model has 10 classes, the data set has a label 10'),
     ((IMAGES, torch.full((23,), -1)), 'no labelled images'),
 ])

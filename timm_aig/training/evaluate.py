@@ -89,7 +89,7 @@ def check_output(output: torch.Tensor, labels: Optional[torch.Tensor]) -> None:
         InputError: A logit is nan, or the model has no class for a label.
     """
     if output.isnan().any():
-        raise InputError('the logits of the model are not numbers: an image or a weight is nan or too large.')
+        raise InputError('are not numbers: an image or a weight is nan or too large.', 'logits')
     if labels is not None and len(labels) and labels.max() >= output.shape[1]:
         raise InputError(f'the model has {output.shape[1]} classes, the data set has a label {labels.max()}.')
 
