@@ -1,13 +1,15 @@
 """Cascades on the command line: --cascade of calibrate.py, validate.py and predict.py."""
 import argparse
 import time
-from typing import Any, Dict, Iterable, List
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
 from _common import blame, print_table
 from _inputs import create_evaluation_loader, data_config, open_evaluation_split, open_model
 
+import timm_aig
 from timm_aig import Cascade, InputError
+from timm_aig.training.data import label_names_of
 from timm_aig.training.evaluate import check_output
 
 
@@ -19,6 +21,15 @@ def open_cascade(args: argparse.Namespace) -> Cascade:
     models = {name: open_model(args, name, 'cascade') for name in dict.fromkeys(args.cascade)}
     with blame('cascade', ' '.join(args.cascade)):
         return Cascade([models[name] for name in args.cascade]).eval()
+
+
+def at_offset(model: Any, offset: Optional[float]) -> Callable[[torch.Tensor], Any]:
+    """The model, at a gate offset wherever it is set; None leaves its own."""
+    def run(x: torch.Tensor) -> Any:
+        with timm_aig.use_gate_offset(offset):
+            return model(x)
+
+    return model if offset is None else run
 
 
 def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]:
@@ -35,15 +46,11 @@ def common_data_config(args: argparse.Namespace, cascade: Any) -> Dict[str, Any]
     return configs[0]
 
 
-def named_models(cascade: Any) -> List[Any]:
-    """The models that name their classes."""
-    return [model for model in cascade.models if model.pretrained_cfg.get('label_names')]
-
-
 def create_cascade_loader(args: argparse.Namespace, cascade: Any, device: torch.device) -> Any:
     """Loader of the images that all stages take. Raises as common_data_config does."""
     config = common_data_config(args, cascade)
-    dataset = open_evaluation_split(args, [*named_models(cascade), cascade.models[0]][0])
+    named = next(filter(label_names_of, cascade.models), cascade.models[0])
+    dataset = open_evaluation_split(args, named)
     return create_evaluation_loader(args, dataset, config, device=device, use_prefetcher=device.type == 'cuda')
 
 

@@ -6,10 +6,10 @@ batches, of each the median of its rounds.
 import argparse
 import copy
 import tempfile
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
-from _cascade import open_cascade
+from _cascade import at_offset, open_cascade
 from _common import blame, print_table
 from _inputs import load_images
 from _timing import Run, sum_up, time_runs
@@ -20,8 +20,8 @@ from timm_aig import Cascade, InputError
 from timm_aig.export.cascade import export_cascade, load_exported_cascade
 
 
-def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Rows of the table: each stage's model by itself and the cascade, in each runtime, at each batch size."""
+def load_cascade(args: argparse.Namespace) -> Tuple[Cascade, torch.Tensor]:
+    """The cascade and images [N, C, H, W]."""
     if not args.images:
         raise InputError('must be given: how sure a model is depends on the images.', 'images')
     cascade = open_cascade(args).to(args.device)
@@ -29,7 +29,13 @@ def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
     images = load_images(args, config).to(args.device)
     if max(args.batch_size) > len(images):
         raise InputError(f'{max(args.batch_size)} needs as many images, there are {len(images)}.', 'batch_size')
-    share = cascade.rounds(images).macs.mean().item() / max(cost.static for cost in cascade.costs(config['input_size']))
+    return cascade, images
+
+
+def measure_cascade(args: argparse.Namespace, cascade: Cascade, images: torch.Tensor) -> List[Dict[str, Any]]:
+    """Rows of the table: each stage's model by itself and the cascade, in each runtime, at each batch size."""
+    largest = max(cost.static for cost in cascade.costs(tuple(images.shape[1:])))
+    share = cascade.rounds(images).macs.mean().item() / largest
     last = cascade.models[cascade.order[-1]]
     parent = timm_aig.ungate_(copy.deepcopy(last)) if timm_aig.gated_blocks(last) else None
     reference = f'stage {len(cascade.order)}' if parent is None else 'parent'
@@ -48,10 +54,11 @@ def measure_cascade(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def torch_runs(cascade: Cascade, parent: Any) -> Dict[str, Run]:
-    """The parent, each stage for all images, and the cascade, of optimized models."""
+    """The parent, the model of each stage by itself, and the cascade, all optimized."""
     models = [optimized(model) for model in cascade.models]
     pairs = [(models[index], budget) for index, budget in zip(cascade.order, cascade.budgets)]
-    stages = {f'stage {i}': Cascade([pair, pair], 0.).eval() for i, pair in enumerate(pairs, 1)}  # the first is sure
+    stages = {f'stage {i}': at_offset(models[index], offset)
+              for i, (index, offset) in enumerate(zip(cascade.order, cascade.offsets), 1)}
     return {
         **({'parent': optimized(parent)} if parent else {}), **stages,
         'cascade': Cascade(pairs, cascade.thresholds).eval()}

@@ -82,7 +82,7 @@ if __name__ == '__main__':
 
 import timm
 import torch
-from _cascade_times import measure_cascade, print_cascade_times
+from _cascade_times import load_cascade, measure_cascade, print_cascade_times
 from _inputs import load_images, open_model
 from _rows import draw_gates, forced, make_rows
 from _serving import measure_requests, print_requests
@@ -151,18 +151,19 @@ def run(args: argparse.Namespace) -> None:
         require('export', 'onnxruntime', 'openvino')
     setting = dict(
         model=args.cascade or args.model, device=args.device, precision=' '.join(args.precision),
-        threads=torch.get_num_threads(), **environment(), images=args.num_images, rounds=args.rounds, seed=args.seed,
+        threads=torch.get_num_threads(), **environment(), rounds=args.rounds, seed=args.seed,
         command=' '.join(sys.argv))
     with torch.inference_mode():
         if args.cascade:
-            results = measure_cascade(args)
+            cascade, images = load_cascade(args)
+            results = measure_cascade(args, cascade, images)
         else:
             adaptive, parent, images = load(args)
             if args.requests:
                 results = measure_requests(args, adaptive, parent, images)
             else:
                 results = [row for batch in args.batch_size for row in measure(args, adaptive, parent, images, batch)]
-            setting.update(images=len(images), input_size=list(images.shape[1:]))
+        setting.update(images=len(images), input_size=list(images.shape[1:]))
     if args.json:
         print(json.dumps(dict(setting=setting, results=results), indent=2))
         return

@@ -55,6 +55,7 @@ if __name__ == '__main__':
 sleep_when_idle()
 
 import platform
+import signal
 import tempfile
 from contextlib import suppress
 
@@ -62,7 +63,7 @@ import finetune
 import timm
 import torch
 import torch.nn as nn
-from _cascade import evaluate_cascade
+from _cascade import at_offset, evaluate_cascade
 from _timing import sum_up, time_runs
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -75,6 +76,7 @@ from timm_aig.budget import budget_offset
 from timm_aig.convert import residual_blocks
 from timm_aig.training.data import check_same_classes, class_names, hold_out, open_dataset
 from timm_aig.training.evaluate import evaluate
+from timm_aig.training.trainer import Stopped
 
 
 class Digits(Dataset):
@@ -190,8 +192,8 @@ def compare(args: argparse.Namespace, models: List[Any], cascade: Cascade, loade
         add(f'static {name}', model, evaluate(model, loader).top1, blocks, blocks, macs / cost.static)
     for budget in args.budgets:
         timm_aig.set_budget(adaptive, budget)
-        gated = evaluate(adaptive, loader)
-        add(f'adaptive at {budget:g}', at_budget(adaptive, budget), gated.top1,
+        gated, offset = evaluate(adaptive, loader), budget_offset(timm_aig.budget_table(adaptive), budget)
+        add(f'adaptive at {budget:g}', at_offset(adaptive, offset), gated.top1,
             gated.gates.sum(1).double().mean().item(), gated.gates.shape[1], gated.macs_shares(cost).mean().item())
     found = evaluate_cascade(cascade, loader, torch.device('cpu'))
     large, small = rows[0]['blocks'], rows[1]['blocks']
@@ -203,16 +205,6 @@ def compare(args: argparse.Namespace, models: List[Any], cascade: Cascade, loade
             figures = sum_up(seconds[row['name']], seconds[rows[0]['name']], size)
             row.setdefault('ms_per_image', {})[str(size)] = figures['ms_per_image']
     return rows
-
-
-def at_budget(model: nn.Module, budget: float) -> Callable:
-    """The model, at one of its budgets wherever it is set."""
-    offset = budget_offset(timm_aig.budget_table(model), budget)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        with timm_aig.use_gate_offset(offset):
-            return model(x)
-    return run
 
 
 def print_results(results: Dict[str, Any]) -> None:
@@ -232,7 +224,10 @@ def run(args: argparse.Namespace) -> None:
     datasets = open_datasets(args)
     output, names = open_folder(args.output), class_names(datasets[0])
     with tempfile.TemporaryDirectory(dir=output, prefix='.training-') as folder:
-        models = train(args, datasets[:2], names, Path(folder))
+        try:
+            models = train(args, datasets[:2], names, Path(folder))
+        except Stopped as e:
+            raise Stopped(f'stopped by {signal.Signals(e.signum).name}. The demo keeps nothing of it.', e.signum) from e
     parent, small, adaptive = models
     datasets[2].transform = datasets[1].transform
     held_out, loader = (DataLoader(dataset, args.batch_size) for dataset in datasets[1:])

@@ -47,6 +47,7 @@ import timm_aig
 from timm_aig import InputError
 from timm_aig.run import environment
 from timm_aig.training.checkpoint import CheckpointError, write_atomically
+from timm_aig.training.trainer import Stopped
 
 
 class EarlyExits(nn.Module):
@@ -116,7 +117,10 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:
         with blame('resume', args.resume, CheckpointError):
             trainer.resume()
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Stopped as e:
+        raise Stopped(f'{e} To go on, run the same command with --resume auto.', e.signum) from e
     static.load_state_dict(model.exits.backbone.state_dict())
     timm_aig.save_pretrained(static, folder)
     heads = safetensors.torch.save(model.exits.exit_heads.state_dict())

@@ -66,12 +66,14 @@ from _recipes import parse_training_args
 from finetune import create_trainer
 from timm.utils import random_seed
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import timm_aig
 from timm_aig import InputError
 from timm_aig.run import environment
 from timm_aig.training.checkpoint import write_atomically
+from timm_aig.training.trainer import Stopped
 
 
 class Glyphs(NamedTuple):
@@ -82,8 +84,7 @@ class Glyphs(NamedTuple):
 
 def read_split(root: str, split: str) -> Glyphs:
     dataset = ImageFolder(str(Path(root, split)))
-    images = [torch.frombuffer(bytearray(image.convert('L').tobytes()), dtype=torch.uint8).view(image.height, -1)
-              for image, _ in tqdm(dataset, f'read {split}', unit='image')]
+    images = [pil_to_tensor(image.convert('L'))[0] for image, _ in tqdm(dataset, f'read {split}', unit='image')]
     return Glyphs(torch.stack(images), torch.tensor(dataset.targets))
 
 
@@ -185,7 +186,10 @@ def train(args: argparse.Namespace, name: str, glyphs: Glyphs, classes: int) -> 
     trainer = create_trainer(own, model, None, teacher, data, cost, folder)
     trainer.title = name
     trainer.resume()
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Stopped as e:
+        raise Stopped(f'{e} To go on, run the same command.', e.signum) from e
     weights = safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
     write_atomically(folder / 'model.safetensors', lambda file: file.write(weights))
     write_text(folder / 'training.json', json.dumps(length_of(args)))

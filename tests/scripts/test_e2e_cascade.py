@@ -6,6 +6,7 @@ import calibrate
 import pytest
 import timm
 import torch
+from _cascade_times import torch_runs
 
 import timm_aig
 
@@ -101,6 +102,8 @@ def test_tables_are_printed_for_people(call, static_model, adaptive_model):
     ('validate.py', [], 'one of the arguments --model --cascade is required'),
     ('calibrate.py', ['--cascade', '{static}', '{static}'], '--cascade needs --macs or --accuracy'),
     ('calibrate.py', ['--cascade', '{static}', '{static}', '--macs', '0.1'], '--macs is out of reach'),
+    ('calibrate.py', ['--model', '{static}', '--macs', '.5'], 'which are for --cascade only'),
+    ('calibrate.py', ['--model', '{static}', '--macs', '.5', '--accuracy', '90'], 'not allowed with argument --macs'),
 ])
 def test_bad_input_is_named(call, static_model, tmp_path, script, args, problem):
     names = {'static': static_model, 'other': '', 'large': ''}
@@ -113,7 +116,7 @@ def test_bad_input_is_named(call, static_model, tmp_path, script, args, problem)
 
 
 def test_images_that_would_fill_the_memory_are_not_read(images, static_model, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, 'MAX_BYTES', 1e4)
+    monkeypatch.setattr('_inputs.MAX_BYTES', 1e4)
     args = ['--cascade', static_model, static_model, '--data-dir', str(images), '--macs', '0.9', '--workers', '0']
     assert calibrate.main(args) == 2
     assert '--holdout must be at most' in capsys.readouterr().err
@@ -168,8 +171,21 @@ def test_what_a_cascade_cannot_be_timed_on_is_named(run_script, images, static_m
 
 def test_times_of_an_adaptive_last_stage_are_over_its_static_parent(
         run_script, images, static_model, adaptive_model, capsys):
-    args = ['--cascade', static_model, adaptive_model, '--images', images / 'validation', '--num-images', 2,
+    args = ['--cascade', static_model, adaptive_model, '--images', images / 'validation', '--num-images', 99,
             '--rounds', 1, '--batch-size', 2, '--threads', 1, '--json']
     assert run_script('benchmark.py', *args) == 0
-    ratios = {row['name']: row['ratio'] for row in json.loads(capsys.readouterr().out)['results']}
+    found = json.loads(capsys.readouterr().out)
+    ratios = {row['name']: row['ratio'] for row in found['results']}
+    assert found['setting']['images'] == 21 and found['setting']['input_size'] == [3, 8, 8]  # there are no more
     assert set(ratios) == {'parent', 'stage 1', 'stage 2', 'cascade'} and ratios['parent'] == 1
+
+
+def test_what_is_timed_of_a_stage_is_its_model_at_its_budget(static_model, calibrated_model, monkeypatch):
+    static, adaptive = (timm.create_model(name, pretrained=True).eval() for name in (static_model, calibrated_model))
+    runs = torch_runs(timm_aig.Cascade([static, (adaptive, .4)]), None)
+    monkeypatch.setattr(timm_aig.Cascade, 'forward', None)  # it takes time of its own
+    timm_aig.set_budget(adaptive, .4)
+    x = torch.randn(5, 3, 8, 8)
+    with torch.inference_mode():
+        for name, model in {'stage 1': static, 'stage 2': adaptive}.items():
+            torch.testing.assert_close(runs[name](x), model(x))

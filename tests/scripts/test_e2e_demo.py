@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import timm_aig
+from timm_aig.training.trainer import Stopped
 
 QUICK = ['--epochs', '1', '--finetune-epochs', '1', '--input-size', '3', '8', '8']
 
@@ -166,3 +167,13 @@ def test_an_output_that_cannot_be_written_is_met_before_the_training(demo, capsy
 def test_a_missing_extra_is_named(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn', None)
     assert re.search(r"sklearn.*pip install 'timm_aig\[demo\]'", refused())
+
+
+def test_a_demo_that_is_stopped_does_not_say_that_it_saved(demo, capsys, monkeypatch, tmp_path):
+    def stop(*args):
+        raise Stopped('stopped by SIGINT in epoch 1 after step 9, saved.', 2)
+
+    monkeypatch.setattr(demo.finetune, 'train', stop)
+    assert demo.main([*QUICK, '--output', str(tmp_path)]) == 130
+    assert capsys.readouterr().err == 'stopped by SIGINT. The demo keeps nothing of it.\n'
+    assert not list(tmp_path.iterdir())

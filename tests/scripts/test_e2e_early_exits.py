@@ -1,5 +1,6 @@
 """scripts/early_exits.py: what it trains, and the row that compare.py makes of it."""
 import csv
+from unittest.mock import Mock
 
 import _answers
 import _comparison
@@ -10,6 +11,7 @@ import timm
 import torch
 
 import timm_aig
+from timm_aig.training.trainer import Stopped, Trainer
 
 
 @pytest.fixture(scope='module')
@@ -84,3 +86,9 @@ def test_what_exits_have_no_use_for_is_an_error(finetune_args, tmp_path, capsys)
             early_exits.main([*finetune_args, '--model', 'cifar_resnet20', '--output', str(tmp_path / 'x'), flag])
         assert e.value.code == 2 and f'error: {flag} is not for' in capsys.readouterr().err
     assert not (tmp_path / 'x').exists()
+
+
+def test_a_training_that_is_stopped_says_how_to_go_on(finetune_args, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, 'fit', Mock(side_effect=Stopped('stopped, saved.', 15)))
+    assert early_exits.main([*finetune_args, '--model', 'cifar_resnet20', '--output', str(tmp_path)]) == 143
+    assert 'stopped, saved. To go on, run the same command with --resume auto.' in capsys.readouterr().err

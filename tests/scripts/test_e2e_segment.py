@@ -1,12 +1,15 @@
 """scripts/segment_glyphs.py: labels of its pages, mean IoU by hand, and training, resuming and summing up."""
 import csv
 import json
+from unittest.mock import Mock
 
 import pytest
 import segment_glyphs
 import torch
 from PIL import Image
 from segment_glyphs import Answers, Glyphs, Pages, join, score
+
+from timm_aig.training.trainer import Stopped, Trainer
 
 
 @pytest.fixture
@@ -98,3 +101,9 @@ def test_a_teacher_that_is_not_trained_and_a_wrong_folder_are_errors(start, tmp_
     assert '--data-dir must be a folder of prepare_glyphs.py' in capsys.readouterr().err
     assert start('--table', tmp_path / 'table.csv') == 1
     assert 'no network is trained' in capsys.readouterr().err and not (tmp_path / 'table.csv').exists()
+
+
+def test_a_training_that_is_stopped_says_how_to_go_on(start, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, 'fit', Mock(side_effect=Stopped('stopped, saved.', 15)))
+    assert start('--networks', 'static-r8') == 143
+    assert 'stopped, saved. To go on, run the same command.\n' in capsys.readouterr().err
