@@ -29,8 +29,8 @@ TIMED, ROUNDS, BATCHES = 256, 7, (1, 32)  # images, rounds and batch sizes of a 
 
 
 class Measured(NamedTuple):
-    """Answers of a model at a gate offset (None for a static one), or of one of its early exits, by its number."""
-    offset: Optional[float]
+    """Answers of a model at a setting: its gate offset, the number of an early exit, or None for a static one."""
+    setting: Optional[float]
     held_out: StageAnswers
     test: StageAnswers
 
@@ -39,8 +39,8 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
     """Answers of a trained model, at each of OFFSETS if it is adaptive, or at each exit. They are kept in a file."""
     path = Path(args.output, name, 'answers.pt')
     if path.is_file():
-        return [Measured(offset, StageAnswers(*held_out), StageAnswers(*test))
-                for offset, held_out, test in torch.load(path, weights_only=True)]
+        return [Measured(setting, StageAnswers(*held_out), StageAnswers(*test))
+                for setting, held_out, test in torch.load(path, weights_only=True)]
     model, settings = open_exits(path.parent) if name.startswith('exits-') else open_model(path.parent)
     task = TASKS[args.task]
     parts = [list(open_images(args, name, model, split)) for split in (task.held_out, task.test)]
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, name: str) -> List[Measured]:
     model.to(device, memory_format=torch.channels_last)
     measured = [
         Measured(setting, *(answer_images(run, batches, device) for batches in parts)) for setting, run in settings]
-    write_atomically(path, partial(torch.save, [(m.offset, tuple(m.held_out), tuple(m.test)) for m in measured]))
+    write_atomically(path, partial(torch.save, [(m.setting, tuple(m.held_out), tuple(m.test)) for m in measured]))
     return measured
 
 
@@ -123,19 +123,19 @@ def rows_of_seed(args: argparse.Namespace, seed: int) -> List[Row]:
     measured = {name: measure(args, f'{name}-s{seed}') for name in tqdm(names, f'seed {seed}', unit='model')}
     severity = severities(args)
     rows = [
-        create_row(name, '' if m.offset is None else f'offset {m.offset:g}', ((name, m.offset),), (), m.test.right,
+        create_row(name, '' if m.setting is None else f'offset {m.setting:g}', ((name, m.setting),), (), m.test.right,
                    m.test.macs, severity)
         for name, some in measured.items() if not name.startswith('exits-') for m in some]
     if 'static-r32' not in measured:
         return rows
     for name, pairs in CASCADES.items():
         stages = {
-            ((first, a.offset), (second, b.offset)): (a, b)
+            ((first, a.setting), (second, b.setting)): (a, b)
             for first, second in pairs if {first, second} <= shared
             for a in measured[first] for b in measured[second] if a.held_out.macs.mean() < b.held_out.macs.mean()}
         rows += cascade_rows(f'cascade, {name}', stages, measured, severity)
     for name in (name for name in measured if name.startswith('exits-')):
-        exits = {tuple((name, m.offset) for m in measured[name]): measured[name]}
+        exits = {tuple((name, m.setting) for m in measured[name]): measured[name]}
         rows += cascade_rows(name, exits, measured, severity)
     return rows
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _args import add_args, create_parser, integer
-from _common import ResultError, blame, check_file, run_script, write_csv
+from _common import ResultError, blame, check_file, print_table, require, run_script, write_csv
 from _comparison import PAIRS, TASKS, trainings
 
 EXAMPLES = """examples:
@@ -201,7 +201,7 @@ def summarize(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'macs_over_resnet32': round(macs / largest, 4), 'top1': round(statistics.mean(accuracies), 2),
             'top1_std': round(statistics.stdev(accuracies), 2) if len(seeds) > 1 else '',
             'top1_seeds': ', '.join(f'{accuracy:.2f}' for accuracy in accuracies),
-            'used': '; '.join(dict.fromkeys(used)) if ' + ' in used[0] else '',
+            'used': '; '.join(dict.fromkeys('; '.join(used).split('; '))) if ' + ' in used[0] else '',
             'macs_by_severity': ' '.join(f'{share:.3f}' for share in shares),
             'seeds': ', '.join(map(str, seeds)), 'precision': ', '.join(precisions),
             'epochs': TASKS[args.task].epochs})
@@ -258,6 +258,8 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f'is for trainings, not for --{wanted}.', name)
     if wanted:
         check_file(getattr(args, wanted), wanted)
+        if args.times:
+            require('export', 'onnx', 'onnxruntime', 'onnxscript')
     else:
         train(args)
     source = {'machine': environment()['cpu'], 'source': ' '.join(sys.argv)}
@@ -266,9 +268,9 @@ def run(args: argparse.Namespace) -> None:
         raise ResultError(f'{args.output} has no trainings of {args.task} to sum up.')
     if args.json:
         print(json.dumps(table, indent=2))
-    else:
-        for row in table:
-            print(f'{row["model"]:36} {row["setting"]:18}', *(row[name] for name in SHOWN[wanted or 'table']), sep='  ')
+    elif table:
+        columns = ('model', 'setting', *SHOWN[wanted or 'table'])
+        print_table([{name: row[name] for name in columns} for row in table], 'model', 'setting')
     if wanted:
         write_csv(getattr(args, wanted), table[0], [row.values() for row in table])
 

@@ -183,6 +183,23 @@ def test_seeds_trained_elsewhere_are_added_to_the_table(start, trained, tmp_path
         assert start(*args, '--table', both) == 2 and f'error: {args[0]} is for trainings' in capsys.readouterr().err
 
 
+def test_a_cascade_that_other_seeds_used_too_is_named_once(start, monkeypatch, tmp_path):
+    added = [compare.Result(seed, 1e6, 90., 'a + b; a + c', [], 'float32') for seed in (1, 2)]
+    row = _answers.Row('cascade', 'x', 1e6, 90., torch.ones(1), (('a', None), ('b', None)))
+    monkeypatch.setattr(compare, 'read_results', lambda args: [(('cascade', 'x'), result) for result in added])
+    monkeypatch.setattr(compare, 'rows_of_seed', lambda args, seed: [row])
+    monkeypatch.setattr(compare, 'precision', lambda *args: 'float32')
+    assert start('--add', 'x', '--table', tmp_path / 'table.csv') == 0
+    with open(tmp_path / 'table.csv', newline='') as file:
+        assert [row['used'] for row in csv.DictReader(file)] == ['a + b; a + c']
+
+
+def test_a_missing_extra_is_named_before_the_times_are_taken(start, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    assert start('--times', tmp_path / 'times.csv') == 2
+    assert "pip install 'timm_aig[export]'" in capsys.readouterr().err
+
+
 def test_cascades_are_of_nets_that_all_seeds_have(start, trained, tmp_path):
     trained('static-r8', 'static-r32', 'any-r32')
     for name in ('static-r8', 'static-r32'):
