@@ -196,7 +196,9 @@ def test_models_that_order_their_classes_differently_are_refused_and_other_image
         model.pretrained_cfg = dict(model.pretrained_cfg, label_names=['a', 'b', 'c'])
     Cascade(models)
     assert 'differ in the mean of their images' in caplog.text and 'std' not in caplog.text
-    models[1].pretrained_cfg['label_names'] = ['c', 'b', 'a']
+    models[1].pretrained_cfg['label_names'] = {'1': 'b', '0': 'a', '2': 'c'}  # as timm allows
+    Cascade(models)
+    models[1].pretrained_cfg['label_names'] = {'0': 'c', '1': 'b', '2': 'a'}
     with pytest.raises(timm_aig.InputError, match='stages must have their classes in the same order'):
         Cascade(models)
 

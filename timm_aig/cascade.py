@@ -16,6 +16,7 @@ from .budget import budget_offset, budget_table
 from .config import InputError
 from .cost import Cost, compute_cost
 from .passes import forward_gates, use_gate_offset
+from .training.data import label_names_of
 
 if TYPE_CHECKING:
     from .training.thresholds import CascadePoint
@@ -80,7 +81,7 @@ class Cascade(nn.Module):
         if len({*classes} - {None}) > 1:
             raise InputError(f'must have the same classes, not {", ".join(map(str, classes))}.', 'stages')
         configs = [getattr(model, 'pretrained_cfg', None) or {} for model in models]
-        if len({tuple(config['label_names']) for config in configs if config.get('label_names')}) > 1:
+        if len({tuple(label_names_of(model)) for model in models} - {()}) > 1:
             raise InputError('must have their classes in the same order.', 'stages')
         for name in ('mean', 'std'):
             values = {tuple(config[name]) for config in configs if config.get(name)}

@@ -97,6 +97,8 @@ def test_the_default_offset_is_the_models_and_the_model_is_left_alone(x, tmp_pat
 
 def test_the_file_says_what_its_user_needs(tmp_path):
     model = timm.create_model('cifar_resnet32_aig.fmnist_t06', pretrained=True)
+    names = model.pretrained_cfg['label_names']
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': {str(i): name for i, name in enumerate(names)}}
     timm_aig.export_onnx(model, tmp_path / 'm.onnx', mode='masked')
     values = {p.key: p.value for p in onnx.load(tmp_path / 'm.onnx').metadata_props}
     assert json.loads(values['labels'])[9] == 'Ankle boot'

@@ -18,6 +18,7 @@ from ..blocks import gated_blocks
 from ..budget import budget_table
 from ..config import InputError
 from ..training.checkpoint import write_atomically
+from ..training.data import label_names_of
 from ..training.evaluate import split_batch
 from .check import FORCED, TOLERANCE, check_export, file_report, own_offsets
 from .model import ExportModel, prepare
@@ -195,7 +196,7 @@ def describe(
         'input_size': list(images.shape[1:]), 'mean': list(data['mean']), 'std': list(data['std']),
         'interpolation': data['interpolation'], 'crop_pct': data['crop_pct'], 'crop_mode': data['crop_mode'],
         'budgets': [[point.budget, point.gate_offset] for point in budget_table(model)] or None,
-        'labels': config.get('label_names'), 'gated_blocks': list(gated_blocks(model)),
+        'labels': label_names_of(model) or None, 'gated_blocks': list(gated_blocks(model)),
         'gates': gates, 'license': config.get('license'),
     }
     for key, value in values.items():

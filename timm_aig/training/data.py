@@ -218,11 +218,11 @@ def class_names(dataset: Any) -> List[str]:
 
 
 def label_names_of(model: Any) -> List[str]:
-    """Class names of a timm model in the order of its logits, empty if it has none.
+    """Class names of a model in the order of its logits, empty if it has none.
 
     timm keeps them as a list, or as a dict from number to name if some classes have no name.
     """
-    names = model.pretrained_cfg.get('label_names') or ()
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
     if isinstance(names, dict):  # from JSON its keys are text
         named = {int(number): name for number, name in names.items()}
         names = [named.get(i, f'class {i}') for i in range(model.num_classes)]
