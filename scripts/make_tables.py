@@ -87,6 +87,9 @@ TABLES = {
     'glyphs-weight': Table('glyphs_weight.csv', {
         'MACs / ResNet-32': '{macs_over_resnet32}', 'top-1 with weight 10, %': '{top1_10}',
         'top-1 with weight 30, %': '{top1_30}', 'difference': '{change}'}, {}),
+    'glyphs-options': Table('glyphs_options.csv', {
+        'network': '{network}', 'change': '{change}', 'least': '{least_macs}',
+        **{f'{share / 100:g} of the MACs': f'{{top1_{share}}}' for share in (45, 50, 55, 60, 70, 80, 100)}}, {}),
     'glyphs-rules': Table('glyphs_rules.csv', {
         'rule': '{rule}', 'nets': '{nets}', **{f'0.{share} of the MACs': f'{{top1_{share}}}[ ({{change_{share}}})]'
                                                for share in (30, 35, 40, 45, 50)}}, {}),
