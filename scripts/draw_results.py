@@ -29,10 +29,10 @@ FMNIST = 'Fashion-MNIST, 10,000 test images, one seed. The parent is ResNet-32.'
 # Rows of compare.py that are joined by a line, by the start of their names.
 CURVES = {
     'any-r20': 'one ResNet-20 for any budget', 'any-r32': 'one ResNet-32 for any budget',
-    'cascade, static or adaptive nets': 'cascade of any networks',
+    'cascade, static or adaptive nets': 'cascade of static or adaptive networks',
 }
 BASELINES = {
-    'static-': 'static ResNet-8, 14, 20, 32', 'distilled-': 'ResNet-8, 14, 20, 32, distilled',
+    'static-': 'static networks', 'distilled-': 'distilled networks',
     'cascade, static nets': 'cascade of static networks', 'small-r32': 'ResNet-32 at a lower resolution',
     'exits-r32': 'ResNet-32 with early exits', 'distill-r32': 'ResNet-32, recipe distill',
     'paper-r32': 'ResNet-32, recipe of the paper',
@@ -44,15 +44,15 @@ SPAN = 8.5  # points of accuracy in a picture
 SEVERITY = {  # rows of glyphs.csv
     'one ResNet-32 for any budget, offset -1': ('any-r32', 'offset -1'),
     'one ResNet-32 for any budget, offset 1': ('any-r32', 'offset 1'),
-    'cascade of any networks, 0.35 of the MACs': ('cascade, static or adaptive nets', '0.35 of the MACs'),
+    'cascade of static networks, 0.35 of the MACs': ('cascade, static nets', '0.35 of the MACs'),
     'cascade of static networks, 0.5 of the MACs': ('cascade, static nets', '0.5 of the MACs'),
 }
 
 SEGMENT = 'Pages of 2,000 characters, 2,496 test pages, one seed. The parent is ResNet-32.'
-SEGMENT_CURVES = {'any-r32': 'one ResNet-32 for any budget'}
+SEGMENT_CURVES = {'any-r32': CURVES['any-r32']}
 SEGMENT_BASELINES = {
-    'static-': 'static networks', 'distilled-': 'distilled networks',
-    'cascade, distilled': 'cascade of both distilled',
+    'static-': BASELINES['static-'], 'distilled-': BASELINES['distilled-'],
+    'cascade, distilled': BASELINES['cascade, static nets'],
 }
 
 Point = Tuple[str, float, float]
@@ -99,15 +99,15 @@ def draw_severity() -> None:
     rows = {(row['model'], row['setting']): row for row in read('glyphs.csv')}
     figure = Figure(figsize=(8, 4.5), layout='constrained')  # inches
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=COLOURS)
-    for (name, key), style in zip(SEVERITY.items(), ('o-', 'o-', 's--', 's--')):
+    for (name, key), style in zip(SEVERITY.items(), ('o-', '^-', 's--', 'D--')):
         shares = [float(share) for share in rows[key]['macs_by_severity'].split()]
-        axes.plot(range(4), shares, style, label=f'{name}, {float(rows[key]["top1"]):.1f} %', markersize=5)
+        axes.plot(range(4), shares, style, label=f'{name}, {float(rows[key]["top1"]):.1f} %', markersize=5,
+                  color=COLOUR_OF[name.partition(',')[0]])
     axes.set_xticks(range(4), ['least damaged quarter', 'second', 'third', 'most damaged quarter'], fontsize=8)
-    axes.set(ylabel="MACs over ResNet-32's", ylim=(0, 1.05))
+    axes.set(ylabel='MACs relative to ResNet-32', ylim=(0, 1.05))
     axes.grid(alpha=.3)
     axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(f'Harder images take more MACs\n{GLYPHS}', x=.012, ha='left', fontsize=10.5)
+    figure.suptitle(f'MACs by the damage of the image\n{GLYPHS}', x=.012, ha='left', fontsize=10.5)
     figure.savefig(ROOT / 'glyphs_severity_macs.png', dpi=200)
 
 
@@ -115,7 +115,7 @@ def draw_segment() -> None:
     rows = [{**row, 'model': row['network'], 'top1': row['miou']} for row in read('segment.csv')]
     plot_accuracy_macs(
         curves_of(rows, SEGMENT_CURVES, 'macs_over_resnet32'), curves_of(rows, SEGMENT_BASELINES, 'macs_over_resnet32'),
-        ROOT / 'segment_miou_macs.png', SEGMENT, accuracy='mean IoU, %')
+        ROOT / 'segment_miou_macs.png', SEGMENT, accuracy='mean IoU, %', colours=COLOUR_OF)
 
 
 def run(args: argparse.Namespace) -> None:
