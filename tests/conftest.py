@@ -42,10 +42,10 @@ def pytest_collection_modifyitems(items):
 
 def pytest_generate_tests(metafunc):
     """A test with the argument `parent` runs for each static ResNet, with `suite_parent` for each static arch."""
-    resnets = timm.list_models(module=('resnet', 'cifar_resnet'))
-    parents = [name.removesuffix('_aig') for name in timm.list_models('*_aig')]
-    for argument, archs, every in (('parent', DEFAULT_ARCHS, resnets), ('suite_parent', SUITE_ARCHS, parents)):
+    for argument, archs in (('parent', DEFAULT_ARCHS), ('suite_parent', SUITE_ARCHS)):
         if argument in metafunc.fixturenames:
+            every = timm.list_models(module=('resnet', 'cifar_resnet')) if argument == 'parent' else [
+                name.removesuffix('_aig') for name in timm.list_models('*_aig')]
             others = sorted(set(every) - set(archs))
             metafunc.parametrize(
                 argument, [*archs, *(pytest.param(arch, marks=pytest.mark.all_archs) for arch in others)])

@@ -353,13 +353,14 @@ def test_transforms_of_torch_func_and_forward_mode_give_what_plain_autograd_give
 
 def test_an_ensemble_of_gated_models_and_of_gate_offsets_runs_under_vmap(train_norms, train_gates):
     models = [train_gates(train_norms(timm.create_model('cifar_resnet20_aig'))).eval() for _ in range(2)]
-    x, offsets = torch.randn(4, 3, 16, 16), torch.tensor([-1., 0., 2.])
+    x, offsets = torch.randn(4, 3, 16, 16), torch.tensor([-1e4, 0., 1e4])
     name = 'layer1.0.gate.offset'
     with torch.no_grad():
         params, buffers = stack_module_state(models)
         together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
         assert torch.allclose(together, torch.stack([model(x) for model in models]), atol=1e-5)
         moved = vmap(lambda offset: functional_call(models[0], {name: offset}, (x,)))(offsets)
+        assert not torch.equal(moved[0], moved[2])
         for logits, offset in zip(moved, offsets):
             assert torch.allclose(logits, functional_call(models[0], {name: offset}, (x,)), atol=1e-5)
 

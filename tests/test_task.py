@@ -97,6 +97,20 @@ def test_another_loss_on_the_gates_can_be_given(model):
     assert result['rate_loss'] == loss(forward_gates(model, X)[1]).detach()
 
 
+def test_each_group_of_a_batch_runs_at_its_own_offset():
+    model = timm.create_model('cifar_resnet20_aig', layers=(1, 2, 1))
+    cost = compute_cost(model)
+    loss = AnyBudgetLoss(cost, 0.5, largest_offset=1e4)
+    task = AIGTask(model, gate_loss=loss, verbose=False)
+    seen = []
+    task.trainable_module.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    result = task(torch.randn(8, 3, 16, 16), torch.arange(8))
+    assert seen[0][:2].sum() == 0 and seen[0][6:].all()  # the least budget, and all open
+    shares = cost.executed(seen[0][:6].view(3, 2, 4).mean(1)) / cost.total
+    expected = loss.weight * (shares - torch.tensor(loss.targets)).square().mean()
+    torch.testing.assert_close(result['rate_loss'], expected, check_dtype=False)
+
+
 @pytest.mark.parametrize('make,reason', [
     (lambda: timm.create_model('cifar_resnet20_aig', target_rate=0.01), r'target must be in \[0\.0'),
     (lambda: nn.Sequential(timm.create_model('cifar_resnet20_aig')), 'input_size'),

@@ -92,7 +92,7 @@ def test_open_rows_give_what_masking_gives_and_only_they_run(pair, batch, share)
     assert list(seen.values()) == gates.sum(0).tolist()
 
 
-def test_a_closed_network_computes_what_the_parent_does_without_its_branches(pair):
+def test_a_closed_network_computes_something_else(pair):
     parent, model = copy.deepcopy(pair)
     timm_aig.set_gate_offset(model, -1e4)
     with torch.inference_mode():
@@ -236,6 +236,16 @@ def test_the_stem_is_fused_where_the_family_names_its_layers(arch):
 def test_compile_needs_a_family_whose_blocks_are_fused():
     with pytest.raises(timm_aig.InputError, match='compile is not for the blocks of this family'):
         timm_aig.optimize_for_inference(gate_(create('convnext_atto')), compile=True)
+
+
+def test_a_mask_reaches_gated_attention():
+    parent = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, num_classes=5).eval()
+    model, x = gate_(copy.deepcopy(parent)), torch.randn(3, 3, 32, 32)
+    mask = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    mask[0, ..., 3:] = False
+    with torch.inference_mode():
+        expected = parent(x, attn_mask=mask)
+        assert torch.equal(model(x, attn_mask=mask), expected) and not torch.allclose(parent(x), expected)
 
 
 def test_attention_with_a_gate_of_its_own_gets_no_second_one():

@@ -734,7 +734,7 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
     assert_same_training(tmp_path / 'two', tmp_path / 'whole')
 
 
-def test_the_script_itself_is_stopped_by_sigterm_and_refuses_bad_input(training, tmp_path):
+def test_the_script_itself_is_stopped_by_sigterm(training, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, *training('paper, mixup', 'script'), '--epochs', '200'],
                                stderr=subprocess.PIPE, text=True)
     while last_step(tmp_path / 'script' / 'checkpoints') < 0:

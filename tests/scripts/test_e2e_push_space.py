@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
-from gradio import __version__ as gradio_version
 
 SCRIPT = Path(__file__).parent.parent.parent / 'scripts' / 'push_space.py'
 
@@ -29,7 +29,7 @@ def test_a_space_has_the_page_unchanged_its_settings_and_what_it_needs(hub, file
     assert hub.repo('alice/page', 'space').private
     assert files['app.py'] == (SCRIPT.parent / 'space' / 'app.py').read_bytes()
     settings = yaml.safe_load(files['README.md'].decode().split('---')[1])
-    assert settings['sdk'] == 'gradio' and settings['sdk_version'] == gradio_version
+    assert settings['sdk'] == 'gradio' and settings['sdk_version'] == version('gradio')
     assert settings['app_file'] == 'app.py' and len(settings['short_description']) <= 60  # the Hub's limit
     needed = files['requirements.txt'].decode().split('\n')
     assert {'torch>=2.9', 'timm>=1.0.31', 'safetensors'} <= set(needed)
@@ -88,7 +88,7 @@ def test_an_update_keeps_what_its_owner_wrote_and_removes_what_is_stale(hub, cli
     text = updated['README.md'].decode()
     settings = yaml.safe_load(text.split('---')[1])
     assert settings['emoji'] == '🚪' and settings['title'].startswith('My') and 'My own words.' in text
-    assert settings['sdk_version'] == gradio_version
+    assert settings['sdk_version'] == version('gradio')
 
 
 def test_a_dry_run_shows_everything_and_uploads_nothing(hub, client):
