@@ -37,6 +37,13 @@ def create(arch):
     for p in model.parameters():
         if p.ndim == 1:
             nn.init.uniform_(p, 0.2, 0.6)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    for m in norms:
+        m.momentum = 1.  # or the statistics of new norms let the biases hide the images and the first blocks
+    with torch.no_grad():
+        model.train()(images(16))
+    for m in norms:
+        m.momentum = 0.1
     return model.eval()
 
 
@@ -66,10 +73,10 @@ def test_without_its_gates_it_is_the_parent_again(pair):
         assert torch.equal(plain(images(2)), parent(images(2)))
 
 
-@pytest.mark.parametrize('batch', [1, 2, 7])
 @pytest.mark.parametrize('share', [1., 0., .5])
-def test_open_rows_give_what_masking_gives_and_only_they_run(pair, batch, share):
-    model = copy.deepcopy(pair[1])
+@pytest.mark.usefixtures('slices')
+def test_open_rows_give_what_masking_gives_and_only_they_run(pair, share):
+    model, batch = copy.deepcopy(pair[1]), 7
     blocks = gated_blocks(model)
     gates = torch.rand(batch, len(blocks), generator=torch.Generator().manual_seed(0)) < share
     seen = {name: 0 for name in blocks}
