@@ -359,6 +359,22 @@ def push_cascade(repo_id, license='apache-2.0', **kwargs):
             f'result = timm_aig.Cascade(models, .5).push_to_hub({repo_id!r}, **{kwargs!r})')
 
 
+def test_a_pushed_cascade_loads_at_any_revision(client):
+    client.get(push_cascade('alice/loads'))
+    client.get("timm_aig.Cascade((make(2), make(3)), .9).push_to_hub('alice/loads', revision='v2')")
+    (first, expected), (second, of_v2) = client.get("""
+x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+def run(cascade):
+    with torch.no_grad():
+        return [list(cascade.thresholds), cascade.eval()(x).tolist()]
+
+result = [
+    [run(timm_aig.Cascade.from_pretrained(name)), run(timm_aig.Cascade([make(a), make(b)], threshold))]
+    for name, a, b, threshold in (('hf-hub:alice/loads', 0, 1, .5), ('hf-hub:alice/loads@v2', 2, 3, .9))]""")
+    assert first == expected and second == of_v2 and first != second
+
+
 def test_a_cascade_keeps_the_own_text_of_its_card_and_takes_the_licence_of_its_models(hub, client):
     client.get(push_cascade('alice/two'))
     files = hub.files('alice/two')

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -732,6 +733,28 @@ def test_under_torchrun_it_trains_and_killed_as_a_group_it_ends_with_the_same_we
     fork_ranks(args)
     assert 'Resumed in epoch' in (tmp_path / 'stderr').read_text()
     assert_same_training(tmp_path / 'two', tmp_path / 'whole')
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_the_training_goes_on(
+        training, fork_main, fork_ranks, wait, tmp_path):
+    args = training('distill, average', 'two')
+    args[args.index('--batch-size') + 1] = '4'
+    args[args.index('--checkpoint-interval') + 1] = '0'
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+
+    def prepare(rank):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+
+    processes = [fork_main(args, partial(prepare, rank)) for rank in range(2)]
+    while last_step(tmp_path / 'two' / 'checkpoints') < 0:
+        time.sleep(0.005)
+    os.kill(processes[1], signal.SIGTERM)
+    assert [wait(process) for process in processes] == [143, 143]
+    assert not (tmp_path / 'two' / 'results.json').exists()
+    fork_ranks(args)
+    assert (tmp_path / 'two' / 'results.json').exists()
 
 
 def test_the_script_itself_is_stopped_by_sigterm(training, tmp_path):

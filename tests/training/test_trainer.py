@@ -466,6 +466,26 @@ def test_the_results_of_an_epoch_are_reduced_over_processes_once(two_processes):
     assert [reductions for _, reductions in two_processes] == [4, 4]  # trainings of one epoch
 
 
+def train_shard(rank, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    task = AIGTask(timm.create_model('cifar_resnet8_aig', num_classes=3), nn.CrossEntropyLoss(), verbose=False)
+    task.setup_ema(decay=.5)
+    task.prepare_distributed()
+    torch.manual_seed(rank)
+    loader = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3) for _ in range(2)]
+    Trainer(task, loader, torch.optim.SGD(task.parameters(), .01), 1).fit()
+    states = task.get_checkpoint_state()['state_dict'], task.get_checkpoint_state(ema=True)['state_dict_ema']
+    torch.save(states, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_all_processes_end_with_the_same_statistics_and_averages(tmp_path):
+    mp.start_processes(train_shard, args=(str(tmp_path),), nprocs=2, start_method='fork')
+    for state, other in zip(*(torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))):
+        assert 'bn1.running_mean' in state
+        assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('name', ['rate', 'macs'])
 def test_two_processes_train_as_one_with_the_whole_batch(name, accumulate, two_processes):
