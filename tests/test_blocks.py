@@ -75,6 +75,27 @@ def test_masked_and_sparse_both_equal_the_timm_block_where_open_and_its_shortcut
                         assert torch.equal(x, original), f'{what}: the input was modified'
 
 
+@pytest.mark.usefixtures('slices')
+def test_masked_equals_sparse_through_a_whole_network(parent, train_norms, train_gates):
+    model = train_gates(gate_(train_norms(timm.create_model(parent)))).eval()
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, image_size(parent), image_size(parent))
+        with torch.no_grad():
+            own = forward_gates(model, x)[1].bool()
+        assert batch == 1 or 0 < own.float().mean() < 1
+        outputs = []
+        for is_open in (own, *patterns(batch, len(gated_blocks(model))).values()):
+            pair = []
+            for execution in ('masked', 'sparse'):
+                set_execution(model, execution)
+                with torch.no_grad(), force_gates(model, is_open):  # forced: rounding may not flip a later gate
+                    pair.append(model(x))
+            assert pair[0].isfinite().all()
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4 * float(pair[0].abs().max()))
+            outputs.append(pair[0])
+        assert not torch.allclose(outputs[1], outputs[2], rtol=1e-2)
+
+
 @pytest.mark.parametrize('act_layer', ['silu', 'leaky_relu'])
 def test_a_closed_block_applies_an_activation_other_than_relu(act_layer, train_norms):
     model = gate_(train_norms(timm.create_model('resnet18', act_layer=act_layer))).eval()

@@ -296,6 +296,7 @@ def test_other_weights_drop_the_table_and_the_same_ones_keep_it(model):
         (dict(budget=0), 'budget must be'), (dict(budget=1.5), 'budget must be'), (dict(budget='1'), 'must be a list'),
         (dict(gate_offset=float('inf')), 'gate_offset must be'), (dict(gate_offset=float('nan')), 'gate_offset'),
         (dict(gate_offset=-3), 'must ascend'), (dict(gate_offset=None), 'must be a list'),
+        (dict(gate_offset=1e300), 'gate_offset must be'),
         (dict(gate_offset=1.1e4), 'gate_offset must be at most 10000'),
     ]),
 ])

@@ -196,6 +196,8 @@ def run_process(rank: int, folder: str) -> None:
     results['task'] = (
         result['rate_loss'], result['execution_rate'], {n: p.grad.clone() for n, p in model.named_parameters()},
         sorted(task.get_checkpoint_state()['state_dict']))
+    budgets = AnyBudgetLoss(COST)
+    results['budgets'] = budgets.draw_offsets(4), budgets.targets
     torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -203,22 +205,14 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope='module')
 def processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('gloo'))
-    mp.start_processes(run_process, args=(folder,), nprocs=3, start_method='fork')  # quicker than importing again
+    mp.spawn(run_process, args=(folder,), nprocs=3)  # not forked: this process has threads by now
     return [torch.load(f'{folder}/{rank}.pt') for rank in range(3)]
 
 
-def draw_budgets(rank, folder):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    loss = AnyBudgetLoss(COST)
-    torch.save((loss.draw_offsets(4), loss.targets), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
-
-
-def test_all_processes_draw_the_same_budgets(tmp_path):
-    mp.start_processes(draw_budgets, args=(str(tmp_path),), nprocs=2, start_method='fork')
-    (offsets, targets), (others, other_targets) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
-    assert torch.equal(offsets, others) and targets == other_targets
+def test_all_processes_draw_the_same_budgets(processes):
+    (offsets, targets), *others = (results['budgets'] for results in processes)
+    assert len(others) == 2
+    assert all(torch.equal(own, offsets) and own_targets == targets for own, own_targets in others)
 
 
 @pytest.mark.parametrize('split', ['equal', 'unequal', 'empty'])

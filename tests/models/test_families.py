@@ -73,10 +73,11 @@ def test_without_its_gates_it_is_the_parent_again(pair):
         assert torch.equal(plain(images(2)), parent(images(2)))
 
 
+@pytest.mark.parametrize('batch', [1, 2, 7])
 @pytest.mark.parametrize('share', [1., 0., .5])
 @pytest.mark.usefixtures('slices')
-def test_open_rows_give_what_masking_gives_and_only_they_run(pair, share):
-    model, batch = copy.deepcopy(pair[1]), 7
+def test_open_rows_give_what_masking_gives_and_only_they_run(pair, batch, share):
+    model = copy.deepcopy(pair[1])
     blocks = gated_blocks(model)
     gates = torch.rand(batch, len(blocks), generator=torch.Generator().manual_seed(0)) < share
     seen = {name: 0 for name in blocks}

@@ -451,37 +451,36 @@ def run_process(rank, folder):
     reduced, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor, *args, **kwargs: (reduced.append(tensor.numel()), all_reduce(tensor, *args))[1]
     runs = {(name, n): exact_run(name, n, shards, True) for name in ('rate', 'macs') for n in (1, 2)}
-    torch.save((runs, reduced.count(3 + 4)), f'{folder}/{rank}.pt')  # batches, loss, top1, rates of four blocks
+    reductions = reduced.count(3 + 4)  # batches, loss, top1, rates of four blocks
+    dist.all_reduce = all_reduce
+    torch.save((runs, reductions, train_shard(rank)), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp('gloo'))
-    mp.start_processes(run_process, args=(folder,), nprocs=2, start_method='fork')  # quicker than importing again
-    return [torch.load(f'{folder}/{rank}.pt') for rank in (0, 1)]
-
-
-def test_the_results_of_an_epoch_are_reduced_over_processes_once(two_processes):
-    assert [reductions for _, reductions in two_processes] == [4, 4]  # trainings of one epoch
-
-
-def train_shard(rank, folder):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+def train_shard(rank):
+    """State of a model with batch norms, and of its average, after an epoch on images of this process."""
     task = AIGTask(timm.create_model('cifar_resnet8_aig', num_classes=3), nn.CrossEntropyLoss(), verbose=False)
     task.setup_ema(decay=.5)
     task.prepare_distributed()
     torch.manual_seed(rank)
     loader = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3) for _ in range(2)]
     Trainer(task, loader, torch.optim.SGD(task.parameters(), .01), 1).fit()
-    states = task.get_checkpoint_state()['state_dict'], task.get_checkpoint_state(ema=True)['state_dict_ema']
-    torch.save(states, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    return task.get_checkpoint_state()['state_dict'], task.get_checkpoint_state(ema=True)['state_dict_ema']
 
 
-def test_all_processes_end_with_the_same_statistics_and_averages(tmp_path):
-    mp.start_processes(train_shard, args=(str(tmp_path),), nprocs=2, start_method='fork')
-    for state, other in zip(*(torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))):
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('gloo'))
+    mp.spawn(run_process, args=(folder,), nprocs=2)  # not forked: this process has threads by now
+    return [torch.load(f'{folder}/{rank}.pt') for rank in (0, 1)]
+
+
+def test_the_results_of_an_epoch_are_reduced_over_processes_once(two_processes):
+    assert [reductions for _, reductions, _ in two_processes] == [4, 4]  # trainings of one epoch
+
+
+def test_all_processes_end_with_the_same_statistics_and_averages(two_processes):
+    for state, other in zip(*(states for *_, states in two_processes)):
         assert 'bn1.running_mean' in state
         assert all(torch.equal(value, other[name]) for name, value in state.items())
 
@@ -490,7 +489,7 @@ def test_all_processes_end_with_the_same_statistics_and_averages(tmp_path):
 @pytest.mark.parametrize('name', ['rate', 'macs'])
 def test_two_processes_train_as_one_with_the_whole_batch(name, accumulate, two_processes):
     result, gradients, final = exact_run(name, accumulate, batches(4, dtype=torch.float64))
-    a, b = (runs[name, accumulate] for runs, _ in two_processes)
+    a, b = (runs[name, accumulate] for runs, *_ in two_processes)
     assert a[0] == b[0] == pytest.approx(result, rel=1e-6)
     for part, expected in ((1, gradients), (2, final)):
         for key, value in expected.items():
