@@ -198,14 +198,14 @@ def _facts(model: nn.Module, config: Dict[str, Any], results: Dict[str, Any]) ->
     parent = results.get('parent') or ''
     if not parent or parent.startswith('local-dir:'):  # a path on the user's machine
         parent = arch.removesuffix('_aig')
+    rates = {f'{block.target_rate:g}' for block in gated_blocks(model).values()}
+    any_budget = (results.get('recipe') or {}).get('gate_loss') == 'budgets'
     gates = {
         'Static parent': f'`{parent}`',
         'Blocks with a gate': len(cost.blocks),
-        'Target rates': ', '.join(sorted({f'{b.target_rate:g}' for b in gated_blocks(model).values()})),
+        'Target rates': '' if any_budget else ', '.join(sorted(rates)),
         'MACs that always run (millions)': f'{cost.fixed / 1e6:,.1f}',
     }
-    if (results.get('recipe') or {}).get('gate_loss') == 'budgets':  # trained for all rates
-        del gates['Target rates']
     return _table({
         'Architecture': f'`{arch}`',
         **(gates if cost.blocks else {}),
